@@ -1,0 +1,197 @@
+"""The records that travel between the stages, and the letters of their axes.
+
+Axis letters, the same everywhere:
+
+========  ==========================================================
+B         batch row (one record)
+N         pair member, 0 = chosen, 1 = rejected
+G         sample of the same prompt
+P         prompt column (prompts are padded on the left)
+T         target position: a column of the response (padded on the right)
+L         P + T, all columns
+V         vocabulary
+K         top-k entry, or member of an ensemble
+D         width of a hidden state
+H         attention head
+========  ==========================================================
+
+Layout of a row: the prompt is left-padded to P columns, the response is
+right-padded to T columns. So column ``P`` is the first response token in every
+row, the state before target ``t`` is column ``P - 1 + t``, and the vocabulary
+head need never run on a prompt position. This module is where "targets are
+shifted once" happens: `Sequences.targets` are the last T columns, and states are
+read one column earlier (`rkd_jax.models.api.response_hidden`). Nothing else shifts.
+
+Everything here is a frozen dataclass registered as a pytree, so it crosses
+`jax.jit` as it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar, dataclass_transform
+
+import jax
+
+Params = Any  # a pytree of arrays
+_T = TypeVar("_T")
+
+
+@dataclass_transform(frozen_default=True)
+def struct(cls: type[_T]) -> type[_T]:
+    """Make ``cls`` a frozen dataclass that is also a pytree of its fields."""
+    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
+
+
+class Pair(NamedTuple):
+    """The same quantity for both responses of a preference pair, each ``[...]``.
+
+    Example: ``Pair(chosen=-3.31, rejected=-1.97)``, summed log-probs in nats.
+    """
+
+    chosen: jax.Array
+    rejected: jax.Array
+
+
+@struct
+class Prompts:
+    """Tokenised prompts, padded on the left.
+
+    Example, one prompt of two tokens in P = 4 columns::
+
+        Prompts(tokens=[[0, 0, 7, 8]], mask=[[False, False, True, True]])
+    """
+
+    tokens: jax.Array  # int32[*batch, P]
+    mask: jax.Array  # bool[*batch, P]
+
+
+@struct
+class Sequences:
+    """Prompt and response in one row: left-padded prompt, right-padded response.
+
+    Example, prompt ``7 8``, response ``5 6 2`` (2 = EOS, a target), P = 3, T = 4::
+
+        Sequences(
+            tokens=[[0, 7, 8, 5, 6, 2, 0]],
+            token_mask=[[False, True, True, True, True, True, False]],
+            response_mask=[[True, True, True, False]],
+        )
+    """
+
+    tokens: jax.Array  # int32[*batch, P + T]
+    token_mask: jax.Array  # bool[*batch, P + T], True on real tokens
+    response_mask: jax.Array  # bool[*batch, T], True on response targets, EOS included
+
+    @property
+    def targets(self) -> jax.Array:
+        """int32[*batch, T]: the response tokens, aligned with ``response_mask``."""
+        return self.tokens[..., self.prompt_width :]
+
+    @property
+    def prompt_width(self) -> int:
+        """P, the number of prompt columns."""
+        return self.tokens.shape[-1] - self.response_mask.shape[-1]
+
+    @property
+    def prompts(self) -> Prompts:
+        """The prompt columns alone."""
+        width = self.prompt_width
+        return Prompts(self.tokens[..., :width], self.token_mask[..., :width])
+
+
+@struct
+class PromptBatch:
+    """Prompts for the student and, possibly different, for the teacher.
+
+    Example: ``PromptBatch(prompts=..., teacher_prompts=..., index=[17, 4])``.
+    """
+
+    prompts: Prompts  # [B, P]
+    teacher_prompts: Prompts  # [B, P']; equals `prompts` when no teacher prompt is given
+    index: jax.Array  # int32[B], position of the record in its source
+
+
+@struct
+class DemonstrationBatch:
+    """One response per prompt, seen under the student's and the teacher's prompt.
+
+    Example: ``DemonstrationBatch(sequences, teacher_sequences, index=[17, 4])``; the
+    last T columns of both `Sequences` are the same response.
+    """
+
+    sequences: Sequences  # [B, P + T]
+    teacher_sequences: Sequences  # [B, P' + T], same T, same response
+    index: jax.Array  # int32[B]
+
+
+@struct
+class PreferenceBatch:
+    """Two responses per prompt; member 0 was preferred with probability ``label``.
+
+    Example: ``PreferenceBatch(sequences, teacher_sequences, label=[1.0], rewards=[[0.8,
+    -0.1]], index=[3])``.
+    """
+
+    sequences: Sequences  # [B, 2, P + T]
+    teacher_sequences: Sequences  # [B, 2, P' + T]
+    label: jax.Array  # float32[B] in [0, 1]
+    rewards: jax.Array  # float32[B, 2]; NaN where the record carries none
+    index: jax.Array  # int32[B]
+
+
+@struct
+class GameBatch:
+    """What one round of the min-max game looks at; every part has B rows.
+
+    Example: ``GameBatch(demonstrations=..., rollouts=Sequences [B, G, P + T],
+    preferences=...)``.
+    """
+
+    demonstrations: DemonstrationBatch  # the teacher's responses
+    rollouts: Sequences  # [B, G, P + T], sampled from the current student
+    preferences: PreferenceBatch
+
+
+class Mean(NamedTuple):
+    """A mean that still adds up: sum and weight, both float32 scalars.
+
+    Example: ``Mean(total=12.0, weight=8.0)`` is the mean 1.5 over 8 tokens.
+    """
+
+    total: jax.Array
+    weight: jax.Array
+
+
+@struct
+class LossOutput:
+    """What an objective returns: sums, never means, so micro-batches add exactly.
+
+    Example: ``LossOutput(total=12.0, weight=8.0, metrics={"student/nll": Mean(12., 8.)})``.
+    """
+
+    total: jax.Array  # float32[], the differentiated sum
+    weight: jax.Array  # float32[], what the sum is divided by once all parts are in
+    metrics: dict[str, Mean]
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What a method minimises, for which player, from which signals.
+
+    ``student_loss(params, critic, frozen, batch, signal, rng) -> LossOutput`` is
+    differentiated in ``params``. ``critic_loss(critic, params, dual, frozen, batch,
+    signal, rng) -> LossOutput`` is differentiated in ``critic``; None when there is no
+    second player. ``dual_step(dual, metrics) -> dual`` moves the multiplier after the
+    critic's steps, given the critic's metrics as plain scalars. ``requires`` names the
+    fields the signal must have.
+
+    Example: ``Objective("sft", student_loss)``.
+    """
+
+    name: str
+    student_loss: Callable[..., LossOutput]
+    critic_loss: Callable[..., LossOutput] | None = None
+    dual_step: Callable[[jax.Array, Mapping[str, jax.Array]], jax.Array] | None = None
+    requires: tuple[str, ...] = ()
