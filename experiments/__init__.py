@@ -1,0 +1,1 @@
+"""Runnable experiments: one file each, with `config()`, `tiny()` and `main()`."""

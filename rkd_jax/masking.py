@@ -1,8 +1,13 @@
-"""The only reductions of the library.
+"""The only reductions of the library, and the masking of what goes into a loss.
 
 A masked-out entry may hold anything, NaN included: it changes neither value nor
 gradient. That protects the *reduction*; a loss that computes something non-finite
-before it reduces has to mask its input instead (the double-`where` form).
+before it reduces has to mask its input as well, because its backward pass multiplies
+the reduction's zero by that something::
+
+    student = fill_masked(student_logits, mask)
+    teacher = fill_masked(teacher_logits, mask)
+    total = masked_sum(forward_kl(student, teacher), mask)
 
 >>> import jax.numpy as jnp
 >>> float(masked_mean(jnp.array([1.0, 3.0, jnp.nan]), jnp.array([True, True, False])))
@@ -65,6 +70,30 @@ def sequence_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
     return masked_mean(values, mask, axis=-1)
 
 
+def fill_masked(values: jax.Array, mask: jax.Array, fill: float = 0.0) -> jax.Array:
+    """``values`` where ``mask`` is set, ``fill`` elsewhere: masks the input of a loss.
+
+    Args:
+        values: number[*shape, *trailing], any unit and dtype.
+        mask: bool or 0/1 numbers, [*shape]; broadcast over the trailing axes.
+        fill: what padding becomes; any number at which the loss is finite.
+
+    Returns:
+        ``values`` with its shape and dtype kept.
+
+    Gradient:
+        Flows to set entries only; exactly 0 elsewhere, as long as the loss is
+        differentiable at ``fill``.
+
+    Raises:
+        AssertionError: the shape of ``mask`` is no prefix of the shape of ``values``.
+    """
+    chex.assert_equal_shape_prefix([values, mask], mask.ndim)
+    kept = jnp.expand_dims(mask.astype(bool), tuple(range(mask.ndim, values.ndim)))
+    return jnp.where(kept, values, jnp.asarray(fill, values.dtype))
+
+
 def accumulator(values: jax.Array) -> jnp.dtype:
     """The dtype results are computed in: float32, or float64 for float64 input."""
-    return jnp.promote_types(values.dtype, jnp.float32)
+    wide = values.dtype == jnp.float64
+    return jnp.dtype(jnp.float64 if wide else jnp.float32)

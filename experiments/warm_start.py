@@ -1,0 +1,67 @@
+"""Stage 2: forward KL to the teacher on the teacher's text, under its own prompt."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+
+from experiments.lab import Lab
+from experiments.settings import WarmStartConfig
+from experiments.stages import Desk, train
+from rkd_jax.data.pipeline import make_batches
+from rkd_jax.data.records import DemonstrationRecord
+from rkd_jax.objectives.kd import make_kd
+from rkd_jax.training.optim import OptimConfig, make_optimizer
+from rkd_jax.training.state import init_state
+from rkd_jax.training.update import make_update
+from rkd_jax.types import Params, TeacherSignal
+
+
+def warm_start(
+    lab: Lab,
+    desk: Desk,
+    config: WarmStartConfig,
+    demonstrations: Sequence[DemonstrationRecord],
+    *,
+    seed: int,
+) -> Params:
+    """The student after distillation; every later policy starts from it."""
+    optimizer = make_optimizer(
+        OptimConfig(
+            learning_rate=config.learning_rate,
+            schedule="cosine",
+            warmup_steps=config.warmup_steps,
+            total_steps=config.steps,
+            end_factor=0.1,
+            weight_decay=0.0,
+        )
+    )
+    state = init_state(
+        lab.student_params, student_optimizer=optimizer, rng=jax.random.key(seed)
+    )
+
+    def prepare(state, batch):
+        del state
+        scores = lab.teacher_log_probs(lab.teacher_params, batch.teacher_sequences)
+        return batch, TeacherSignal(scores)
+
+    state = train(
+        desk,
+        "2 warm start",
+        desk.run.stage("2-warm-start").path,
+        state,
+        make_update(make_kd(lab.student), student_optimizer=optimizer),
+        make_batches(
+            demonstrations,
+            lab.tokenizer,
+            lab.rows,
+            batch_size=config.batch_size,
+            seed=seed,
+        ),
+        steps=config.steps,
+        config={"warm_start": dataclasses.asdict(config), "seed": seed},
+        prepare=prepare,
+    )
+    return state.student.params

@@ -1,0 +1,126 @@
+"""Chat templates: messages to text, in the Jinja dialect of Hugging Face.
+
+>>> template = compile_template(CHATML)
+>>> render(template, [{"role": "user", "content": "Hi"}], add_generation_prompt=True)
+'<|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n'
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+Message = Mapping[str, Any]  # {"role": "user", "content": "Hello"}
+
+ROLES = ("system", "user", "assistant", "tool")
+
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content']"
+    " + '<|im_end|>' + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""ChatML without a default system turn: only what the messages say is rendered."""
+
+_PRIVATE = "\ue000"  # of the private use area: has no meaning in any text
+
+
+def compile_template(source: str) -> jinja2.Template:
+    """The template, ready to render; it runs sandboxed and cannot change its inputs.
+
+    Raises:
+        ValueError: a syntax error, with its line.
+    """
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    try:
+        return environment.from_string(source)
+    except jinja2.TemplateSyntaxError as error:
+        raise ValueError(
+            f"chat template, line {error.lineno}: {error.message}"
+        ) from error
+
+
+def render(
+    template: jinja2.Template, messages: Sequence[Message], **variables: Any
+) -> str:
+    """The text of ``messages``.
+
+    Raises:
+        ValueError: no message, unknown role, content that is not text, or the template
+            itself refuses.
+    """
+    _check(messages)
+    try:
+        return template.render(messages=messages, **variables)
+    except (jinja2.TemplateError, TypeError) as error:
+        raise ValueError(f"the chat template refuses the messages: {error}") from error
+
+
+def stored_template(folder: Path, config: Mapping[str, Any]) -> str | None:
+    """The template of a model folder with this ``tokenizer_config.json``, or None."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        named = {entry["name"]: entry["template"] for entry in template}
+        return named.get("default")
+    return template
+
+
+def map_strings(value: Any, function: Callable[[str], str]) -> Any:
+    """``value`` with ``function`` applied to every string in it, keys included."""
+    if isinstance(value, str):
+        return function(value)
+    if isinstance(value, Mapping):
+        return {
+            map_strings(k, function): map_strings(v, function) for k, v in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [map_strings(item, function) for item in value]
+    return value
+
+
+def unused_mark(value: Any) -> str:
+    """A string that occurs in no string of ``value``."""
+    longest = 0
+
+    def measure(text: str) -> str:
+        nonlocal longest
+        longest = max([longest, *map(len, re.findall(f"{_PRIVATE}+", text))])
+        return text
+
+    map_strings(value, measure)
+    return _PRIVATE * (longest + 1)
+
+
+def _check(messages: Sequence[Message]) -> None:
+    if not messages:
+        raise ValueError("a chat needs at least one message")
+    for number, message in enumerate(messages):
+        role = message.get("role")
+        if role not in ROLES:
+            raise ValueError(f"message {number}: role {role!r}; roles are {ROLES}")
+        calls_tool = role == "assistant" and message.get("tool_calls")
+        if not isinstance(message.get("content"), str) and not calls_tool:
+            kind = type(message.get("content")).__name__
+            raise ValueError(f"message {number} ({role}): content is {kind}, not text")
+
+
+def _to_json(value: Any, indent: int | None = None) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)

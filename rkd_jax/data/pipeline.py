@@ -1,0 +1,280 @@
+"""Batches in a fixed order that any process can resume, on top of grain.
+
+grain shuffles and repeats record *numbers*; a step's numbers become a batch only when
+it is asked for. So the order of records depends on seed, batch size and data alone, not
+on the number of processes: process k of n takes the k-th block of every global batch,
+and the blocks put together are the batch a single process would have had. A position is
+one integer, and a run that was saved on four hosts may go on with two.
+
+>>> from rkd_jax.data.records import DemonstrationRecord
+>>> from rkd_jax.data.tokenize import TokenizeConfig
+>>> from rkd_jax.data.tokenizer import byte_tokenizer
+>>> records = [DemonstrationRecord(f"{i}", f"{i + 1}") for i in range(6)]
+>>> config = TokenizeConfig(max_prompt=2, max_response=4)
+>>> batches = make_batches(records, byte_tokenizer(), config, batch_size=2, seed=0)
+>>> first = next(batches)
+>>> saved = batches.get_state()
+>>> second = next(batches)
+>>> batches.set_state(saved)
+>>> next(batches).index.tolist() == second.index.tolist()
+True
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import grain
+import numpy as np
+
+from rkd_jax.data.collate import Batch, batch_widths, collate
+from rkd_jax.data.records import Record
+from rkd_jax.data.tokenize import (
+    TokenizeConfig,
+    Tokenized,
+    TokenizeReport,
+    tokenize_record,
+)
+
+if TYPE_CHECKING:
+    from rkd_jax.data.tokenizer import Tokenizer
+
+_DIGEST_RECORDS = 64
+
+
+class BatchIterator(Iterator[Batch]):
+    """Batches of one kind of record; made by `make_batches`.
+
+    Attributes:
+        report: what truncation did to the rows handed out so far by this object.
+        num_batches: how many batches the whole run has; None when it never ends.
+    """
+
+    def __init__(
+        self,
+        batches: grain.MapDataset,
+        order: Mapping[str, Any],
+        num_batches: int | None,
+        num_threads: int,
+    ):
+        options = grain.ReadOptions(
+            num_threads=num_threads, prefetch_buffer_size=2 * num_threads
+        )
+        self._iterator = iter(batches.to_iter_dataset(options))
+        self._order = dict(order)
+        self.num_batches = num_batches
+        self.report = TokenizeReport()
+
+    def __next__(self) -> Batch:
+        step: _Step = next(self._iterator)
+        for row in step.rows:
+            self.report.add(row)
+        return step.batch
+
+    def get_state(self) -> dict[str, Any]:
+        """The position and what it is a position in, as a JSON-able dict."""
+        return {"order": dict(self._order), "iterator": self._iterator.get_state()}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Go to a position; the next batch is the one that followed `get_state`.
+
+        Raises:
+            ValueError: the state belongs to other data, another seed or another batch
+            size, where the position would mean different batches.
+        """
+        if not isinstance(state, Mapping) or set(state) != {"order", "iterator"}:
+            raise ValueError(
+                "not a state of BatchIterator; pass what get_state returned"
+            )
+        saved = state["order"]
+        differing = [
+            f"{name} was {saved.get(name)!r}, is {self._order.get(name)!r}"
+            for name in sorted(saved.keys() | self._order.keys())
+            if saved.get(name) != self._order.get(name)
+        ]
+        if differing:
+            raise ValueError(
+                f"the saved data position is of another run: {'; '.join(differing)}; "
+                "restore these or start anew"
+            )
+        self._iterator.set_state(dict(state["iterator"]))
+
+
+class ZippedBatches(Iterator[dict[str, Batch]]):
+    """Several iterators in step, e.g. for the min-max game; one state for all.
+
+    Example: ``ZippedBatches({"demonstrations": a, "preferences": b})`` yields ``{
+    "demonstrations": DemonstrationBatch, "preferences": PreferenceBatch}`` and ends
+    with the shortest.
+    """
+
+    def __init__(self, parts: Mapping[str, BatchIterator]):
+        if not parts:
+            raise ValueError("nothing to zip; name at least one iterator")
+        self.parts = dict(parts)
+
+    def __next__(self) -> dict[str, Batch]:
+        return {name: next(part) for name, part in self.parts.items()}
+
+    def get_state(self) -> dict[str, Any]:
+        """The states of all parts by name, JSON-able."""
+        return {name: part.get_state() for name, part in self.parts.items()}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Set every part; ValueError, and nothing set, if the names differ."""
+        if set(state) != set(self.parts):
+            raise ValueError(
+                f"the saved data position has parts {sorted(state)}, this run has "
+                f"{sorted(self.parts)}"
+            )
+        for name, part in self.parts.items():
+            try:
+                part.set_state(state[name])
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+
+
+def make_batches(
+    records: Sequence[Record],
+    tokenizer: Tokenizer,
+    config: TokenizeConfig,
+    *,
+    batch_size: int,
+    seed: int,
+    shuffle: bool = True,
+    epochs: int | None = None,
+    drop_remainder: bool = True,
+    shard: tuple[int, int] = (0, 1),
+    num_threads: int = 0,
+) -> BatchIterator:
+    """Batches of ``records``, in an order that ``seed`` fixes.
+
+    Args:
+        records: any sequence; a record is fetched and tokenized when its batch is due.
+            One kind of record per pipeline.
+        batch_size: rows of the *global* batch; this process gets ``batch_size / n``.
+        seed: in [0, 2**32); every epoch has its own permutation.
+        shuffle: False keeps the order of ``records``.
+        epochs: None repeats for ever. Batches run across the end of an epoch, so no
+            record is left out in any epoch.
+        drop_remainder: leave out the rows behind the last full batch of the last epoch;
+            False gives them as a shorter batch.
+        shard: ``(process index, number of processes)``. All processes use the same
+            padded widths: with several buckets each tokenizes the whole global batch
+            to know them.
+        num_threads: 0 prepares a batch when it is asked for; more prepare ahead, with
+            the same result.
+
+    Raises:
+        ValueError: no or too few records, sizes that do not divide, a bad shard.
+    """
+    index, count = shard
+    _check_sizes(len(records), batch_size, epochs, drop_remainder, index, count)
+    numbers = grain.MapDataset.range(len(records))
+    if shuffle:
+        numbers = numbers.shuffle(seed)
+    batches = (
+        numbers.repeat(epochs)
+        .batch(batch_size, drop_remainder=drop_remainder, batch_fn=np.array)
+        .map(_MakeBatch(records, tokenizer, config, index, count))
+    )
+    order = {
+        "records": len(records),
+        "digest": _digest(records),
+        "batch_size": batch_size,
+        "shuffle": shuffle,
+        "seed": seed,
+    }
+    num_batches = None if epochs is None else len(batches)
+    return BatchIterator(batches, order, num_batches, num_threads)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    batch: Batch
+    rows: list[Tokenized]  # of this process
+
+
+@dataclasses.dataclass(frozen=True)
+class _MakeBatch:
+    """The numbers of a global batch -> this process's rows, padded."""
+
+    records: Sequence[Record]
+    tokenizer: Tokenizer
+    config: TokenizeConfig
+    shard_index: int
+    shard_count: int
+
+    def __call__(self, numbers: np.ndarray) -> _Step:
+        size = len(numbers) // self.shard_count
+        mine = slice(self.shard_index * size, (self.shard_index + 1) * size)
+        if self.shard_count == 1 or self._one_shape():
+            rows = self._tokenize(numbers[mine])
+            return _Step(collate(rows, self.config), rows)
+        # Processes that padded to different widths would compile different programs
+        # and wait for each other for ever.
+        everyone = self._tokenize(numbers)
+        rows = everyone[mine]
+        widths = batch_widths(everyone, self.config)
+        return _Step(collate(rows, self.config, widths), rows)
+
+    def _one_shape(self) -> bool:
+        config = self.config
+        widths = (
+            config.prompt_widths,
+            config.teacher_prompt_widths,
+            config.response_widths,
+        )
+        return all(len(choices) == 1 for choices in widths)
+
+    def _tokenize(self, numbers: np.ndarray) -> list[Tokenized]:
+        return [
+            tokenize_record(self.records[i], self.tokenizer, self.config, i)
+            for i in numbers.tolist()
+        ]
+
+
+def _check_sizes(
+    records: int,
+    batch_size: int,
+    epochs: int | None,
+    drop_remainder: bool,
+    index: int,
+    count: int,
+) -> None:
+    if records == 0:
+        raise ValueError("no records; check what the reader skipped")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; at least 1 is needed")
+    if batch_size > records and drop_remainder:
+        raise ValueError(
+            f"batch_size {batch_size} exceeds the {records} records; lower it or add "
+            "records (drop_remainder=False allows one short batch)"
+        )
+    if epochs is not None and epochs < 1:
+        raise ValueError(f"epochs is {epochs}; give at least 1, or None for ever")
+    if not 0 <= index < count:
+        raise ValueError(f"shard ({index}, {count}): the index lies in [0, {count})")
+    if batch_size % count:
+        raise ValueError(
+            f"batch_size {batch_size} does not divide among {count} processes"
+        )
+    rest = 0 if epochs is None or drop_remainder else records * epochs % batch_size
+    if rest % count:
+        raise ValueError(
+            f"the last batch of {rest} rows does not divide among {count} processes; "
+            "set drop_remainder=True"
+        )
+
+
+def _digest(records: Sequence[Record]) -> str:
+    """Tells data sets apart by evenly spaced records, cheap for any size."""
+    step = max(1, len(records) // _DIGEST_RECORDS)
+    digest = hashlib.sha256()
+    for i in range(0, len(records), step):
+        digest.update(json.dumps(records[i].to_json(), sort_keys=True).encode())
+    return digest.hexdigest()[:16]

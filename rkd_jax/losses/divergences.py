@@ -1,0 +1,365 @@
+r"""Divergences between next-token distributions, ``[..., V] x [..., V] -> [...]``.
+
+Throughout, q is the student and p the teacher. *Forward* means
+:math:`\mathrm{KL}(p\|q)`, *reverse* :math:`\mathrm{KL}(q\|p)`. Everything stays in log
+space; a term whose left-hand probability is 0 is exactly 0, in value and gradient.
+A temperature divides both logits and the value is not rescaled by its square.
+Log-probs are accepted wherever logits are.
+
+No function here takes a mask. Where padding may hold NaN, mask the inputs with
+`rkd_jax.masking.fill_masked` and the values with `rkd_jax.masking.masked_sum`.
+
+>>> import jax.numpy as jnp
+>>> teacher = jnp.log(jnp.array([0.5, 0.5, 0.0]))  # the third token is impossible
+>>> student = jnp.log(jnp.array([0.25, 0.25, 0.5]))
+>>> print(jnp.exp(forward_kl(student, teacher)), reverse_kl(student, teacher))
+2.0 inf
+"""
+
+from __future__ import annotations
+
+import numbers
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from rkd_jax.losses.domain import check_domain
+from rkd_jax.losses.likelihood import take_tokens, tempered_log_softmax
+
+
+def forward_kl(
+    student_logits: jax.Array, teacher_logits: jax.Array, *, temperature: float = 1.0
+) -> jax.Array:
+    r"""KL divergence from teacher to student, per position, in nats.
+
+    .. math:: \mathrm{KL}(p\|q) = \sum_v p_v (\log p_v - \log q_v)
+
+    Args:
+        student_logits: float[*batch, V], unnormalised (q), any float dtype.
+        teacher_logits: float[*batch, V], unnormalised (p). -inf marks impossible
+            tokens.
+        temperature: positive; divides both logits.
+
+    Returns:
+        float32[*batch], non-negative up to rounding, 0 iff p == q; +inf where the
+        student is -inf at a token the teacher allows. Neither masked nor reduced.
+
+    Gradient:
+        Flows to the student only: (q - p) / temperature, finite for every teacher.
+
+    Raises:
+        ValueError: temperature out of range (Python numbers; traced ones are not
+            checked), or vocabularies of different size.
+        AssertionError: leading shapes differ.
+
+    References:
+        Hinton, Vinyals and Dean, Distilling the Knowledge in a Neural Network, 2015,
+        Sec. 2. Deviation: no factor temperature squared; the teacher's entropy is kept.
+    """
+    q, p = _log_probs(student_logits, teacher_logits, temperature)
+    return _kl(p, q)
+
+
+def reverse_kl(
+    student_logits: jax.Array, teacher_logits: jax.Array, *, temperature: float = 1.0
+) -> jax.Array:
+    r"""KL divergence from student to teacher, per position, in nats.
+
+    .. math:: \mathrm{KL}(q\|p) = \sum_v q_v (\log q_v - \log p_v)
+
+    Args:
+        student_logits: float[*batch, V], unnormalised (q), any float dtype.
+        teacher_logits: float[*batch, V], unnormalised (p). -inf marks impossible
+            tokens.
+        temperature: positive; divides both logits.
+
+    Returns:
+        float32[*batch], non-negative up to rounding, 0 iff p == q. +inf, honestly,
+        where the teacher is -inf at a token the student allows: give the student the
+        same -inf (vocabulary padding), or use `skew_reverse_kl`, which is bounded.
+        Neither masked nor reduced.
+
+    Gradient:
+        Flows to the student only, through both factors:
+        q (log q - log p - KL) / temperature. Not defined where the value is +inf.
+
+    Raises:
+        ValueError: temperature out of range (Python numbers; traced ones are not
+            checked), or vocabularies of different size.
+        AssertionError: leading shapes differ.
+
+    References:
+        Gu et al., MiniLLM, 2306.08543: the single-step part of its objective.
+        Deviation: none.
+    """
+    q, p = _log_probs(student_logits, teacher_logits, temperature)
+    return _kl(q, p)
+
+
+def generalized_jsd(
+    student_logits: jax.Array,
+    teacher_logits: jax.Array,
+    *,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+) -> jax.Array:
+    r"""Generalised Jensen-Shannon divergence, per position, in nats.
+
+    .. math:: \beta\,\mathrm{KL}(p\|m) + (1-\beta)\,\mathrm{KL}(q\|m), \qquad
+        m = \beta p + (1-\beta) q
+
+    The endpoints are *defined* as beta = 0: forward KL, beta = 1: reverse KL. The
+    interior form vanishes towards both (JSD / beta tends to forward KL, JSD / (1 -
+    beta) to reverse KL), so the scale of the loss jumps there.
+
+    Args:
+        student_logits: float[*batch, V], unnormalised (q), any float dtype.
+        teacher_logits: float[*batch, V], unnormalised (p). -inf marks impossible
+            tokens.
+        beta: in [0, 1], the teacher's weight in the mixture. An array, unlike a
+            Python number, takes the interior form at the endpoints too.
+        temperature: positive; divides both logits.
+
+    Returns:
+        float32[*batch], non-negative up to rounding, 0 iff p == q; inside (0, 1) at
+        most the entropy of beta (log 2 at one half), reached on disjoint supports.
+        Neither masked nor reduced.
+
+    Gradient:
+        Flows to the student only, also through q inside m. Finite for every teacher,
+        except where `reverse_kl` at beta = 1 is not.
+
+    Raises:
+        ValueError: beta or temperature out of range (Python numbers; traced ones are
+            not checked), or vocabularies of different size.
+        AssertionError: leading shapes differ.
+
+    References:
+        Agarwal et al., GKD, 2306.13649, Sec. 2. Deviation: none.
+    """
+    check_domain("beta", beta, "[0, 1]")
+    q, p = _log_probs(student_logits, teacher_logits, temperature)
+    if isinstance(beta, numbers.Real) and beta in (0, 1):
+        return _kl(p, q) if beta == 0 else _kl(q, p)
+    beta = jnp.asarray(beta, q.dtype)
+    m = _log_mixture(p, q, beta)
+    return beta * _kl(p, m) + (1.0 - beta) * _kl(q, m)
+
+
+def skew_forward_kl(
+    student_logits: jax.Array,
+    teacher_logits: jax.Array,
+    *,
+    alpha: float = 0.1,
+    temperature: float = 1.0,
+) -> jax.Array:
+    r"""KL from the teacher to a teacher-student mixture, per position, in nats.
+
+    .. math:: \mathrm{KL}\big(p \,\|\, \alpha p + (1 - \alpha) q\big)
+
+    Args:
+        student_logits: float[*batch, V], unnormalised (q), any float dtype.
+        teacher_logits: float[*batch, V], unnormalised (p). -inf marks impossible
+            tokens.
+        alpha: in [0, 1), the weight of the left distribution. 0 gives forward KL; the
+            value vanishes as alpha -> 1.
+        temperature: positive; divides both logits.
+
+    Returns:
+        float32[*batch], non-negative up to rounding, 0 iff p == q, at most
+        -log(alpha). Neither masked nor reduced.
+
+    Gradient:
+        Flows to the student only, through the mixture. Finite for every teacher.
+
+    Raises:
+        ValueError: alpha or temperature out of range (Python numbers; traced ones are
+            not checked), or vocabularies of different size.
+        AssertionError: leading shapes differ.
+
+    References:
+        Ko et al., DistiLLM, 2402.03898, skew KL. Deviation: the teacher's entropy is
+        kept, which changes the value and not the gradient.
+    """
+    check_domain("alpha", alpha, "[0, 1)")
+    q, p = _log_probs(student_logits, teacher_logits, temperature)
+    return _kl(p, _log_mixture(p, q, alpha))
+
+
+def skew_reverse_kl(
+    student_logits: jax.Array,
+    teacher_logits: jax.Array,
+    *,
+    alpha: float = 0.1,
+    temperature: float = 1.0,
+) -> jax.Array:
+    r"""KL from the student to a student-teacher mixture, per position, in nats.
+
+    .. math:: \mathrm{KL}\big(q \,\|\, \alpha q + (1 - \alpha) p\big)
+
+    Args:
+        student_logits: float[*batch, V], unnormalised (q), any float dtype.
+        teacher_logits: float[*batch, V], unnormalised (p). -inf marks impossible
+            tokens.
+        alpha: in [0, 1), the weight of the left distribution. 0 gives reverse KL; the
+            value vanishes as alpha -> 1.
+        temperature: positive; divides both logits.
+
+    Returns:
+        float32[*batch], non-negative up to rounding, 0 iff p == q, at most
+        -log(alpha), so finite for every teacher if alpha > 0. Neither masked nor
+        reduced.
+
+    Gradient:
+        Flows to the student only, through the left factor and the mixture.
+
+    Raises:
+        ValueError: alpha or temperature out of range (Python numbers; traced ones are
+            not checked), or vocabularies of different size.
+        AssertionError: leading shapes differ.
+
+    References:
+        Ko et al., DistiLLM, 2402.03898, skew reverse KL. Deviation: none.
+    """
+    check_domain("alpha", alpha, "[0, 1)")
+    q, p = _log_probs(student_logits, teacher_logits, temperature)
+    return _kl(q, _log_mixture(q, p, alpha))
+
+
+def total_variation(
+    student_logits: jax.Array, teacher_logits: jax.Array, *, temperature: float = 1.0
+) -> jax.Array:
+    r"""Total variation distance, per position, a probability.
+
+    .. math:: \tfrac12 \sum_v |p_v - q_v|
+
+    Args:
+        student_logits: float[*batch, V], unnormalised (q), any float dtype.
+        teacher_logits: float[*batch, V], unnormalised (p). -inf marks impossible
+            tokens.
+        temperature: positive; divides both logits.
+
+    Returns:
+        float32[*batch] in [0, 1], 0 iff p == q, 1 iff the supports are disjoint.
+        Neither masked nor reduced.
+
+    Gradient:
+        Flows to the student only; its l1 norm is at most one half over the
+        temperature. Entries with p_v == q_v take the subgradient 0.
+
+    Raises:
+        ValueError: temperature out of range (Python numbers; traced ones are not
+            checked), or vocabularies of different size.
+        AssertionError: leading shapes differ.
+
+    References:
+        Wen et al., f-Distill, 2307.15190, TVD. Deviation: none.
+    """
+    q, p = _log_probs(student_logits, teacher_logits, temperature)
+    return 0.5 * jnp.sum(jnp.abs(jnp.exp(p) - jnp.exp(q)), axis=-1)
+
+
+def topk_forward_kl(
+    student_logits: jax.Array,
+    topk_ids: jax.Array,
+    topk_log_probs: jax.Array,
+    *,
+    temperature: float = 1.0,
+) -> jax.Array:
+    r"""Forward KL with all tokens outside the teacher's top k in one bucket, in nats.
+
+    .. math:: \sum_{v\in K} p_v \log\frac{p_v}{q_v}
+        + p_{rest} \log\frac{p_{rest}}{q_{rest}}, \qquad
+        p_{rest} = 1 - \sum_{v\in K} p_v
+
+    Neither side is renormalised inside the support, so student mass outside it costs.
+
+    Args:
+        student_logits: float[*batch, V], unnormalised (q), any float dtype.
+        topk_ids: int[*batch, K], distinct tokens in [0, V). An entry whose log-prob is
+            -inf counts as absent, whatever its id.
+        topk_log_probs: float[*batch, K], the teacher's full-softmax log-probs of those
+            tokens, *taken at the same temperature*: the tail cannot be tempered later.
+        temperature: positive; divides the student's logits.
+
+    Returns:
+        float32[*batch], non-negative up to rounding and at most the full forward KL;
+        equal to it if at most one token is outside; +inf where the student is -inf at
+        a bucket the teacher allows. A teacher tail below 8 machine epsilons counts as
+        0. Neither masked nor reduced.
+
+    Gradient:
+        Flows to the student only; finite.
+
+    Raises:
+        ValueError: temperature out of range (Python numbers; traced ones are not
+            checked).
+        AssertionError: shapes disagree.
+
+    References:
+        Coarse-grained KL as in DCKD, 2502.17927. Deviation: the student's bucket is an
+        exact log-sum-exp over the tail, without a probability floor.
+    """
+    check_domain("temperature", temperature, "(0, inf)")
+    chex.assert_equal_shape([topk_ids, topk_log_probs])
+    chex.assert_equal_shape_prefix([student_logits, topk_ids], student_logits.ndim - 1)
+    q = tempered_log_softmax(student_logits, temperature)
+    p = jax.lax.stop_gradient(topk_log_probs.astype(q.dtype))
+
+    p_rest = 1.0 - jnp.sum(jnp.exp(p), axis=-1, keepdims=True)
+    # What is left by rounding is no mass; a list of all V tokens has no tail at all.
+    negligible = 8 * jnp.finfo(q.dtype).eps if p.shape[-1] < q.shape[-1] else 1.0
+    has_rest = p_rest > negligible
+    p_rest = jnp.where(has_rest, jnp.log(jnp.where(has_rest, p_rest, 1.0)), -jnp.inf)
+
+    # An absent entry points past the vocabulary, where the scatter drops it.
+    outside = jnp.asarray(q.shape[-1], topk_ids.dtype)
+    covered = jnp.where(p > -jnp.inf, topk_ids, outside)
+    rest = jnp.put_along_axis(q, covered, -jnp.inf, -1, inplace=False, mode="drop")
+    return _kl(
+        jnp.concatenate([p, p_rest], axis=-1),
+        jnp.concatenate([take_tokens(q, topk_ids), _logsumexp(rest)], axis=-1),
+    )
+
+
+def _log_probs(student_logits, teacher_logits, temperature):
+    """Log-probs of student and teacher in one dtype; the teacher is data."""
+    check_domain("temperature", temperature, "(0, inf)")
+    sizes = student_logits.shape[-1], teacher_logits.shape[-1]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"student has {sizes[0]} vocabulary entries, teacher {sizes[1]}: align "
+            "them first (rkd_jax.models.surgery.align_vocab)"
+        )
+    chex.assert_equal_shape([student_logits, teacher_logits])
+    q = tempered_log_softmax(student_logits, temperature)
+    teacher_logits = jax.lax.stop_gradient(teacher_logits).astype(q.dtype)
+    return q, tempered_log_softmax(teacher_logits, temperature)
+
+
+def _kl(left: jax.Array, right: jax.Array) -> jax.Array:
+    """KL(left || right) of log-probs; a term without mass on the left is exactly 0."""
+    support = left > -jnp.inf
+    # Both `where`s are needed: 0 * inf is NaN in the value, and again in the gradient.
+    mass = jnp.where(support, jnp.exp(left), 0.0)
+    log_ratio = jnp.where(support, left, 0.0) - jnp.where(support, right, 0.0)
+    return jnp.sum(mass * log_ratio, axis=-1)
+
+
+def _log_mixture(left: jax.Array, right: jax.Array, weight) -> jax.Array:
+    """log(weight * exp(left) + (1 - weight) * exp(right)), -inf where both are."""
+    weight = jnp.asarray(weight, left.dtype)
+    left, right = left + jnp.log(weight), right + jnp.log1p(-weight)
+    possible = (left > -jnp.inf) | (right > -jnp.inf)
+    mixture = jnp.logaddexp(
+        jnp.where(possible, left, 0.0), jnp.where(possible, right, 0.0)
+    )
+    return jnp.where(possible, mixture, -jnp.inf)
+
+
+def _logsumexp(values: jax.Array) -> jax.Array:
+    """Log-sum-exp over the kept last axis; -inf, without gradient, if all are -inf."""
+    some = jnp.any(values > -jnp.inf, axis=-1, keepdims=True)
+    total = jax.nn.logsumexp(jnp.where(some, values, 0.0), axis=-1, keepdims=True)
+    return jnp.where(some, total, -jnp.inf)

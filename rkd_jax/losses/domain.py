@@ -1,0 +1,25 @@
+"""The domains of hyper-parameters, checked while they are still Python numbers."""
+
+from __future__ import annotations
+
+import numbers
+from typing import Any
+
+
+def check_domain(name: str, value: Any, interval: str) -> None:
+    """Raise ValueError unless the number ``value`` lies in ``interval``.
+
+    Traced values and arrays pass unchecked: looking at them would force a transfer.
+
+    >>> check_domain("beta", 1.5, "[0, 1]")
+    Traceback (most recent call last):
+    ...
+    ValueError: beta must lie in [0, 1], got 1.5
+    """
+    if not isinstance(value, numbers.Real):
+        return
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    above = value >= low if interval[0] == "[" else value > low
+    below = value <= high if interval[-1] == "]" else value < high
+    if not (above and below):
+        raise ValueError(f"{name} must lie in {interval}, got {value}")

@@ -1,0 +1,68 @@
+"""Log-probabilities of given tokens.
+
+>>> import jax.numpy as jnp
+>>> logits = jnp.log(jnp.array([[0.5, 0.25, 0.25]]))
+>>> print(jnp.exp(token_log_probs(logits, jnp.array([1]))))
+[0.25]
+"""
+
+from __future__ import annotations
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from rkd_jax.losses.domain import check_domain
+from rkd_jax.masking import accumulator
+
+
+def token_log_probs(
+    logits: jax.Array, targets: jax.Array, *, temperature: float = 1.0
+) -> jax.Array:
+    r"""Log-probability of each target, in nats.
+
+    .. math:: \ell_t = \log\mathrm{softmax}(z_t / \tau)_{y_t}
+
+    The negative is the token loss of supervised fine-tuning.
+
+    Args:
+        logits: float[*batch, V], unnormalised; log-probs are as good. -inf marks
+            impossible tokens.
+        targets: int[*batch], in [0, V). They are aligned with ``logits``: nothing is
+            shifted, and there is no sentinel such as -100.
+        temperature: positive; divides the logits.
+
+    Returns:
+        float32[*batch], at most 0; -inf at an impossible target, NaN at a target
+        outside [0, V). Neither masked nor reduced.
+
+    Gradient:
+        Flows to ``logits``: one-hot minus softmax, over the temperature.
+
+    Raises:
+        ValueError: temperature out of range (Python numbers; traced ones are not
+            checked).
+        AssertionError: ``targets`` has another shape than ``logits`` without V.
+
+    References:
+        Textbook. Deviation: none.
+    """
+    check_domain("temperature", temperature, "(0, inf)")
+    chex.assert_shape(targets, logits.shape[:-1])
+    log_probs = tempered_log_softmax(logits, temperature)
+    return take_tokens(log_probs, jnp.expand_dims(targets, -1)).squeeze(-1)
+
+
+def tempered_log_softmax(logits: jax.Array, temperature: float) -> jax.Array:
+    """Log-softmax over the last axis, in float32 (float64 stays float64)."""
+    dtype = accumulator(logits)
+    scaled = logits.astype(dtype) / jnp.asarray(temperature, dtype)
+    return jax.nn.log_softmax(scaled, axis=-1)
+
+
+def take_tokens(values: jax.Array, ids: jax.Array) -> jax.Array:
+    """Entries ``ids`` [..., K] of ``values`` [..., V]; NaN at ids outside [0, V)."""
+    vocabulary = values.shape[-1]
+    # Indexing counts negative ids from the end: a stray -100 would be a real token.
+    ids = jnp.where(ids < 0, jnp.asarray(vocabulary, ids.dtype), ids)
+    return jnp.take_along_axis(values, ids, axis=-1, mode="fill")

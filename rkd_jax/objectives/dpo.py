@@ -1,0 +1,85 @@
+"""Direct preference optimisation on labelled pairs.
+
+.. math:: \\mathcal L = -\\log\\sigma\\big(\\beta[
+    (\\log\\pi_\\theta - \\log\\pi_{ref})(y^w)
+    - (\\log\\pi_\\theta - \\log\\pi_{ref})(y^l)]\\big)
+
+with log-probs summed over the response. The reference enters as two numbers per pair,
+computed once (`rkd_jax.signals.teacher`); no reference model is in memory here.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from rkd_jax.losses import dpo, token_log_probs
+from rkd_jax.masking import fill_masked, sequence_sum
+from rkd_jax.models.api import CausalLM, response_logits
+from rkd_jax.types import (
+    LossOutput,
+    Mean,
+    Objective,
+    Pair,
+    PreferenceBatch,
+    ReferenceSignal,
+)
+
+
+def make_dpo(
+    model: CausalLM, *, beta: float = 0.1, temperature: float = 1.0
+) -> Objective:
+    """DPO, per pair; soft labels mix the two orders.
+
+    Args:
+        model: the student.
+        beta: inverse strength of the KL leash to the reference.
+        temperature: the policy is ``softmax(logits / temperature)``; the reference
+            signal has to be computed at the same temperature.
+
+    Returns:
+        `Objective` that requires `ReferenceSignal.log_probs`. Unit: nats per pair.
+        Metrics ``student/preference_loss``, ``student/margin`` (beta times the
+        log-ratio difference) and ``student/accuracy``.
+
+    Gradient:
+        Flows to the student's parameters only.
+
+    References:
+        Rafailov et al., Direct Preference Optimization, 2023, Eq. (7). Deviation: soft
+        labels, as conservative DPO.
+    """
+
+    def student_loss(
+        params, critic, frozen, batch: PreferenceBatch, signal: ReferenceSignal, rng
+    ):
+        del critic, frozen, rng
+        sequences = batch.sequences
+        mask = sequences.response_mask
+        logits = fill_masked(response_logits(model, params, sequences), mask)
+        log_probs = sequence_sum(
+            token_log_probs(logits, sequences.targets, temperature=temperature), mask
+        )
+        student = Pair(log_probs[..., 0], log_probs[..., 1])
+        fixed = jax.lax.stop_gradient(signal.log_probs)
+        reference = Pair(fixed[..., 0], fixed[..., 1])
+        keep = dpo(student, reference, beta=beta)
+        swap = dpo(Pair(*student[::-1]), Pair(*reference[::-1]), beta=beta)
+        losses = batch.label * keep + (1.0 - batch.label) * swap
+
+        # A pair whose responses are both empty is padding, not data.
+        valid = mask.any(axis=(-1, -2))
+        weight = valid.sum().astype(losses.dtype)
+        margin = beta * (
+            student.chosen - student.rejected - reference.chosen + reference.rejected
+        )
+        total = jnp.where(valid, losses, 0.0).sum()
+        accuracy = jnp.where(valid, (margin > 0).astype(losses.dtype), 0.0)
+        metrics = {
+            "student/preference_loss": Mean(total, weight),
+            "student/margin": Mean(jnp.where(valid, margin, 0.0).sum(), weight),
+            "student/accuracy": Mean(accuracy.sum(), weight),
+        }
+        return LossOutput(total, weight, metrics)
+
+    return Objective("dpo", student_loss, requires=("log_probs",))

@@ -1,0 +1,63 @@
+"""Supervised fine-tuning, and sequence-level distillation, which is the same loss.
+
+.. math:: \\mathcal L = -\\sum_t m_t \\log \\pi_\\theta(y_t | s_t)
+
+normalised by the number of target tokens. On text from a data set this is SFT; on
+text sampled from the teacher it is SeqKD (Kim and Rush 2016, with samples instead of
+beams).
+"""
+
+from __future__ import annotations
+
+from rkd_jax.losses import token_log_probs
+from rkd_jax.masking import fill_masked, masked_sum
+from rkd_jax.models.api import CausalLM, response_logits
+from rkd_jax.types import DemonstrationBatch, LossOutput, Mean, Objective
+
+
+def make_sft(model: CausalLM) -> Objective:
+    """Maximum likelihood of the batch's responses, per target token.
+
+    Args:
+        model: the student. Its loss reads `DemonstrationBatch.sequences`, i.e. the
+            student's prompt; the signal is not used.
+
+    Returns:
+        `Objective` without a critic. Unit: nats per token. Metric ``student/nll``.
+
+    Gradient:
+        Flows to the student's parameters only.
+
+    References:
+        Catalogue baseline. Deviation: none.
+    """
+
+    def student_loss(params, critic, frozen, batch: DemonstrationBatch, signal, rng):
+        del critic, frozen, signal, rng
+        sequences = batch.sequences
+        mask = sequences.response_mask
+        logits = fill_masked(response_logits(model, params, sequences), mask)
+        total = masked_sum(-token_log_probs(logits, sequences.targets), mask)
+        weight = mask.sum().astype(total.dtype)
+        return LossOutput(total, weight, {"student/nll": Mean(total, weight)})
+
+    return Objective("sft", student_loss)
+
+
+def make_seqkd(model: CausalLM) -> Objective:
+    """Sequence-level distillation: `make_sft` on responses the teacher wrote.
+
+    Args:
+        model: the student.
+
+    Returns:
+        `Objective`; the same numbers as `make_sft`, for a batch of teacher samples.
+
+    Gradient:
+        As `make_sft`.
+
+    References:
+        Kim and Rush, Sequence-Level Knowledge Distillation, 2016. Deviation: sampled
+        text where the paper decodes with a beam.
+    """
+    return Objective("seqkd", make_sft(model).student_loss)

@@ -1,0 +1,206 @@
+"""One mesh, one table from logical axes to mesh axes, and what follows from it.
+
+The mesh has three axes: ``data`` (replicas), ``fsdp`` (parameters cut along their
+width) and ``tensor`` (heads, hidden units, vocabulary). A model says what its array
+axes *mean* (``("embed", "mlp")``); `DEFAULT_RULES` say where such an axis lives.
+
+>>> partition_spec(("layers", "embed", "mlp"))
+PartitionSpec(None, 'fsdp', 'tensor')
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from rkd_jax.types import Params
+
+LogicalAxes = tuple[str | None, ...]
+Rules = Mapping[str, str | tuple[str, ...] | None]
+
+AXES = ("data", "fsdp", "tensor")
+
+# A name that is not listed is replicated.
+DEFAULT_RULES: Rules = MappingProxyType(
+    {
+        "batch": ("data", "fsdp"),
+        "embed": "fsdp",
+        "heads": "tensor",
+        "mlp": "tensor",
+        "vocab": "tensor",
+    }
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; at most one may be -1, "all that remain".
+
+    Example: ``MeshConfig(data=-1, fsdp=4)`` is 2 x 4 x 1 on eight devices.
+    """
+
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self):
+        sizes = (self.data, self.fsdp, self.tensor)
+        if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
+            raise ValueError(
+                f"mesh {sizes}: every axis needs a positive size, one of them may be -1"
+            )
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh ``("data", "fsdp", "tensor")`` with automatic (GSPMD) axes.
+
+    Args:
+        config: sizes of the axes.
+        devices: what to build it from; None takes all devices of all processes. A
+            single process may use fewer than it has, and then takes the first ones.
+
+    Raises:
+        ValueError: the sizes need more devices than there are, do not divide them
+            (-1), or leave a device of another process without work.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = (config.data, config.fsdp, config.tensor)
+    fixed = math.prod(size for size in sizes if size != -1)
+    if -1 in sizes and len(devices) % fixed == 0:
+        sizes = tuple(len(devices) // fixed if s == -1 else s for s in sizes)
+    count = math.prod(sizes)
+    if not 0 < count <= len(devices):
+        raise ValueError(
+            f"mesh data={config.data} fsdp={config.fsdp} tensor={config.tensor} does "
+            f"not fit {len(devices)} devices; change the sizes of the mesh"
+        )
+    if count < len(devices) and jax.process_count() > 1:
+        raise ValueError(
+            f"the mesh takes {count} of {len(devices)} devices, but with several "
+            "processes it must take all of them; set one axis to -1"
+        )
+    # Named, because `jax.make_mesh` would otherwise build Explicit axes.
+    types = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices[:count])
+
+
+def partition_spec(axes: LogicalAxes, rules: Rules = DEFAULT_RULES) -> PartitionSpec:
+    """Where an array lives whose axes mean ``axes``.
+
+    Raises:
+        ValueError: two axes of the array ask for the same mesh axis.
+    """
+    targets = [None if name is None else rules.get(name) for name in axes]
+    taken: dict[str, str] = {}
+    for name, target in zip(axes, targets, strict=True):
+        for mesh_axis in (target,) if isinstance(target, str) else target or ():
+            if mesh_axis in taken:
+                raise ValueError(
+                    f"logical axes {axes}: {taken[mesh_axis]!r} and {name!r} both map "
+                    f"to mesh axis {mesh_axis!r}; replicate one of them in the rules"
+                )
+            taken[mesh_axis] = name
+    return PartitionSpec(*targets)
+
+
+def tree_shardings(
+    logical_axes_tree: Any,
+    mesh: Mesh,
+    rules: Rules = DEFAULT_RULES,
+    *,
+    shapes: Params | None = None,
+) -> Any:
+    """A `NamedSharding` for every array of a model.
+
+    Args:
+        logical_axes_tree: the parameter tree with a tuple of logical names (or None)
+            in the place of each array, e.g. ``{"kernel": ("embed", "mlp")}``.
+        mesh: where to place them.
+        rules: logical name -> mesh axis, several mesh axes, or None.
+        shapes: the parameters or their abstract values; where given, every array is
+            checked to divide evenly.
+
+    Returns:
+        The same tree with a `NamedSharding` per array.
+
+    Raises:
+        ValueError: two axes of an array collide, or (with ``shapes``) an axis does not
+            divide evenly, or an array has another number of axes.
+    """
+
+    def place(path, axes, array=None):
+        sharding = NamedSharding(mesh, partition_spec(axes, rules))
+        if array is not None:
+            _check_divisible(jax.tree_util.keystr(path), axes, array, sharding)
+        return sharding
+
+    rest = () if shapes is None else (shapes,)
+    return jax.tree_util.tree_map_with_path(
+        place, logical_axes_tree, *rest, is_leaf=_is_axes
+    )
+
+
+def batch_sharding(mesh: Mesh, rules: Rules = DEFAULT_RULES) -> NamedSharding:
+    """The leading axis B cut as the rule "batch" says, everything else replicated."""
+    return NamedSharding(mesh, partition_spec(("batch",), rules))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A full copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def shard_batch(batch: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Any:
+    """Place a host batch on the mesh, cut along B.
+
+    Args:
+        batch: pytree of arrays ``[b, ...]``; b is this process's share of the rows.
+        mesh: where to place it.
+        rules: as in `tree_shardings`.
+
+    Returns:
+        The same tree of global arrays ``[B, ...]``, B = b times the processes.
+
+    Raises:
+        ValueError: B does not divide evenly over the devices that share it.
+    """
+    sharding = batch_sharding(mesh, rules)
+
+    def place(path, array):
+        array = np.asarray(array)
+        rows = (array.shape[0] if array.ndim else 1) * jax.process_count()
+        _check_divisible(
+            f"batch{jax.tree_util.keystr(path)}",
+            ("batch",),
+            jax.ShapeDtypeStruct((rows, *array.shape[1:]), array.dtype),
+            sharding,
+        )
+        return jax.make_array_from_process_local_data(sharding, array)
+
+    return jax.tree_util.tree_map_with_path(place, batch)
+
+
+def _is_axes(node: Any) -> bool:
+    return isinstance(node, tuple) and all(
+        n is None or isinstance(n, str) for n in node
+    )
+
+
+def _check_divisible(name: str, axes: LogicalAxes, array: Any, sharding: NamedSharding):
+    if len(axes) > len(array.shape):
+        raise ValueError(f"{name}: shape {array.shape} has fewer axes than {axes}")
+    for axis, size, target in zip(axes, array.shape, sharding.spec, strict=False):
+        names = (target,) if isinstance(target, str) else target or ()
+        parts = math.prod(sharding.mesh.shape[n] for n in names)
+        if size % parts:
+            raise ValueError(
+                f"{name}: axis {axis!r} of size {size} does not divide over {parts} "
+                f"devices ({' x '.join(names)}); change the size or the mesh"
+            )

@@ -1,0 +1,190 @@
+"""The host loop: batches in, steps out, and nothing lost when it stops."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import jax
+
+from rkd_jax.training.interrupt import Interrupted, StopRequest
+from rkd_jax.training.memory import memory_report
+from rkd_jax.training.progress import Silent
+from rkd_jax.training.state import TrainState
+
+Update = Callable[[TrainState, Any, Any, Any], tuple[TrainState, dict[str, jax.Array]]]
+
+
+class Batches(Protocol):
+    """An iterator of batches whose position can be saved; grain's iterators are."""
+
+    def __next__(self) -> Any: ...
+
+    def get_state(self) -> Any:
+        """The position, as plain JSON."""
+
+    def set_state(self, state: Any) -> None:
+        """Go to a position."""
+
+
+def fit(
+    state: TrainState,
+    update: Update,
+    batches: Batches,
+    *,
+    steps: int,
+    frozen: Any = None,
+    prepare: Callable[[TrainState, Any], tuple[Any, Any]] | None = None,
+    checkpoints: Any = None,
+    metrics: Any = None,
+    progress: Any = None,
+    checkpoint_every: int = 500,
+    in_flight: int = 2,
+    max_skipped: int = 100,
+    name: str = "train",
+) -> TrainState:
+    """Update until ``steps`` in total, starting from the newest checkpoint.
+
+    Args:
+        state: where to start; consumed (donated, or freed for a newer checkpoint).
+        update: from `make_update`.
+        batches: iterator of batches; its position is part of every checkpoint.
+        steps: updates in total, those before a resume included.
+        frozen: parameters that are never trained; handed to the update, kept intact.
+        prepare: ``(state, batch) -> (batch, signal)``: samples and signals that depend
+            on the current parameters. Draw randomness from
+            ``step_keys(state).prepare``. None: ``(batch, ())``.
+        checkpoints: a `Checkpoints`, or None to save nothing.
+        metrics: a `MetricsWriter`, or None.
+        progress: a `Progress`, or None.
+        checkpoint_every: updates between checkpoints; the last one is always saved.
+        in_flight: updates dispatched ahead of the oldest one whose metrics are not in.
+        max_skipped: updates in a row that may be refused before the run gives up.
+        name: of the stage, for ``progress``.
+
+    Returns:
+        The state after ``steps`` updates, on disk if there are ``checkpoints``.
+
+    A resumed run repeats an uninterrupted one bit for bit: parameters, optimiser
+    states, keys, batches and the log.
+
+    Raises:
+        Interrupted: Ctrl-C or SIGTERM; the step was finished and saved.
+        CheckpointError: a checkpoint could not be written, or does not fit.
+        RuntimeError: more than ``max_skipped`` updates in a row were refused.
+        ValueError: the batches ended early.
+        TypeError: the position of ``batches`` cannot be saved, but should be.
+    """
+    state = _resume(state, batches, checkpoints)
+    start = step = int(state.step)
+    log = _Log(metrics, progress or Silent(), in_flight, max_skipped)
+    log.start(name, step, steps)
+    with StopRequest() as stop:
+        while step < steps:
+            batch = _next(batches, step, steps)
+            batch, signal = prepare(state, batch) if prepare else (batch, ())
+            if progress and step == start and hasattr(update, "lower"):
+                progress.note(str(memory_report(update, state, frozen, batch, signal)))
+            state, values = update(state, frozen, batch, signal)
+            step += 1
+            log.put(step, values)
+            due = stop.due(step)
+            if due or step == steps or step % checkpoint_every == 0:
+                log.drain()
+                if checkpoints is not None:
+                    checkpoints.save(state, batches.get_state())
+            if due:
+                break
+        if checkpoints is not None:
+            checkpoints.wait()
+    if stop.signum is not None:
+        raise Interrupted(_farewell(step, steps, checkpoints), stop.signum)
+    return state
+
+
+class _Log:
+    """Metrics on their way to the host, at most ``in_flight`` steps behind."""
+
+    def __init__(self, metrics: Any, progress: Any, in_flight: int, max_skipped: int):
+        self._metrics, self._progress = metrics, progress
+        self._in_flight, self._max_skipped = in_flight, max_skipped
+        self._pending: deque[tuple[int, Mapping[str, jax.Array]]] = deque()
+        self._skipped = 0  # updates in a row
+
+    def start(self, name: str, step: int, steps: int) -> None:
+        """Forget what was logged after ``step``."""
+        if self._metrics is not None:
+            self._metrics.truncate(step)
+        self._progress.stage(name, steps, done=step)
+
+    def put(self, step: int, values: Mapping[str, jax.Array]) -> None:
+        """Queue one step. Waiting for old ones bounds what the device has queued."""
+        self._pending.append((step, values))
+        while len(self._pending) > self._in_flight:
+            self._write(*self._pending.popleft())
+
+    def drain(self) -> None:
+        """Everything is in and written."""
+        while self._pending:
+            self._write(*self._pending.popleft())
+        if self._metrics is not None:
+            self._metrics.flush()
+
+    def _write(self, step: int, values: Mapping[str, jax.Array]) -> None:
+        numbers = {name: float(value) for name, value in values.items()}
+        if self._metrics is not None:
+            self._metrics.write(step, numbers)
+        tokens = int(numbers.get("tokens", 0))
+        self._progress.advance(loss=numbers.get("student/loss"), tokens=tokens)
+        self._report_skipped(step, int(numbers.get("skipped", 0)))
+
+    def _report_skipped(self, step: int, count: int) -> None:
+        self._skipped = self._skipped + 1 if count else 0
+        if not count:
+            return
+        cause = "loss or gradient not finite, or nothing unmasked in the batch"
+        self._progress.note(f"step {step}: {count} optimiser steps skipped ({cause})")
+        if self._skipped > self._max_skipped:
+            raise RuntimeError(
+                f"{self._skipped} updates up to step {step} were refused in a row "
+                f"({cause}); look at the data and the learning rate"
+            )
+
+
+def _resume(state: TrainState, batches: Batches, checkpoints: Any) -> TrainState:
+    """The newest checkpoint if it is ahead of ``state``, else ``state``."""
+    if checkpoints is None:
+        return state
+    if not hasattr(batches, "get_state") or not hasattr(batches, "set_state"):
+        raise TypeError(
+            f"{type(batches).__name__} has no get_state and set_state: its position "
+            "cannot be part of a checkpoint"
+        )
+    latest = checkpoints.latest()
+    if latest is None or latest <= int(state.step):
+        return state
+    restored, position = checkpoints.restore(state)
+    batches.set_state(position)
+    for leaf in jax.tree.leaves(state):
+        leaf.delete()
+    return restored
+
+
+def _next(batches: Batches, step: int, steps: int) -> Any:
+    try:
+        return next(batches)
+    except StopIteration:
+        raise ValueError(
+            f"the batches ended after {step} of {steps} steps: repeat the data or "
+            "ask for fewer steps"
+        ) from None
+
+
+def _farewell(step: int, steps: int, checkpoints: Any) -> str:
+    if checkpoints is None:
+        return f"stopped after step {step} of {steps}; nothing was saved"
+    return (
+        f"stopped after step {step} of {steps}, saved in {checkpoints.folder}; "
+        "the same command goes on from there"
+    )
