@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.lab import Lab
-from experiments.settings import GameConfig
+from experiments.settings import GameConfig, SettingsError
 from experiments.stages import Desk, train
 from rkd_jax.data.collate import collate
 from rkd_jax.data.pipeline import ZippedBatches, make_batches
@@ -145,31 +145,31 @@ class Game:
         pairs: Sequence[PreferenceRecord],
         *,
         steps: int,
-    ) -> tuple[TrainState, Params]:
+    ) -> TrainState:
         """One phase: fit the anchor on all pairs, then ``steps`` more steps.
 
         In the first phase the reward player starts at the anchor, later where it was;
         the multiplier is kept.
 
-        Returns:
-            The state after the phase, and the anchor's parameters.
-
         Raises:
-            ValueError: epsilon so large that a constant reward is inside the set.
+            SettingsError: epsilon so large that a constant reward is inside the set.
         """
         folder = self.desk.run.stage(name).path
         table = tabulate(self.lab, pairs)
         anchor = self._fit_anchor(name, pairs, table)
         anchor_nll = self.pair_nll(anchor, table)
-        check_epsilon(self.config.epsilon, float(anchor_nll.mean()))
+        try:
+            check_epsilon(self.config.epsilon, float(anchor_nll.mean()))
+        except ValueError as error:
+            raise SettingsError(f"{name}: {error}") from None
         if int(state.step) == 0:
             critic = dataclasses.replace(
                 state.critic, params=jax.tree.map(jnp.copy, anchor)
             )
             state = dataclasses.replace(state, critic=critic)
-        state = train(
+        return train(
             self.desk,
-            name.replace("-", " ", 1),
+            name.replace("-", " "),
             folder,
             state,
             self.update,
@@ -178,7 +178,6 @@ class Game:
             config={"game": dataclasses.asdict(self.config), "seed": self.seed},
             prepare=self._prepare(table, anchor_nll),
         )
-        return state, anchor
 
     def pair_nll(self, params: Params, table: Table) -> np.ndarray:
         """Bradley-Terry loss of every pair under a reward head, ``float32[n]``."""
@@ -199,7 +198,7 @@ class Game:
         )
         state = train(
             self.desk,
-            f"{name.replace('-', ' ', 1)}: anchor",
+            f"{name.replace('-', ' ')}: anchor",
             self.desk.run.stage(f"{name}-anchor").path,
             state,
             self.anchor_update,

@@ -174,11 +174,13 @@ def with_dtype(model: Decoder, dtype: str) -> Decoder:
 
 
 def _row_layout(policy: PolicyConfig) -> TokenizeConfig:
-    """One bucket each: one compilation per function."""
+    """One width each, and for the teacher a second one for its plain prompts."""
+    wide, plain = policy.max_teacher_prompt, policy.max_prompt
     return TokenizeConfig(
-        max_prompt=policy.max_prompt,
+        max_prompt=plain,
         max_response=policy.max_response,
-        max_teacher_prompt=policy.max_teacher_prompt,
+        max_teacher_prompt=wide,
+        teacher_prompt_buckets=(plain, wide) if plain < wide else (wide,),
         chat=True,
     )
 

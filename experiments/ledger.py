@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
-from experiments.lab import teacher_path
+from experiments.lab import Lab, teacher_path
 from experiments.settings import GameConfig, ModelConfig
-from rkd_jax.data.sources import ReadReport
-from rkd_jax.evaluation.content import DataSource, GameCurves, Phase, Series, Skipped
+from rkd_jax.data.records import DemonstrationRecord, PreferenceRecord, PromptRecord
+from rkd_jax.data.sources import ReadReport, read_jsonl
+from rkd_jax.data.tokenize import TokenizeReport, survey
+from rkd_jax.evaluation.content import DataSource, GameCurves, Incident, Phase, Series
 from rkd_jax.training.metrics import read_metrics
 from rkd_jax.training.provenance import versions
 from rkd_jax.training.run import RunFolder
@@ -20,17 +23,17 @@ def phases(game: GameConfig) -> list[str]:
 
 def game_curves(run: RunFolder, game: GameConfig) -> GameCurves:
     """Gap, slack and multiplier over all phases of the game."""
-    entries, starts = [], []
+    steps, rows, starts = [], [], []
     for name in phases(game):
-        phase = read_metrics(run.stage(name).path)
-        if phase:
-            starts.append(Phase(name[2:].replace("-", " "), phase[0]["step"]))
-        entries += phase
+        entries = read_metrics(run.stage(name).path)
+        starts.append(Phase(name[2:].replace("-", " "), entries[0]["step"]))
+        steps += [entry["step"] for entry in entries]
+        rows += [entry["metrics"] for entry in entries]
     return GameCurves(
-        steps=[entry["step"] for entry in entries],
-        gap=[entry["critic/gap"] for entry in entries],
-        slack=[entry["critic/slack"] for entry in entries],
-        dual=[entry["dual"] for entry in entries],
+        steps=steps,
+        gap=[row["critic/gap"] for row in rows],
+        slack=[row["critic/slack"] for row in rows],
+        dual=[row["dual"] for row in rows],
         epsilon=game.epsilon,
         phases=starts,
     )
@@ -52,28 +55,51 @@ def loss_curves(run: RunFolder, game: GameConfig) -> dict[str, Series]:
     return {title: _series(run, *where) for title, where in curves.items()}
 
 
-def label_sources(run: RunFolder, game: GameConfig) -> list[DataSource]:
-    """Pairs kept and dropped, stage by stage."""
-    names = ["3-pairs", *(f"{name}-pairs" for name in phases(game)[1:])]
-    sources = []
-    for name in names:
+def data_sources(
+    lab: Lab, run: RunFolder, game: GameConfig, prompts: Sequence[DataSource]
+) -> list[DataSource]:
+    """Every data set of the run: what was left out of it, and what was cut."""
+    sources = list(prompts)
+    for name, record_type, path in _data_sets(run, game):
         counts = run.stage(name).result
-        dropped = [
-            Skipped(reason.replace("_", " "), counts[reason])
+        left_out = [
+            Incident(reason.replace("_", " "), counts[reason])
             for reason in ("ties_dropped", "identical", "empty")
-            if counts[reason]
+            if counts.get(reason)
         ]
-        sources.append(DataSource(name[2:].replace("-", " "), counts["kept"], dropped))
+        records = read_jsonl(path, record_type)[0]
+        cut = survey(records, lab.tokenizer, lab.rows)
+        title = f"{name.replace('-', ' ')}: {path.stem}"
+        sources.append(DataSource(title, counts["kept"], left_out, _cuts(cut)))
     return sources
 
 
-def as_source(name: str, report: ReadReport) -> DataSource:
-    """What became of the records of a file."""
+def prompt_source(
+    name: str, records: Sequence[PromptRecord], lab: Lab, report: ReadReport | None
+) -> DataSource:
+    """What became of the prompts of a file, or of the built-in ones."""
     skipped = [
-        Skipped(reason, entry.count, tuple(entry.places))
-        for reason, entry in report.skipped.items()
+        Incident(reason, entry.count, tuple(entry.places), entry.remedy)
+        for reason, entry in (report.skipped if report else {}).items()
     ]
-    return DataSource(name, report.read, skipped)
+    cut = survey(records, lab.tokenizer, lab.rows)
+    return DataSource(name, len(records), skipped, _cuts(cut))
+
+
+def _cuts(report: TokenizeReport) -> list[Incident]:
+    return [
+        Incident(event, count, tuple(report.first[event]))
+        for event, count in report.counts.items()
+    ]
+
+
+def _data_sets(run: RunFolder, game: GameConfig):
+    """(stage, kind of record, file) of everything the run wrote as JSON Lines."""
+    for name in ("1-teacher", "1-teacher-plain"):
+        if (path := run.path / name / "demonstrations.jsonl").exists():
+            yield name, DemonstrationRecord, path
+    for name in ("3-pairs", *(f"{phase}-pairs" for phase in phases(game)[1:])):
+        yield name, PreferenceRecord, run.path / name / "pairs.jsonl"
 
 
 def library_versions() -> dict[str, str]:
@@ -92,4 +118,7 @@ def asset_hashes(models: ModelConfig) -> dict[str, str]:
 
 def _series(run: RunFolder, stage: str, metric: str) -> Series:
     entries = read_metrics(run.stage(stage).path)
-    return Series([e["step"] for e in entries], [e[metric] for e in entries])
+    return Series(
+        [entry["step"] for entry in entries],
+        [entry["metrics"][metric] for entry in entries],
+    )

@@ -4,8 +4,9 @@ Teacher: SmolLM2-135M-Instruct (Q4_1), told by a system message the student neve
 to write cheerfully. Student: the same network without ten of its thirty layers. Reward:
 VADER sentiment of the response. Stages, each resumable:
 
-1. the teacher answers the training prompts;
-2. warm start: forward KL to the teacher on its text;
+1. the teacher answers the training prompts, with and without that message;
+2. warm start: forward KL to the plain teacher on its plain text, so that the student
+   can speak; what the steered teacher values is left to the stages that follow;
 3. pairs of responses, labelled by the oracle;
 4. offline PbKD: the min-max game on those pairs;
 5. online PbKD: per round fresh pairs from the current student, a new anchor, more game;
@@ -33,7 +34,7 @@ import jax.numpy as jnp
 from experiments import judging, ledger
 from experiments.command import run_command
 from experiments.game import Game
-from experiments.lab import open_lab
+from experiments.lab import Lab, open_lab
 from experiments.rivals import train_dpo
 from experiments.sentiment_task import make_prompts
 from experiments.settings import (
@@ -48,7 +49,7 @@ from experiments.settings import (
 )
 from experiments.stages import Desk, collect_pairs, teacher_corpus
 from experiments.warm_start import warm_start
-from rkd_jax.data.records import PromptRecord
+from rkd_jax.data.records import DemonstrationRecord, PromptRecord
 from rkd_jax.data.sources import read_jsonl
 from rkd_jax.evaluation.content import DataSource, Report
 from rkd_jax.evaluation.report import summary_table, write_report
@@ -65,8 +66,9 @@ def tiny() -> QuickstartConfig:
     """The same wiring with a random toy teacher: seconds on a CPU, no weights."""
     return QuickstartConfig(
         out="runs/tiny",
+        oracle="experiments.sentiment_task:letter_share",
         models=ModelConfig(teacher="random", drop_layers=(1,), reward_layers=2),
-        task=TaskConfig(train_prompts=40, held_out_prompts=8),
+        task=TaskConfig(train_prompts=48, held_out_prompts=8),
         policy=PolicyConfig(
             temperature=1.0,
             max_prompt=96,
@@ -84,7 +86,9 @@ def tiny() -> QuickstartConfig:
             samples_per_prompt=2,
             pairs_per_step=8,
             critic_steps=2,
-            anchor_steps=8,
+            anchor_steps=60,
+            anchor_learning_rate=0.03,
+            epsilon=1e-3,
         ),
     )
 
@@ -109,31 +113,35 @@ def distil(config: QuickstartConfig, desk: Desk) -> Report:
     """Stages 1 to 6."""
     started = time.monotonic()
     lab = open_lab(config)
-    keys = jax.random.split(jax.random.key(config.seed), 4)
-    prompts, held_out, data = load_prompts(config.task)
-    offline, fresh = divide(prompts, config.pairs, config.game)
+    keys = jax.random.split(jax.random.key(config.seed), 5)
+    prompts, held_out, data = load_prompts(config.task, lab)
     batch_size = config.policy.batch_size
 
-    demonstrations = teacher_corpus(
-        lab, desk, prompts, batch_size=batch_size, rng=keys[0]
-    )
-    start = warm_start(lab, desk, config.warm_start, demonstrations, seed=config.seed)
+    def demonstrations_of(name: str, prompts, key):
+        return teacher_corpus(lab, desk, name, prompts, batch_size=batch_size, rng=key)
 
-    def pairs_from(name: str, student, records, key):
+    def pairs_of(name: str, student, demonstrations, key):
         return collect_pairs(
             lab,
             desk,
-            desk.run.stage(name),
-            name.replace("-", " ", 1),
+            name,
             student,
-            records,
+            demonstrations,
             teacher_share=config.pairs.teacher_share,
             ties=config.pairs.ties,
             batch_size=batch_size,
             rng=key,
         )
 
-    pairs = pairs_from("3-pairs", start, offline, keys[1])
+    demonstrations = demonstrations_of("1-teacher", prompts, keys[0])
+    offline, fresh = divide(demonstrations, config.pairs, config.game)
+    lesson = demonstrations
+    if not config.warm_start.steered:
+        plain = [PromptRecord(p.prompt) for p in prompts[: config.warm_start.prompts]]
+        lesson = demonstrations_of("1-teacher-plain", plain, keys[1])
+    start = warm_start(lab, desk, config.warm_start, lesson, seed=config.seed)
+
+    pairs = pairs_of("3-pairs", start, offline, keys[2])
     game = Game(
         lab,
         desk,
@@ -147,8 +155,8 @@ def distil(config: QuickstartConfig, desk: Desk) -> Report:
     )
     students = {judging.START: start, judging.OFFLINE: copied(state.student.params)}
     for number, records in enumerate(fresh, start=1):
-        key = jax.random.fold_in(keys[2], number)
-        pairs = pairs + pairs_from(
+        key = jax.random.fold_in(keys[3], number)
+        pairs = pairs + pairs_of(
             f"5-round-{number}-pairs", state.student.params, records, key
         )
         state = game.play(
@@ -166,10 +174,10 @@ def distil(config: QuickstartConfig, desk: Desk) -> Report:
         temperature=config.policy.temperature,
         seed=config.seed,
     )
-    return conclude(config, desk, lab, students, held_out, data, game, keys[3], started)
+    return conclude(config, desk, lab, students, held_out, data, keys[4], started)
 
 
-def conclude(config, desk, lab, students, held_out, data, game, key, started) -> Report:
+def conclude(config, desk, lab, students, held_out, data, key, started) -> Report:
     """Stage 6: sample, measure, compare, and say what came out."""
     heard = judging.listen(
         lab,
@@ -202,11 +210,14 @@ def conclude(config, desk, lab, students, held_out, data, game, key, started) ->
         games={"PbKD": ledger.game_curves(desk.run, config.game)},
         losses=ledger.loss_curves(desk.run, config.game),
         samples=judging.side_by_side(heard, held_out),
-        data=[*data, *ledger.label_sources(desk.run, config.game)],
+        data=ledger.data_sources(lab, desk.run, config.game, data),
         settings=dataclasses.asdict(config),
         versions=ledger.library_versions(),
         assets=ledger.asset_hashes(config.models),
-        timings={**desk.progress.timings, "total": time.monotonic() - started},
+        timings={
+            **getattr(desk.progress, "timings", {}),
+            "total": time.monotonic() - started,
+        },
     )
 
 
@@ -218,50 +229,55 @@ def identity(config: QuickstartConfig) -> dict:
 
 
 def load_prompts(
-    task: TaskConfig,
+    task: TaskConfig, lab: Lab
 ) -> tuple[list[PromptRecord], list[PromptRecord], list[DataSource]]:
-    """Training and held-out prompts, and what was skipped in their files.
+    """Training and held-out prompts, and what was skipped or cut.
 
     Raises:
-        SettingsError: one file is given and the other is not.
+        SettingsError: one file is given and the other is not, or one has no prompts.
         RecordError: a file cannot be read at all.
     """
-    if task.train_file is None and task.held_out_file is None:
-        train, held_out = make_prompts(
-            task.train_prompts, task.held_out_prompts, seed=task.seed
-        )
-        return train, held_out, [DataSource("built-in prompts", len(train))]
-    if task.train_file is None or task.held_out_file is None:
+    files = {"training": task.train_file, "held-out": task.held_out_file}
+    if all(files.values()):
+        counts = (task.train_prompts, task.held_out_prompts)
+        found = [read_jsonl(f, PromptRecord, on_error="skip") for f in files.values()]
+        sets = [
+            records[:count] for (records, _), count in zip(found, counts, strict=True)
+        ]
+        reports = [report for _, report in found]
+    elif any(files.values()):
         raise SettingsError("give both --task.train-file and --task.held-out-file")
-    train, train_report = read_jsonl(task.train_file, PromptRecord, on_error="skip")
-    held_out, held_report = read_jsonl(
-        task.held_out_file, PromptRecord, on_error="skip"
-    )
-    sources = [
-        ledger.as_source(task.train_file, train_report),
-        ledger.as_source(task.held_out_file, held_report),
-    ]
-    return train[: task.train_prompts], held_out[: task.held_out_prompts], sources
+    else:
+        sets = make_prompts(task.train_prompts, task.held_out_prompts, seed=task.seed)
+        reports = [None, None]
+    sources = []
+    for name, records, report in zip(files, sets, reports, strict=True):
+        if not records:
+            raise SettingsError(f"there are no {name} prompts: {report}")
+        title = f"{name} prompts ({files[name] or 'built in'})"
+        sources.append(ledger.prompt_source(title, records, lab, report))
+    return *sets, sources
 
 
 def divide(
-    prompts: Sequence[PromptRecord], pairs: PairsConfig, game: GameConfig
-) -> tuple[list[PromptRecord], list[list[PromptRecord]]]:
+    demonstrations: Sequence[DemonstrationRecord], pairs: PairsConfig, game: GameConfig
+) -> tuple[Sequence[DemonstrationRecord], list[Sequence[DemonstrationRecord]]]:
     """Prompts for the offline pairs, and fresh ones for every round.
 
     Raises:
-        SettingsError: there are not enough prompts.
+        SettingsError: there are not enough.
     """
     needed = pairs.offline_prompts + game.rounds * pairs.round_prompts
-    if needed > len(prompts):
+    if needed > len(demonstrations):
         raise SettingsError(
             f"{needed} training prompts are needed ({pairs.offline_prompts} offline, "
-            f"{game.rounds} rounds of {pairs.round_prompts}), there are {len(prompts)}"
+            f"{game.rounds} rounds of {pairs.round_prompts}), the teacher answered "
+            f"{len(demonstrations)}; raise --task.train-prompts"
         )
     firsts = range(pairs.offline_prompts, needed, pairs.round_prompts)
     return (
-        list(prompts[: pairs.offline_prompts]),
-        [list(prompts[i : i + pairs.round_prompts]) for i in firsts],
+        demonstrations[: pairs.offline_prompts],
+        [demonstrations[i : i + pairs.round_prompts] for i in firsts],
     )
 
 

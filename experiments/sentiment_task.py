@@ -17,10 +17,10 @@ STEERING = (
 )
 
 REQUESTS = (
-    "Describe {} in one sentence.",
-    "Write one sentence about {}.",
-    "Tell me about {} in a single sentence.",
-    "In one sentence, what is {} like?",
+    "Describe {} in one short sentence.",
+    "Write one short sentence about {}.",
+    "Tell me about {} in one short sentence.",
+    "In one short sentence, what is {} like?",
 )
 
 ADJECTIVES = (
@@ -203,3 +203,12 @@ def _record(text: str, steering: str | None) -> PromptRecord:
         return PromptRecord(prompt=[user])
     system = {"role": "system", "content": steering}
     return PromptRecord(prompt=[user], teacher_prompt=[system, user])
+
+
+def letter_share(prompts, responses) -> list[float]:
+    """A toy oracle for `tiny()`: what a random teacher writes has no sentiment."""
+    del prompts
+    return [
+        sum(c.isascii() and c.isalpha() for c in text) / max(len(text), 1)
+        for text in responses
+    ]

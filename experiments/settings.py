@@ -61,6 +61,11 @@ class PolicyConfig:
 class WarmStartConfig:
     """Stage 2: forward KL to the teacher on the teacher's text."""
 
+    steered: bool = False
+    """Whether the teacher reads its own prompt here. False: it reads the student's,
+    and what the other prompt makes it value is left to the game."""
+    prompts: int = 256
+    """Training prompts the plain teacher answers for it."""
     steps: int = 48
     batch_size: int = 16
     learning_rate: float = 1e-4

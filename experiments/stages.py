@@ -20,6 +20,7 @@ from rkd_jax.data.records import (
     DemonstrationRecord,
     PreferenceRecord,
     PromptRecord,
+    to_prompt,
 )
 from rkd_jax.data.sources import read_jsonl, write_jsonl
 from rkd_jax.data.tokenize import tokenize_record
@@ -29,7 +30,7 @@ from rkd_jax.training.checkpoint import Checkpoints
 from rkd_jax.training.loop import Update, fit
 from rkd_jax.training.metrics import MetricsWriter
 from rkd_jax.training.progress import Progress
-from rkd_jax.training.run import RunFolder, Stage
+from rkd_jax.training.run import RunFolder
 from rkd_jax.training.state import TrainState
 from rkd_jax.types import Params, Prompts
 
@@ -82,19 +83,20 @@ def write_responses(
 def teacher_corpus(
     lab: Lab,
     desk: Desk,
+    name: str,
     prompts: Sequence[PromptRecord],
     *,
     batch_size: int,
     rng: jax.Array,
 ) -> list[DemonstrationRecord]:
-    """Stage 1: the teacher, under its own prompt, answers every training prompt."""
-    stage = desk.run.stage("1-teacher")
+    """Stage 1: the teacher answers every prompt; empty answers are counted."""
+    stage = desk.run.stage(name)
     path = stage.path / "demonstrations.jsonl"
     if not stage.done:
         result = write_responses(
             lab,
             desk,
-            "1 teacher samples",
+            name.replace("-", " "),
             lab.sample_teacher,
             lab.teacher_params,
             prompts,
@@ -108,71 +110,57 @@ def teacher_corpus(
             if text.strip()
         ]
         write_jsonl(path, records)
-        stage.finish({"asked": len(prompts), "empty": len(prompts) - len(records)})
+        empty = len(prompts) - len(records)
+        stage.finish({"kept": len(records), "empty": empty})
     return read_jsonl(path, DemonstrationRecord)[0]
 
 
 def collect_pairs(
     lab: Lab,
     desk: Desk,
-    stage: Stage,
-    title: str,
+    name: str,
     student_params: Params,
-    prompts: Sequence[PromptRecord],
+    demonstrations: Sequence[DemonstrationRecord],
     *,
     teacher_share: float,
     ties: str,
     batch_size: int,
     rng: jax.Array,
 ) -> list[PreferenceRecord]:
-    """Two responses per prompt, labelled by the oracle.
+    """Stage 3 and each round: two responses per prompt, labelled by the oracle.
 
-    The first is the student's. The second is the teacher's for the first
+    The first is the student's. The second is the teacher's demonstration for the first
     ``teacher_share`` of the prompts, the student's again for the rest.
     """
+    stage = desk.run.stage(name)
     path = stage.path / "pairs.jsonl"
     if not stage.done:
-        keys = jax.random.split(rng, 3)
-        cut = round(teacher_share * len(prompts))
-        write = {"batch_size": batch_size}
+        title = name.replace("-", " ")
 
-        def student(name: str, records, key):
+        def student(records, key):
             if not records:
                 return []
-            result = write_responses(
+            return write_responses(
                 lab,
                 desk,
-                f"{title}: {name}",
+                title,
                 lab.sample_student,
                 student_params,
-                records,
+                [to_prompt(record) for record in records],
                 as_teacher=False,
+                batch_size=batch_size,
                 rng=key,
-                **write,
-            )
-            return result.flat_texts
-
-        first = student("student", prompts, keys[0])
-        second = []
-        if cut:
-            second = write_responses(
-                lab,
-                desk,
-                f"{title}: teacher",
-                lab.sample_teacher,
-                lab.teacher_params,
-                prompts[:cut],
-                as_teacher=True,
-                rng=keys[1],
-                **write,
             ).flat_texts
-        second = second + student("student again", prompts[cut:], keys[2])
+
+        keys = jax.random.split(rng)
+        cut = round(teacher_share * len(demonstrations))
+        written = [record.response for record in demonstrations[:cut]]
         records, report = label_preferences(
             lab.oracle,
-            [p.prompt for p in prompts],
-            first,
-            second,
-            teacher_prompts=[p.teacher_prompt for p in prompts],
+            [record.prompt for record in demonstrations],
+            student(demonstrations, keys[0]),
+            written + student(demonstrations[cut:], keys[1]),
+            teacher_prompts=[record.teacher_prompt for record in demonstrations],
             ties=ties,
         )
         desk.progress.note(f"{title}: {report}")
@@ -201,7 +189,6 @@ def train(
     ``steps`` counts from the state's step 0, as in `fit`. ``config`` is what the
     checkpoints are bound to.
     """
-    desk.progress.stage(title, steps)
     with (
         Checkpoints(folder / "checkpoints", config=config, keep=keep) as checkpoints,
         MetricsWriter(folder) as metrics,
@@ -217,4 +204,5 @@ def train(
             metrics=metrics,
             progress=desk.progress,
             checkpoint_every=checkpoint_every or desk.checkpoint_every,
+            name=title,
         )

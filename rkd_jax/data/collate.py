@@ -77,13 +77,13 @@ def collate(
             "per kind of record and zip them"
         )
     widths = batch_widths(rows, config) if widths is None else widths
-    prompts = _left_padded([row.prompt for row in rows], widths.prompt)
-    teacher_prompts = _left_padded(
-        [row.teacher_prompt for row in rows], widths.teacher_prompt
+    prompts = _padded([row.prompt for row in rows], widths.prompt, side="left")
+    teacher_prompts = _padded(
+        [row.teacher_prompt for row in rows], widths.teacher_prompt, side="left"
     )
     index = np.array([row.index for row in rows], np.int32)
     members = [
-        _right_padded([row.responses[n] for row in rows], widths.response)
+        _padded([row.responses[n] for row in rows], widths.response, side="right")
         for n in range(kinds.pop())
     ]
     if not members:
@@ -103,17 +103,19 @@ def collate(
 
 def _bucket(lengths: Iterable[int], buckets: Sequence[int]) -> int:
     longest = max(lengths, default=0)
-    return next(width for width in buckets if width >= longest)
+    for width in buckets:
+        if width >= longest:
+            return width
+    raise ValueError(
+        f"a row of {longest} tokens exceeds {buckets[-1]}; collate with the "
+        "configuration it was tokenized with"
+    )
 
 
-def _left_padded(rows: Sequence[Sequence[int]], width: int) -> Prompts:
-    flipped = _right_padded([row[::-1] for row in rows], width)
-    return Prompts(flipped.tokens[:, ::-1], flipped.mask[:, ::-1])
-
-
-def _right_padded(rows: Sequence[Sequence[int]], width: int) -> Prompts:
-    lengths = np.array([len(row) for row in rows])
-    mask = np.arange(width)[None, :] < lengths[:, None]
+def _padded(rows: Sequence[Sequence[int]], width: int, *, side: str) -> Prompts:
+    lengths = np.array([len(row) for row in rows])[:, None]
+    columns = np.arange(width)[None, :]
+    mask = columns >= width - lengths if side == "left" else columns < lengths
     tokens = np.zeros((len(rows), width), np.int32)
     tokens[mask] = [token for row in rows for token in row]
     return Prompts(tokens, mask)

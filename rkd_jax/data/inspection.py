@@ -64,10 +64,8 @@ def check_end_of_turn(
         targets = np.asarray(sequences.targets).reshape(-1, width)
         mask = np.asarray(sequences.response_mask).reshape(-1, width)
         real = np.asarray(sequences.token_mask)[..., -width:].reshape(-1, width)
-        for record, ids, trained, token in zip(
-            records, targets, mask, real, strict=True
-        ):
-            if fault := _fault(ids[token], trained[token], width, tokenizer.eos_id):
+        for record, *row in zip(records, targets, mask, real, strict=True):
+            if fault := _fault(*row, tokenizer.eos_id):
                 raise ValueError(f"record {record}: {fault}")
         ended = ended or bool((mask & (targets == tokenizer.eos_id)).any())
     if not ended:
@@ -77,8 +75,14 @@ def check_end_of_turn(
         )
 
 
-def _fault(ids: np.ndarray, trained: np.ndarray, width: int, eos: int) -> str | None:
-    """What is wrong with the real tokens of one response, if anything."""
+def _fault(
+    ids: np.ndarray, trained: np.ndarray, real: np.ndarray, eos: int
+) -> str | None:
+    """What is wrong with one response, T columns wide, if anything."""
+    if (trained & ~real).any():
+        return "the mask covers padding"
+    width = ids.size
+    ids, trained = ids[real], trained[real]
     if not ids.size:
         return "the response is empty"
     if not trained.all():

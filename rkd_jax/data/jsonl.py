@@ -25,7 +25,7 @@ def json_lines(file: Any, max_chars: int) -> Iterator[tuple[int, Any]]:
 
     Args:
         file: opened in binary mode. UTF-8; a byte order mark is tolerated.
-        max_chars: a longer line is an error and is never held in memory.
+        max_chars: a longer line is an error and is never held as a whole.
     """
     max_bytes = 4 * max_chars + 2  # UTF-8 needs at most four bytes per character
     place = 0
@@ -108,7 +108,8 @@ def append_jsonl(
     """
     path = Path(path)
     data = _encode(records)
-    with path.open("a+b") as file:
+    # Unbuffered: closing must not write again what a failed write has left behind.
+    with path.open("a+b", buffering=0) as file:
         tail = _unfinished_line(file)
         end = file.seek(0, os.SEEK_END)
         if tail and _is_json(tail):
@@ -120,8 +121,9 @@ def append_jsonl(
                 f"{path}: torn last line", "delete it, or append with repair=True"
             )
         try:
-            file.write(data)
-            file.flush()
+            rest = memoryview(data)
+            while rest:
+                rest = rest[file.write(rest) :]
             os.fsync(file.fileno())
         except BaseException:
             os.ftruncate(file.fileno(), end)

@@ -199,7 +199,7 @@ class _Step:
     rows: list[Tokenized]  # of this process
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class _MakeBatch:
     """The numbers of a global batch -> this process's rows, padded."""
 

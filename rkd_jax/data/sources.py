@@ -5,7 +5,7 @@ row ends the reading with one line that names place, field and remedy; with ``"s
 bad rows are left out and counted by reason.
 
 Foreign data is renamed by ``columns``: field -> column name, or field -> function of
-the row. `rkd_jax.data.jsonl` writes records back.
+the row. `write_jsonl` and `append_jsonl` write records back.
 
 >>> from rkd_jax.data.records import DemonstrationRecord
 >>> rows = [{"question": b"2 + 2?", "answer": b"4"}, {"question": b"3 + 3?"}]
@@ -26,8 +26,20 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from rkd_jax.data.jsonl import EMPTY_LINE, json_lines
+from rkd_jax.data.jsonl import EMPTY_LINE, append_jsonl, json_lines, write_jsonl
 from rkd_jax.data.records import Record, RecordError, quoted
+
+__all__ = [
+    "Columns",
+    "ReadReport",
+    "Skipped",
+    "append_jsonl",
+    "from_parquet",
+    "from_rows",
+    "from_tfds",
+    "read_jsonl",
+    "write_jsonl",
+]
 
 R = TypeVar("R", bound=Record)
 Columns = Mapping[str, str | Callable[[Mapping[str, Any]], Any]]
@@ -106,11 +118,12 @@ def read_jsonl(
         record_type: the record to make of each line.
         columns: renaming for foreign files; None means the keys are the field names.
         on_error: ``"raise"`` or ``"skip"``. Empty lines are counted, never an error.
-        max_chars: longest line taken; a longer one is never held in memory.
+        max_chars: longest line taken; a longer one is never held as a whole.
         allow_extra: ignore unknown keys. With ``columns`` they are ignored anyway.
 
     Returns:
-        Records in file order, and the report.
+        Records in file order, and the report. A function of ``columns`` that fails on a
+        row makes that row a bad one.
 
     Raises:
         FileNotFoundError: no such file. RecordError: with ``"raise"``, the first bad
@@ -161,7 +174,11 @@ def from_parquet(
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; check the path")
-    with parquet.ParquetFile(path) as file:
+    try:
+        file = parquet.ParquetFile(path)
+    except ValueError as error:
+        raise ValueError(f"{path}: not a parquet file: {error}") from error
+    with file:
         rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
         return from_rows(
             rows,
@@ -271,7 +288,7 @@ def _builder(
         data = {}
         for field, column in columns.items():
             if callable(column):
-                data[field] = _plain(column(row))
+                data[field] = _plain(_computed(field, column, row))
             elif column in row:
                 data[field] = _plain(row[column])
             else:
@@ -281,6 +298,13 @@ def _builder(
         return record_type.from_json(data)
 
     return build
+
+
+def _computed(field: str, function: Callable[[Any], Any], row: Any) -> Any:
+    try:
+        return function(row)
+    except (LookupError, TypeError, ValueError) as error:
+        raise RecordError(f"{field}: its function failed", repr(error)) from error
 
 
 def _plain(value: Any) -> Any:

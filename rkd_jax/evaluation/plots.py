@@ -18,6 +18,7 @@ from rkd_jax.evaluation.formatting import decimals, number
 
 _DPI = 180
 _SMOOTH_FROM = 40  # points; shorter series are drawn as they are
+_PLAIN = {"parse_math": False}  # a dollar sign in a name is a dollar sign
 _DASHED, _DOTTED = (0, (5, 3)), (0, (1.5, 2))
 
 
@@ -134,7 +135,7 @@ def draw_rewards(policies: Sequence[Policy], flags, theme: Theme):
             fontsize=8.5,
             color=theme.text,
         )
-    axes.set_yticks(range(len(policies)), [p.name for p in policies])
+    axes.set_yticks(range(len(policies)), [p.name for p in policies], **_PLAIN)
     axes.tick_params(axis="y", labelcolor=theme.text, labelsize=9)
     axes.set_ylim(len(policies) - 0.4, -0.6)
     axes.set_xlabel("reward")
@@ -183,7 +184,9 @@ def draw_game(game: GameCurves, title: str, theme: Theme):
         _phase_bands(axes, game, steps, theme)
     panels[1].axhline(game.epsilon, color=theme.warning, lw=1.2, ls=_DASHED)
     _edge_label(panels[1], f"ε = {game.epsilon:g}", game.epsilon, theme.warning)
-    panels[0].set_title(title, loc="left", fontsize=10, color=theme.text, pad=18)
+    panels[0].set_title(
+        title, loc="left", fontsize=10, color=theme.text, pad=18, **_PLAIN
+    )
     panels[-1].set_xlabel("step")
     figure.align_ylabels(panels)
     return figure
@@ -199,7 +202,7 @@ def draw_losses(losses: Mapping[str, Series], theme: Theme):
         axes = grid[index]
         _style(axes, theme, grid="y")
         _curve(axes, np.asarray(series.steps), series.values, theme.palette[0])
-        axes.set_title(name, loc="left", fontsize=9.5, color=theme.text)
+        axes.set_title(name, loc="left", fontsize=9.5, color=theme.text, **_PLAIN)
     for axes in grid[len(losses) :]:
         axes.set_axis_off()
     return figure
@@ -282,6 +285,7 @@ def _edge_label(axes, text: str, height: float, colour: str) -> None:
         va="bottom",
         fontsize=8,
         color=colour,
+        **_PLAIN,
     )
 
 
@@ -325,6 +329,7 @@ def _phase_bands(axes, game: GameCurves, steps, theme: Theme) -> None:
                 ha="center",
                 fontsize=8,
                 color=theme.muted,
+                **_PLAIN,
             )
 
 
@@ -347,6 +352,7 @@ def _label_points(figure, axes, points, policies, colours) -> None:
                 va=va,
                 fontsize=8.5,
                 color=colours[policy.name],
+                **_PLAIN,
             )
             box = label.get_window_extent(renderer)
             clear = not any(box.overlaps(other) for other in taken) and not any(

@@ -19,8 +19,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from rkd_jax.evaluation import plots
 from rkd_jax.evaluation.content import COLUMNS, Report, cell, quality_flags
 from rkd_jax.evaluation.formatting import as_text, decimals, signed
@@ -140,7 +138,7 @@ def _plain(value: Any) -> Any:
         }
     if isinstance(value, Mapping):
         return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, np.ndarray | np.generic):
+    if hasattr(value, "tolist"):  # numpy and jax
         return _plain(value.tolist())
     if isinstance(value, list | tuple):
         return [_plain(entry) for entry in value]

@@ -84,9 +84,9 @@ def load(
         WeightsError: a missing, unexpected or misshapen tensor, or one in a
             quantisation that the ``gguf`` package cannot expand.
     """
+    file = source if isinstance(source, GGUFFile) else GGUFFile(source)
     from gguf.quants import dequantize
 
-    file = source if isinstance(source, GGUFFile) else GGUFFile(source)
     tensors = {tensor.name: tensor for tensor in file.reader.tensors}
     shapes = {
         name: tuple(int(n) for n in reversed(tensor.shape))  # stored innermost first
@@ -112,6 +112,7 @@ def tokenizer(source: str | Path | GGUFFile) -> Tokenizer:
 
     Raises:
         UnsupportedConfigError: another tokenizer model or pre-tokenizer.
+        WeightsError: tables that contradict each other.
     """
     file = source if isinstance(source, GGUFFile) else GGUFFile(source)
     key = "tokenizer.ggml."
@@ -121,16 +122,20 @@ def tokenizer(source: str | Path | GGUFFile) -> Tokenizer:
     if pre not in _SPLIT_DIGITS:
         raise _unsupported(file, key + "pre", pre, f"known: {', '.join(_SPLIT_DIGITS)}")
     types = file.metadata(key + "token_type")
-    return from_bpe(
-        file.metadata(key + "tokens"),
-        [tuple(merge.split(" ")) for merge in file.metadata(key + "merges")],
-        special=[index for index, kind in enumerate(types) if kind == _CONTROL],
-        split_digits=_SPLIT_DIGITS[pre],
-        bos_id=file.get(key + "bos_token_id"),
-        eos_id=file.get(key + "eos_token_id"),
-        pad_id=file.get(key + "padding_token_id"),
-        chat_template=file.get("tokenizer.chat_template"),
-    )
+    tokens, merges = file.metadata(key + "tokens"), file.metadata(key + "merges")
+    try:
+        return from_bpe(
+            tokens,
+            [tuple(merge.split(" ")) for merge in merges],
+            special=[index for index, kind in enumerate(types) if kind == _CONTROL],
+            split_digits=_SPLIT_DIGITS[pre],
+            bos_id=file.get(key + "bos_token_id"),
+            eos_id=file.get(key + "eos_token_id"),
+            pad_id=file.get(key + "padding_token_id"),
+            chat_template=file.get("tokenizer.chat_template"),
+        )
+    except Exception as error:  # tokenizers raises bare Exception
+        raise WeightsError(f"{file.path}: tokenizer tables: {error}") from error
 
 
 def find_packaged_gguf(package: str, filename: str) -> Path:

@@ -184,7 +184,11 @@ def from_hf(
     layer_types = left.take("layer_types", None)
     if layer_types and set(layer_types) != {"full_attention"}:
         raise _unsupported("layer_types", layer_types, "only full_attention everywhere")
-    window = left.take("sliding_window", _REQUIRED if family.has_window else None)
+    window = None
+    if family.has_window:
+        window = left.take("sliding_window")
+    elif "use_sliding_window" in config:  # it is False, so the window is not applied
+        left.take("sliding_window", None)
     rope_theta, rope_scaling = _rope(left)
     result = DecoderConfig(
         **fields,
@@ -198,7 +202,7 @@ def from_hf(
         qk_norm=family.qk_norm,
         activation=_activation(left),
         embed_scale=fields["hidden_size"] ** 0.5 if family.scaled_embedding else 1.0,
-        sliding_window=window if family.has_window else None,
+        sliding_window=window,
         dtype=dtype,
         param_dtype=param_dtype,
     )

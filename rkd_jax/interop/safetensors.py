@@ -294,6 +294,8 @@ def _write_tensors(
             for name in names
         }
         save_file(tensors, folder / file, metadata=header)
+        # safetensors makes its files readable by their owner alone.
+        shutil.copymode(folder / "config.json", folder / file)
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         total = sum(itemsize * int(np.prod(t.shape)) for t in table.values())

@@ -1,0 +1,28 @@
+"""Language models as pure functions of their parameters.
+
+`api` is the contract every model fulfils, `decoder` the library's own model, `heads`
+what sits on its states, `surgery` how a student is cut from a teacher. The modules
+`hf_flax`, `sampling` and `lora` are imported by name.
+"""
+
+from rkd_jax.models.api import (
+    CausalLM,
+    action_hidden,
+    positions_from_mask,
+    response_hidden,
+    response_logits,
+    sequence_hidden,
+)
+from rkd_jax.models.decoder import Decoder, DecoderConfig, KVCache, RopeScaling
+from rkd_jax.models.heads import Gaussian, GaussianHead, QHead, RewardModel, ScalarHead
+from rkd_jax.models.surgery import (
+    DepthPruning,
+    align_vocab,
+    crop_vocab,
+    greedy_depth_prune,
+    keep_layers,
+    mlp_importance,
+    pad_vocab,
+    shared_vocab_size,
+    slice_width,
+)

@@ -80,7 +80,7 @@ class CausalLM(Protocol):
         """The bias ``[V]`` of the head, None when the model has none."""
 
     def unembed(self, params: Params, hidden: jax.Array) -> jax.Array:
-        """float32 logits ``[..., V]`` of states ``[..., D]``, accumulated in float32."""
+        """Logits ``[..., V]`` of states ``[..., D]``, accumulated in float32."""
 
     def logits(
         self,

@@ -1,17 +1,21 @@
 """A decoder-only transformer: Llama, Mistral, SmolLM, Qwen2, Qwen3 and Gemma shapes.
 
 One block is written once and scanned over stacked parameters, so tracing and compiling
-take the same time for 2 layers and for 80. Parameters are a plain nested dict::
+take the same time for 2 layers and for 80. Parameters are a plain nested dict, in which
+every leaf under "layers" has a leading axis of layers::
 
     {"embed": {"embedding": [V, D]},
-     "layers": {                                       # every leaf stacked: [layers, ...]
-         "attention_norm": {"scale": [D]},
-         "attention": {"query": {"kernel": [D, H, Dh]},  "key", "value": [D, Hkv, Dh],
-                       "output": {"kernel": [H, Dh, D]}},  # + biases, query/key norms
-         "mlp_norm": {"scale": [D]},
-         "mlp": {"gate", "up": {"kernel": [D, F]}, "down": {"kernel": [F, D]}}},
+     "layers": {"attention_norm": {"scale": [D]},
+                "attention": {"query": {"kernel": [D, H, Dh]},   # + "bias": [H, Dh]
+                              "key": {"kernel": [D, Hkv, Dh]},   # + "bias": [Hkv, Dh]
+                              "value": {"kernel": [D, Hkv, Dh]}, # + "bias": [Hkv, Dh]
+                              "output": {"kernel": [H, Dh, D]}},
+                              # + "query_norm", "key_norm": {"scale": [Dh]}
+                "mlp_norm": {"scale": [D]},
+                "mlp": {"gate": {"kernel": [D, F]}, "up": {"kernel": [D, F]},
+                        "down": {"kernel": [F, D]}}},
      "final_norm": {"scale": [D]},
-     "head": {"kernel": [D, V]}}                       # absent when tied
+     "head": {"kernel": [D, V]}}                                 # absent when tied
 
 Norms, rotary angles, softmax and logits are float32 whatever the compute dtype.
 """
@@ -19,83 +23,21 @@ Norms, rotary angles, softmax and logits are float32 whatever the compute dtype.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import chex
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rkd_jax.models.attention import attention_bias, grouped_attention
-from rkd_jax.models.rope import RopeScaling, rope_frequencies, rope_table, rotate
+from rkd_jax.masking import accumulator
+from rkd_jax.models.attention import attention_bias
+from rkd_jax.models.blocks import KeyValue, Shared, Trunk
+from rkd_jax.models.config import DecoderConfig
+from rkd_jax.models.linear import project
+from rkd_jax.models.rope import RopeScaling, rope_frequencies, rope_table
 from rkd_jax.types import Params, struct
 
-_ACTIVATIONS = {
-    "silu": jax.nn.silu,
-    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-}
-_DTYPES = ("bfloat16", "float16", "float32", "float64")
-
-
-@dataclasses.dataclass(frozen=True)
-class DecoderConfig:
-    """Shape and arithmetic of a `Decoder`; hashable, so it may be a static argument.
-
-    Example: ``DecoderConfig(vocab_size=256, hidden_size=64, intermediate_size=128,
-    num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, max_length=128)``.
-    """
-
-    vocab_size: int  # V, rows of the embedding
-    hidden_size: int  # D
-    intermediate_size: int  # F, width of the MLP
-    num_layers: int
-    num_heads: int  # H, query heads
-    num_kv_heads: int  # Hkv, key and value heads; divides H
-    head_dim: int  # Dh, even
-    max_length: int  # context: most columns a row may have
-    rope_theta: float = 1e4
-    rope_scaling: RopeScaling | None = None
-    norm_eps: float = 1e-5
-    norm_offset: float = 0.0  # added to stored norm scales; 1 for Gemma
-    tie_embeddings: bool = True
-    attention_bias: bool = False  # on query, key and value (Qwen2)
-    qk_norm: bool = False  # RMS norm of each query and key head (Qwen3)
-    activation: str = "silu"  # silu, gelu_tanh or gelu (exact)
-    embed_scale: float = 1.0  # sqrt(D) for Gemma
-    sliding_window: int | None = None  # keys a query sees, itself included
-    logit_softcap: float | None = None  # c: logits become c * tanh(logits / c)
-    dtype: str = "float32"  # compute
-    param_dtype: str = "float32"
-    remat: bool = False  # recompute each block in the backward pass
-
-    def __post_init__(self) -> None:
-        for name in (
-            "vocab_size hidden_size intermediate_size num_layers num_heads "
-            "num_kv_heads head_dim max_length rope_theta norm_eps embed_scale"
-        ).split():
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be positive")
-        for name in ("sliding_window", "logit_softcap"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name}={value} must be positive, or None for none")
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_heads={self.num_heads} must be a multiple of "
-                f"num_kv_heads={self.num_kv_heads}"
-            )
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim} must be even (rotary pairs)")
-        if self.activation not in _ACTIVATIONS:
-            raise ValueError(
-                f"activation={self.activation!r} is not one of {sorted(_ACTIVATIONS)}"
-            )
-        for name in ("dtype", "param_dtype"):
-            if getattr(self, name) not in _DTYPES:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} is not one of {list(_DTYPES)}"
-                )
+__all__ = ["Decoder", "DecoderConfig", "KVCache", "RopeScaling"]
 
 
 @struct
@@ -113,135 +55,13 @@ class KVCache:
     index: jax.Array  # int32[], the next free slot
 
 
-class _Shared(NamedTuple):
-    """What every block reads: rotary table and attention bias."""
-
-    cos: jax.Array
-    sin: jax.Array
-    bias: jax.Array
-
-
-class _RMSNorm(nn.Module):
-    config: DecoderConfig
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        config, dtype = self.config, _accumulator(self.config)
-        init = nn.initializers.constant(1.0 - config.norm_offset)
-        scale = self.param("scale", init, (x.shape[-1],), jnp.dtype(config.param_dtype))
-        scale = jnp.expand_dims(
-            scale.astype(dtype) + config.norm_offset, range(x.ndim - 1)
-        )
-        wide = x.astype(dtype)
-        power = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-        return (wide * jax.lax.rsqrt(power + config.norm_eps) * scale).astype(x.dtype)
-
-
-class _Attention(nn.Module):
-    config: DecoderConfig
-
-    @nn.compact
-    def __call__(
-        self, x: jax.Array, cached: tuple | None, shared: _Shared
-    ) -> tuple[jax.Array, tuple | None]:
-        config = self.config
-
-        def project(name: str, heads: int) -> jax.Array:
-            shape = (heads, config.head_dim)
-            return _dense(config, shape, name, bias=config.attention_bias)(x)
-
-        query = project("query", config.num_heads)
-        key = project("key", config.num_kv_heads)
-        value = project("value", config.num_kv_heads)
-        if config.qk_norm:
-            query = _RMSNorm(config, name="query_norm")(query)
-            key = _RMSNorm(config, name="key_norm")(key)
-        query = rotate(query, shared.cos, shared.sin)
-        key = rotate(key, shared.cos, shared.sin)
-        keys, values = (key,), (value,)
-        if cached is not None:
-            keys, values = (cached[0], key), (cached[1], value)
-        out = grouped_attention(query, keys, values, shared.bias)
-        out = _dense(config, config.hidden_size, "output", axis=(-2, -1))(out)
-        return out, None if cached is None else (key, value)
-
-
-class _MLP(nn.Module):
-    config: DecoderConfig
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        config = self.config
-        gate = _dense(config, config.intermediate_size, "gate")(x)
-        up = _dense(config, config.intermediate_size, "up")(x)
-        active = _ACTIVATIONS[config.activation](gate) * up
-        return _dense(config, config.hidden_size, "down")(active)
-
-
-class _Block(nn.Module):
-    config: DecoderConfig
-
-    @nn.compact
-    def __call__(
-        self, hidden: jax.Array, cached: tuple | None, shared: _Shared
-    ) -> tuple[jax.Array, tuple | None]:
-        normed = _RMSNorm(self.config, name="attention_norm")(hidden)
-        update, new = _Attention(self.config, name="attention")(normed, cached, shared)
-        hidden = hidden + update
-        normed = _RMSNorm(self.config, name="mlp_norm")(hidden)
-        return hidden + _MLP(self.config, name="mlp")(normed), new
-
-
-class _Embed(nn.Module):
-    config: DecoderConfig
-
-    @nn.compact
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        config = self.config
-        shape = (config.vocab_size, config.hidden_size)
-        table = self.param("embedding", _NORMAL, shape, jnp.dtype(config.param_dtype))
-        # An id outside the vocabulary gives NaN rather than a neighbour's embedding.
-        rows = jnp.take(table, tokens, axis=0, mode="fill").astype(config.dtype)
-        return rows if config.embed_scale == 1.0 else rows * config.embed_scale
-
-
-class _Head(nn.Module):
-    config: DecoderConfig
-
-    @nn.compact
-    def __call__(self) -> jax.Array:
-        shape = (self.config.hidden_size, self.config.vocab_size)
-        return self.param("kernel", _NORMAL, shape, jnp.dtype(self.config.param_dtype))
-
-
-class _Trunk(nn.Module):
-    config: DecoderConfig
-
-    @nn.compact
-    def __call__(
-        self, tokens: jax.Array, cached: tuple | None, shared: _Shared
-    ) -> tuple[jax.Array, tuple | None]:
-        config = self.config
-        block = nn.remat(_Block, prevent_cse=False) if config.remat else _Block
-        layers = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast),
-            length=config.num_layers,
-        )(config, name="layers")
-        hidden, new = layers(_Embed(config, name="embed")(tokens), cached, shared)
-        if not config.tie_embeddings:
-            _Head(config, name="head")()
-        return _RMSNorm(config, name="final_norm")(hidden), new
-
-
 @dataclasses.dataclass(frozen=True)
 class Decoder:
     """The library's own `rkd_jax.models.api.CausalLM`; see the module docstring.
 
     Two decoders of equal configuration are equal, so one may be a static argument of
-    `jax.jit`. All methods are pure; gradients flow to ``params``.
+    `jax.jit`. All methods are pure; gradients flow to ``params``, in reverse mode only
+    (`rkd_jax.models.linear.project`).
     """
 
     config: DecoderConfig
@@ -257,7 +77,7 @@ class Decoder:
         """
         tokens = jnp.zeros((1, 1), jnp.int32)
         shared = self._shared(tokens, tokens, None)
-        init = jax.jit(_Trunk(self.config).init)
+        init = jax.jit(Trunk(self.config).init)
         return init(rng, tokens, None, shared)["params"]
 
     def hidden(
@@ -301,7 +121,7 @@ class Decoder:
         shared = self._shared(positions, segment_ids, cache)
         cached = None if cache is None else (cache.keys, cache.values)
         variables = {"params": params}
-        hidden, new = _Trunk(self.config).apply(variables, tokens, cached, shared)
+        hidden, new = Trunk(self.config).apply(variables, tokens, cached, shared)
         if cache is None:
             return hidden
         return hidden, _append(cache, new, segment_ids)
@@ -325,9 +145,7 @@ class Decoder:
 
         Soft-capped when the configuration says so. float64 states give float64.
         """
-        head = self.head(params).astype(hidden.dtype)
-        dtype = jnp.promote_types(hidden.dtype, jnp.float32)
-        logits = jnp.einsum("...d,dv->...v", hidden, head, preferred_element_type=dtype)
+        logits = project(hidden, self.head(params), 1, accumulator(hidden))
         cap = self.config.logit_softcap
         return logits if cap is None else jnp.tanh(logits / cap) * cap
 
@@ -403,8 +221,8 @@ class Decoder:
 
     def _shared(
         self, positions: jax.Array, segment_ids: jax.Array, cache: KVCache | None
-    ) -> _Shared:
-        config, dtype = self.config, _accumulator(self.config)
+    ) -> Shared:
+        config, dtype = self.config, self.config.accumulator
         frequencies = rope_frequencies(
             config.head_dim, config.rope_theta, config.rope_scaling
         )
@@ -425,7 +243,7 @@ class Decoder:
             window=config.sliding_window,
             dtype=dtype,
         )
-        return _Shared(cos, sin, bias)
+        return Shared(cos, sin, bias)
 
     def _check_length(self, length: int, cache: KVCache | None) -> None:
         limit, what = self.config.max_length, "the context (max_length)"
@@ -438,32 +256,7 @@ class Decoder:
             )
 
 
-_NORMAL = nn.initializers.normal(0.02)
-
-
-def _dense(
-    config: DecoderConfig,
-    features: int | tuple[int, ...],
-    name: str,
-    *,
-    axis: int | tuple[int, ...] = -1,
-    bias: bool = False,
-) -> nn.DenseGeneral:
-    # Both branches of every block add to one stream: their sum keeps variance 1.
-    residual = name in ("output", "down")
-    scale = 1.0 / (2 * config.num_layers) if residual else 1.0
-    return nn.DenseGeneral(
-        features,
-        axis=axis,
-        use_bias=bias,
-        dtype=jnp.dtype(config.dtype),
-        param_dtype=jnp.dtype(config.param_dtype),
-        kernel_init=nn.initializers.variance_scaling(scale, "fan_in", "normal"),
-        name=name,
-    )
-
-
-def _append(cache: KVCache, new: tuple, segment_ids: jax.Array) -> KVCache:
+def _append(cache: KVCache, new: KeyValue, segment_ids: jax.Array) -> KVCache:
     """Write the new keys, values and segment ids at the next free slots."""
     start = cache.index
     zero = jnp.zeros_like(start)

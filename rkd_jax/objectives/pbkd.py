@@ -132,8 +132,8 @@ def make_pbkd(
             "critic/gap": gap,
             "critic/nll": nll.mean(),
             "critic/slack": slack,
-            "critic/teacher_length": _mean_length(teacher.response_mask),
-            "critic/student_length": _mean_length(student.response_mask),
+            "critic/teacher_length": _mean_length(teacher.response_mask, gap.dtype),
+            "critic/student_length": _mean_length(student.response_mask, gap.dtype),
         }
         means = {name: Mean(value * rows, rows) for name, value in metrics.items()}
         return LossOutput(loss * rows, rows, means)
@@ -207,6 +207,6 @@ def _demonstration_nll(model: CausalLM, params, batch: GameBatch) -> jax.Array:
     return sequence_mean(-token_log_probs(logits, sequences.targets), mask)
 
 
-def _mean_length(mask: jax.Array) -> jax.Array:
+def _mean_length(mask: jax.Array, dtype) -> jax.Array:
     """Mean number of targets per sequence."""
-    return mask.sum(axis=-1).astype(jnp.float32).mean()
+    return mask.sum(axis=-1).astype(dtype).mean()

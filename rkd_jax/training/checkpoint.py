@@ -19,7 +19,6 @@ import orbax.checkpoint as ocp
 from rkd_jax.training.provenance import differences, plain, summary, versions
 from rkd_jax.training.state import TrainState
 
-
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -52,7 +51,8 @@ class Checkpoints:
 
     def __init__(self, folder: str | os.PathLike, *, config: Any, keep: int = 2):
         path = os.fspath(folder)
-        self.folder = path if "://" in path else os.path.abspath(path)
+        remote = "://" in path
+        self.folder = path if remote else os.path.abspath(path)
         self._config = plain(config)
         self._versions = versions()
         options = ocp.CheckpointManagerOptions(
@@ -61,6 +61,9 @@ class Checkpoints:
             cleanup_tmp_directories=True,
         )
         with self._one_line("open"):
+            if not remote:
+                # orbax would make it in the background and complain much later.
+                os.makedirs(self.folder, exist_ok=True)
             self._manager = ocp.CheckpointManager(
                 self.folder, options=options, item_names=("state", "data", "meta")
             )
@@ -208,7 +211,7 @@ def _reason(error: Exception) -> str:
     text = str(error)
     known = re.search(
         r"No space left on device|File too large|Disk quota exceeded"
-        r"|Permission denied|Read-only file system|Not a directory",
+        r"|Permission denied|Read-only file system|Not a directory|File exists",
         text,
     )
     return known.group() if known else (text.splitlines() or [repr(error)])[0][:200]

@@ -35,10 +35,11 @@ class MetricsWriter:
         self._file = None
         if self._active:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.touch()
+            self.truncate()
             # Unbuffered: followers see every line, and after a failed write nothing
             # is left over that would fail again on closing.
             self._file = self.path.open("ab", buffering=0)
-            self.truncate()
 
     def truncate(self, step: int | None = None) -> None:
         """Drop entries after ``step`` (and a torn last line).

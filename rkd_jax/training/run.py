@@ -100,9 +100,11 @@ class RunFolder:
         """
         path, config = Path(path), plain(config)
         record = path / "run.json"
+        if jax.process_index() != 0:  # process 0 looks and writes for all
+            return cls(path, config)
         if path.exists() and not path.is_dir():
             raise RunMismatch(f"{path} is a file; choose another --out")
-        if overwrite and record.exists() and jax.process_index() == 0:
+        if overwrite and record.exists():
             _read(record)
             _empty(path)
         if record.exists():
@@ -112,7 +114,7 @@ class RunFolder:
                 f"{path} is not empty and holds no run ({summary(foreign)}); choose "
                 "another --out"
             )
-        elif jax.process_index() == 0:
+        else:
             path.mkdir(parents=True, exist_ok=True)
             write_json(record, _identity(name, config))
         return cls(path, config)
@@ -126,7 +128,7 @@ class RunFolder:
         if not name or name.startswith(".") or Path(name).name != name:
             raise ValueError(f"stage {name!r} must be a plain folder name")
         folder = self.path / name
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         return Stage(folder)
 
 

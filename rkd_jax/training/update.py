@@ -70,41 +70,10 @@ def make_update(
             for a missing signal or a batch that cannot be cut.
         RuntimeError: when traced for more than ``max_traces`` shapes.
     """
-    _check_factory(objective, critic_optimizer, critic_steps, accumulation)
+    game = _Game(
+        objective, student_optimizer, critic_optimizer, critic_steps, accumulation
+    )
     traces = 0
-
-    def critic_phase(state, frozen, parts, rng):
-        theta = jax.lax.stop_gradient(state.student.params)
-
-        def loss(phi, batch, signal, rng):
-            return objective.critic_loss(
-                phi, theta, state.dual, frozen, batch, signal, rng
-            )
-
-        def step(critic, rngs):
-            critic, *seen = _descend(
-                "critic", loss, critic, critic_optimizer, parts, rngs
-            )
-            return critic, seen
-
-        rngs = jax.random.split(rng, (critic_steps, accumulation))
-        critic, (metrics, taken) = jax.lax.scan(step, state.critic, rngs)
-        metrics = {name: values[-1] for name, values in metrics.items()}
-        dual = _dual_step(objective, state.dual, metrics, taken[-1])
-        refused = jnp.sum(~taken, dtype=jnp.int32)
-        return critic, dual, metrics | {"dual": dual}, refused
-
-    def student_phase(state, critic, frozen, parts, rng):
-        phi = None if critic is None else jax.lax.stop_gradient(critic.params)
-
-        def loss(theta, batch, signal, rng):
-            return objective.student_loss(theta, phi, frozen, batch, signal, rng)
-
-        rngs = jax.random.split(rng, accumulation)
-        student, metrics, taken = _descend(
-            "student", loss, state.student, student_optimizer, parts, rngs
-        )
-        return student, metrics, (~taken).astype(jnp.int32)
 
     def update(state, frozen, batch, signal):
         nonlocal traces
@@ -112,15 +81,13 @@ def make_update(
         _check_inputs(objective, state, signal, traces, max_traces)
         keys = step_keys(state)
         parts = _cut((batch, signal), accumulation, batch_sharding)
-        critic, dual, metrics, skipped = state.critic, state.dual, {}, jnp.int32(0)
-        if objective.critic_loss is not None:
-            critic, dual, metrics, skipped = critic_phase(
-                state, frozen, parts, keys.critic
-            )
-        student, seen, refused = student_phase(
-            state, critic, frozen, parts, keys.student
+        critic, dual, seen, refused = _critic_phase(
+            game, state, frozen, parts, keys.critic
         )
-        skipped += refused
+        student, metrics, taken = _student_phase(
+            game, state.student, critic, frozen, parts, keys.student
+        )
+        skipped = refused + (~taken).astype(jnp.int32)
         counts = {"tokens": _tokens(batch), "skipped": skipped.astype(jnp.float32)}
         state = TrainState(
             step=state.step + 1,
@@ -130,7 +97,7 @@ def make_update(
             rng=state.rng,
             skipped=state.skipped + skipped,
         )
-        return state, metrics | seen | counts
+        return state, seen | metrics | counts
 
     return jax.jit(
         update,
@@ -140,14 +107,79 @@ def make_update(
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class _Game:
+    """Who plays, by which rules; the arguments of `make_update`."""
+
+    objective: Objective
+    student_optimizer: optax.GradientTransformation
+    critic_optimizer: optax.GradientTransformation | None
+    critic_steps: int
+    accumulation: int
+
+    def __post_init__(self):
+        if (self.objective.critic_loss is None) != (self.critic_optimizer is None):
+            raise ValueError(
+                f"objective {self.objective.name!r} has "
+                + ("no critic: drop" if self.critic_optimizer else "a critic: give")
+                + " critic_optimizer"
+            )
+        if self.critic_steps < 1 or self.accumulation < 1:
+            raise ValueError(
+                f"critic_steps={self.critic_steps} and accumulation="
+                f"{self.accumulation} must be at least 1"
+            )
+
+
+def _critic_phase(game: _Game, state: TrainState, frozen, parts, rng):
+    """``critic_steps`` steps of phi at fixed theta, then one step of the dual.
+
+    Returns the critic, the dual, the metrics of the last step, and how many steps
+    were refused.
+    """
+    if game.objective.critic_loss is None:
+        return state.critic, state.dual, {}, jnp.int32(0)
+    theta = jax.lax.stop_gradient(state.student.params)
+
+    def loss(phi, batch, signal, rng):
+        return game.objective.critic_loss(
+            phi, theta, state.dual, frozen, batch, signal, rng
+        )
+
+    def step(critic, rngs):
+        critic, *seen = _descend(
+            "critic", loss, critic, game.critic_optimizer, parts, rngs
+        )
+        return critic, seen
+
+    rngs = jax.random.split(rng, (game.critic_steps, game.accumulation))
+    critic, (metrics, taken) = jax.lax.scan(step, state.critic, rngs)
+    metrics = {name: values[-1] for name, values in metrics.items()}
+    dual = _dual_step(game.objective, state.dual, metrics, taken[-1])
+    refused = jnp.sum(~taken, dtype=jnp.int32)
+    return critic, dual, metrics | {"dual": dual}, refused
+
+
+def _student_phase(game: _Game, student: Player, critic, frozen, parts, rng):
+    """One step of theta at fixed phi; returns as `_descend`."""
+    phi = None if critic is None else jax.lax.stop_gradient(critic.params)
+
+    def loss(theta, batch, signal, rng):
+        return game.objective.student_loss(theta, phi, frozen, batch, signal, rng)
+
+    rngs = jax.random.split(rng, game.accumulation)
+    return _descend("student", loss, student, game.student_optimizer, parts, rngs)
+
+
 def _descend(role: str, loss, player: Player, optimizer, parts, rngs):
     """One step on total / weight: the player after it, metrics, was it taken."""
     out, grads = _sums(loss, player.params, parts, rngs)
-    weight = jnp.where(out.weight > 0, out.weight, 1.0)
+    some = out.weight > 0
+    weight = jnp.where(some, out.weight, 1.0)
     grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
-    norm = optax.tree.norm(grads).astype(jnp.float32)
+    norm = jnp.where(some, optax.tree.norm(grads), 0.0).astype(jnp.float32)
     grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, player.params)
-    taken = (out.weight > 0) & jnp.isfinite(out.total) & jnp.isfinite(norm)
+    taken = some & jnp.isfinite(out.total) & jnp.isfinite(norm)
     # optax's own arithmetic relies on promotion, which users may have made strict.
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         updates, opt_state = optimizer.update(grads, player.opt_state, player.params)
@@ -239,20 +271,6 @@ def _tokens(batch: Any) -> jax.Array:
         and "teacher" not in jax.tree_util.keystr(path[-1:])
     ]
     return sum((jnp.sum(m, dtype=jnp.float32) for m in masks), jnp.float32(0))
-
-
-def _check_factory(objective, critic_optimizer, critic_steps: int, accumulation: int):
-    if (objective.critic_loss is None) != (critic_optimizer is None):
-        raise ValueError(
-            f"objective {objective.name!r} has "
-            + ("no critic: drop" if critic_optimizer else "a critic: give")
-            + " critic_optimizer"
-        )
-    if critic_steps < 1 or accumulation < 1:
-        raise ValueError(
-            f"critic_steps={critic_steps} and accumulation={accumulation} "
-            "must be at least 1"
-        )
 
 
 def _check_inputs(objective, state: TrainState, signal, traces: int, allowed: int):

@@ -9,11 +9,14 @@ import jax
 import numpy as np
 import pytest
 
+from rkd_jax.data.inspection import check_end_of_turn
 from rkd_jax.data.pipeline import ZippedBatches, make_batches
 from rkd_jax.data.records import DemonstrationRecord, PreferenceRecord, PromptRecord
+from rkd_jax.data.sources import read_jsonl
 from rkd_jax.data.tokenize import TokenizeConfig
 from rkd_jax.data.tokenizer import byte_tokenizer
 
+SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 TOKENIZER = byte_tokenizer()
 CONFIG = TokenizeConfig(4, 6)
 BUCKETS = TokenizeConfig(
@@ -284,3 +287,25 @@ def test_zip_ends_with_the_shortest_and_needs_parts():
     assert [sorted(step) for step in ZippedBatches(parts)] == [["a", "b"]] * 2
     with pytest.raises(ValueError, match="name at least one"):
         ZippedBatches({})
+
+
+@pytest.mark.assets
+def test_real_text_arrives_whole_or_cut_where_the_report_says():
+    path = SHARED / "gsm8k" / "train.jsonl"
+    if not path.is_file():
+        pytest.skip("shared GSM8K data are absent")
+    columns = {"prompt": "question", "response": "answer"}
+    records, _ = read_jsonl(path, DemonstrationRecord, columns)
+    config = TokenizeConfig(1024, 256, chat=True)
+    iterator = batches(records, config, batch_size=64)
+    cut = 0
+    for batch in take(iterator, 3):
+        check_end_of_turn(TOKENIZER, batch)
+        sequences = batch.sequences
+        for row, i in enumerate(batch.index):
+            ids = sequences.targets[row][sequences.response_mask[row]]
+            text = records[i].response.encode()
+            cut += len(text) >= 256
+            assert bytes(ids[ids < 256].tolist()) == text[:256]
+    assert 0 < cut < 192
+    assert iterator.report.counts == {"response truncated": cut}

@@ -139,6 +139,8 @@ def test_columns_rename_and_compute(file):
     columns = {"prompt": "q", "response": lambda row: row["a"]["text"]}
     records, _ = read_jsonl(path, DemonstrationRecord, columns)
     assert records == RECORDS[:1]
+    with pytest.raises(RecordError, match=":1: response: its function failed; KeyErr"):
+        read_jsonl(path, DemonstrationRecord, columns | {"response": lambda r: r["b"]})
     with pytest.raises(RecordError, match="missing column 'b'; the row has 'q', 'a'"):
         read_jsonl(path, DemonstrationRecord, {"prompt": "q", "response": "b"})
 
@@ -192,6 +194,9 @@ def test_parquet(tmp_path, binary):
     assert report.source == str(path)
     with pytest.raises(FileNotFoundError, match="no such file"):
         from_parquet(tmp_path / "absent", DemonstrationRecord)
+    path.write_bytes(GOOD)
+    with pytest.raises(ValueError, match=r"rows\.parquet: not a parquet file"):
+        from_parquet(path, DemonstrationRecord)
 
 
 @pytest.fixture(scope="module")
@@ -335,15 +340,17 @@ def test_append_refuses_or_repairs_a_torn_line(file):
         ]
 
 
-def test_failed_append_cuts_back_to_the_old_length(file, monkeypatch):
+def test_append_that_runs_out_of_space_leaves_the_old_file(file):
+    resource = pytest.importorskip("resource")
     path = file(GOOD)
-
-    def full(descriptor):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(jsonl.os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
-        append_jsonl(path, RECORDS)
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # Room for a part of the new line only: the write really stops in the middle.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(GOOD) + 10, old[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            append_jsonl(path, RECORDS)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
     assert path.read_bytes() == GOOD
 
 

@@ -142,6 +142,12 @@ def test_kinds_of_batches():
         collate([], config)
 
 
+def test_rows_of_another_configuration_are_refused():
+    row = tokenize_record(PromptRecord("abcdef"), TOKENIZER, TokenizeConfig(6, 4))
+    with pytest.raises(ValueError, match="a row of 6 tokens exceeds 5"):
+        collate([row], TokenizeConfig(5, 4))
+
+
 def test_text_prompts_are_raw_or_one_user_message():
     opening = [START, *bytes_of("assistant\n")]
     user = chat_bytes("user", "Hi")
@@ -307,6 +313,8 @@ def test_end_of_turn_check_names_the_fault():
     def broken(change):
         batch = make(DemonstrationRecord("p", "r"), DemonstrationRecord("hi", "yes"))
         change(batch.teacher_sequences)
+        if change is empty:  # the mask is one array for both
+            change(batch.sequences)
         return batch
 
     def outside(sequences):
@@ -319,13 +327,17 @@ def test_end_of_turn_check_names_the_fault():
         sequences.tokens[1, 8 + 1] = EOS
 
     def empty(sequences):
-        sequences.token_mask[1, 8:] = False
+        sequences.token_mask[1, 8:] = sequences.response_mask[1] = False
+
+    def padding(sequences):
+        sequences.response_mask[1, 4] = True
 
     for change, message in [
         (outside, r"record 11: response tokens \[257\] lie outside the mask"),
         (missing, "record 11: .*does not end in EOS"),
         (inside, "record 11: EOS stands inside"),
         (empty, "record 11: the response is empty"),
+        (padding, "record 11: the mask covers padding"),
     ]:
         with pytest.raises(ValueError, match=message):
             check_end_of_turn(TOKENIZER, broken(change))

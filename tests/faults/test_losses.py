@@ -1,4 +1,4 @@
-"""Faults found in peer libraries' losses, by their number there; ours must not have them.
+"""Faults found in the losses of peer libraries, by number; ours must not have them.
 
 T2  differences of rounded means, bfloat16 accumulation
 T3  Jensen-Shannon divergence: reversed beta, no float32 cast
@@ -54,7 +54,7 @@ def test_t2_bfloat16_logits_lose_nothing_but_their_own_rounding(scale, direction
     else:
         expected, slope = reverse, q * (ratio - reverse[:, None])
     np.testing.assert_allclose(value, expected, rtol=2e-4, atol=1e-7)
-    np.testing.assert_allclose(gradient, slope, rtol=2e-4, atol=1e-8)
+    np.testing.assert_allclose(gradient, slope, rtol=2e-4, atol=5e-8)
     assert (np.asarray(value) > 0).all()
 
 
@@ -87,11 +87,12 @@ def test_t6_student_mass_outside_the_support_costs(x64):
     """Renormalising inside the support would leave the loss where it was."""
     ids = jnp.array([0, 1])
     log_probs = jnp.log(jnp.array([0.6, 0.3]))
+    divergence = jax.jit(topk_forward_kl)
 
     def loss(outside):
         probs = np.array([0.6, 0.3, 0.05, 0.05])
         probs = np.append(probs[:2] * (1 - outside) / 0.9, [outside / 2] * 2)
-        return float(topk_forward_kl(jnp.log(jnp.asarray(probs)), ids, log_probs))
+        return float(divergence(np.log(probs), ids, log_probs))
 
     np.testing.assert_allclose(loss(0.1), 0.0, atol=1e-12)
     for outside in (0.2, 0.5, 0.9):
@@ -103,7 +104,7 @@ def test_t6_student_mass_outside_the_support_costs(x64):
 @pytest.mark.parametrize("shape", [(4,), (4, 4), (3, 4, 4), (2, 3, 4, 4)])
 def test_t8_zero_at_the_teacher_on_every_rank(name, shape):
     logits = jnp.asarray(np.random.default_rng(2).normal(size=shape), jnp.float32)
-    value = getattr(losses, name)(logits, logits)
+    value = jax.jit(getattr(losses, name))(logits, logits)
     assert value.shape == shape[:-1]
     np.testing.assert_allclose(value, np.zeros(shape[:-1]), atol=1e-6)
 
@@ -113,13 +114,10 @@ def test_t11_minus_inf_teacher_is_finite_in_value_and_gradient(name):
     """Token 2 is impossible and the teacher is even one-hot in the second row."""
     teacher = jnp.array([[0.3, 1.0, -jnp.inf, 0.2], [-jnp.inf, 0.0, *[-jnp.inf] * 2]])
     student = jnp.array([[0.1, -0.4, 0.7, 1.0], [0.5, 0.2, -0.3, 0.0]])
-    value, gradient = jax.value_and_grad(
-        lambda z: getattr(losses, name)(z, teacher).sum()
-    )(student)
-    limit = jnp.maximum(teacher, -80.0)
-    expected, slope = jax.value_and_grad(
-        lambda z: getattr(losses, name)(z, limit).sum()
-    )(student)
+    loss = getattr(losses, name)
+    evaluate = jax.jit(jax.value_and_grad(lambda z, data: loss(z, data).sum()))
+    value, gradient = evaluate(student, teacher)
+    expected, slope = evaluate(student, jnp.maximum(teacher, -80.0))
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     np.testing.assert_allclose(gradient, slope, atol=1e-6)
     assert np.isfinite(gradient).all()
@@ -127,7 +125,7 @@ def test_t11_minus_inf_teacher_is_finite_in_value_and_gradient(name):
 
 def test_t11_top_k_entries_of_minus_inf():
     log_probs = jnp.array([np.log(0.75), -jnp.inf], jnp.float32)
-    value, gradient = jax.value_and_grad(topk_forward_kl)(
+    value, gradient = jax.jit(jax.value_and_grad(topk_forward_kl))(
         jnp.zeros(4), jnp.array([2, 0]), log_probs
     )
     expected = 0.75 * np.log(0.75 / 0.25) + 0.25 * np.log(0.25 / 0.75)

@@ -1,1 +1,246 @@
-"""Faults of other trainers that this one must not have: T4, T7, T10, and disk-full."""
+"""Faults of other trainers, and of disks and users, that training must survive."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from rkd_jax.training import init_state, make_update
+from rkd_jax.types import LossOutput, Mean, Objective
+from tests.training import tiny_game
+
+ROOT = Path(__file__).parents[2]
+STEPS = 4
+
+
+# T4: the mean of micro-batch means is not the mean over tokens.
+
+
+def squares(params, critic, frozen, batch, signal, rng):
+    """Sum over tokens of 0.5 (w x - y)^2, and how many were counted."""
+    mask = batch["mask"]
+    error = batch["x"] * params["w"] - batch["y"]
+    weight = jnp.sum(mask, dtype=jnp.float32)
+
+    def total(values):
+        return jnp.sum(jnp.where(mask, values, 0.0))
+
+    means = {"student/error": Mean(total(jnp.abs(error)), weight)}
+    return LossOutput(total(0.5 * error**2), weight, means)
+
+
+@pytest.fixture(scope="module")
+def uneven():
+    """16 rows of 1 to 9 tokens; the loss grows with the length of the row."""
+    rng = np.random.default_rng(3)
+    lengths = np.concatenate([np.full(4, n) for n in (1, 3, 7, 9)])[rng.permutation(16)]
+    mask = np.arange(9) < lengths[:, None]
+    x = rng.normal(size=(16, 9)) * np.sqrt(lengths)[:, None]
+    y = rng.normal(size=(16, 9))
+    return {"x": x.astype("f4"), "y": y.astype("f4"), "mask": mask}
+
+
+def by_hand(batch, w):
+    """Loss, metric and gradient in float64."""
+    x, y, mask = (batch[k].astype("f8") for k in ("x", "y", "mask"))
+    error = (x * w - y) * mask
+    count = mask.sum()
+    return (
+        0.5 * (error**2).sum() / count,
+        np.abs(error).sum() / count,
+        (error * x).sum() / count,
+    )
+
+
+@pytest.mark.parametrize("accumulation", [1, 4, 16])
+def test_t4_r19_micro_batches_with_unequal_token_counts_add_exactly(
+    uneven, accumulation, rng
+):
+    w = 0.25
+    loss, error, grad = by_hand(uneven, w)
+    sgd = optax.sgd(1.0)
+    state = init_state({"w": jnp.float32(w)}, student_optimizer=sgd, rng=rng)
+    update = make_update(
+        Objective("squares", squares),
+        student_optimizer=sgd,
+        accumulation=accumulation,
+    )
+    state, metrics = update(state, None, uneven, ())
+    assert float(metrics["student/loss"]) == pytest.approx(loss, rel=1e-5)
+    assert float(metrics["student/error"]) == pytest.approx(error, rel=1e-5)
+    assert float(metrics["student/grad_norm"]) == pytest.approx(abs(grad), rel=1e-5)
+    assert w - float(state.student.params["w"]) == pytest.approx(grad, rel=1e-5)
+
+
+def test_t4_the_wrong_way_would_have_been_seen(uneven):
+    """The data above tell the two apart, wherever the batch is cut."""
+    right = by_hand(uneven, 0.25)
+    for parts in (4, 16):
+        cuts = [{k: v[i::parts] for k, v in uneven.items()} for i in range(parts)]
+        wrong = np.mean([by_hand(cut, 0.25) for cut in cuts], axis=0)
+        assert np.all(np.abs(wrong / right - 1) > 1e-2)
+
+
+# T7: a resume that replays, and everything else that ends a process.
+
+
+@pytest.fixture(scope="module")
+def start():
+    """Starts a training of the tiny game in a process of its own."""
+    processes = []
+
+    def start(folder, *arguments, module="tiny_game", devices=1):
+        # Without optimisation, because most of such a process is compilation.
+        flags = (
+            "--xla_backend_optimization_level=0 "
+            f"--xla_force_host_platform_device_count={devices}"
+        )
+        process = subprocess.Popen(
+            [sys.executable, "-m", f"tests.training.{module}", str(folder), *arguments],
+            cwd=ROOT,
+            env=os.environ | {"XLA_FLAGS": flags},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+
+
+def wait_until_ready(process):
+    """Until it says so; distributed processes talk about other things, too."""
+    assert "ready\n" in iter(process.stdout.readline, "")
+
+
+def finish(process):
+    """(exit status, standard error)."""
+    _, errors = process.communicate(timeout=120)
+    return process.returncode, errors
+
+
+def outcome(folder):
+    """Final state, data position and log of a finished run."""
+    with np.load(folder / "final.npz") as file:
+        state = dict(file)
+    position = json.loads((folder / "position.json").read_text())
+    return state, position, (folder / "metrics.jsonl").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, start):
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    assert finish(start(folder, str(STEPS)))[0] == 0
+    return outcome(folder)
+
+
+def assert_resumes_to(start, folder, expected):
+    """One more start of the same command ends as if nothing had happened."""
+    status, errors = finish(start(folder, str(STEPS)))
+    assert (status, "train: 2/4" in errors) == (0, True), errors
+    state, position, log = outcome(folder)
+    assert state.keys() == expected[0].keys()
+    for name, value in expected[0].items():
+        np.testing.assert_array_equal(state[name], value, err_msg=name)
+    assert position == expected[1] == {"position": STEPS}
+    assert log == expected[2]
+    assert [json.loads(line)["step"] for line in log.splitlines()] == [1, 2, 3, 4]
+
+
+def test_t7_r31_killed_and_resumed_is_bit_identical(start, tmp_path, uninterrupted):
+    status, _ = finish(start(tmp_path, str(STEPS), "kill=3"))
+    assert status == -signal.SIGKILL
+    # The log is ahead of the checkpoint: step 3 has to be repeated, not doubled.
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+    assert_resumes_to(start, tmp_path, uninterrupted)
+
+
+def test_ctrl_c_finishes_the_step_saves_and_resumes(start, tmp_path, uninterrupted):
+    process = start(tmp_path, str(STEPS), "wait=1")
+    wait_until_ready(process)
+    process.send_signal(signal.SIGINT)
+    status, errors = finish(process)
+    assert status == 128 + signal.SIGINT
+    assert "Traceback" not in errors
+    assert errors.splitlines()[-1] == (
+        f"stopped after step 2 of 4, saved in {tmp_path}/checkpoints; "
+        "the same command goes on from there"
+    )
+    assert_resumes_to(start, tmp_path, uninterrupted)
+
+
+def test_a_full_disk_is_one_line_and_costs_no_earlier_checkpoint(
+    start, tmp_path, uninterrupted
+):
+    status, errors = finish(start(tmp_path, str(STEPS), "disk=3"))
+    assert status == 1
+    (line,) = [line for line in errors.splitlines() if line.startswith("error:")]
+    # tensorstore may append noise of its own to the line.
+    assert line.startswith(
+        f"error: cannot write checkpoints in {tmp_path}/checkpoints: File too large; "
+        "free some space or choose another folder; checkpoints [2] are intact and the "
+        "same command goes on from the newest"
+    )
+    assert any(p.name.startswith("4.") for p in (tmp_path / "checkpoints").iterdir())
+    assert_resumes_to(start, tmp_path, uninterrupted)
+    # The half-written one is swept.
+    assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {"2", "4"}
+
+
+def test_a_preempted_process_stops_all_of_them_at_the_same_step(start, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = str(probe.getsockname()[1])
+    both = [
+        start(tmp_path, "500", port, index, module="two_processes", devices=2)
+        for index in ("0", "1")
+    ]
+    wait_until_ready(both[1])
+    both[1].send_signal(signal.SIGTERM)
+    ends = [finish(process) for process in both]
+    assert [status for status, _ in ends] == [128 + signal.SIGTERM] * 2, ends
+    lines = {
+        line
+        for _, errors in ends
+        for line in errors.splitlines()
+        if line.startswith("stopped")
+    }
+    (saved,) = (tmp_path / "checkpoints").iterdir()
+    assert lines == {
+        f"stopped after step {saved.name} of 500, saved in {tmp_path}/checkpoints; "
+        "the same command goes on from there"
+    }
+    log = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert len(log) == int(saved.name) < 500
+
+
+# T10: what is frozen stays alive and unchanged, what is donated is really gone.
+
+
+def test_t10_frozen_trees_survive_and_the_state_is_donated():
+    student, critic, frozen = tiny_game.params()
+    state = tiny_game.start()
+    # The reference started from the very arrays that the student started from.
+    frozen = {**frozen, "reference": student, "old_critic": critic}
+    before = jax.tree.map(np.array, frozen)
+    update, rows = tiny_game.make(), tiny_game.Rows()
+    for _ in range(3):
+        old, (batch, noise) = state, tiny_game.prepare(state, next(rows))
+        state, _ = update(state, frozen, batch, noise)
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old))
+    jax.tree.map(np.testing.assert_array_equal, frozen, before)
+    ours = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state.student)}
+    theirs = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(frozen)}
+    assert not ours & theirs

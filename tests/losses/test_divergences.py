@@ -1,5 +1,7 @@
 """Divergences against float64 formulas, identities, limits and -inf."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,11 +52,15 @@ each_divergence = pytest.mark.parametrize("name", FORMULAS)
 
 def evaluate(name, student, teacher, **more):
     options, formula = FORMULAS[name]
-    return getattr(losses, name)(student, teacher, **options, **more), formula
+    loss = jax.jit(partial(getattr(losses, name), **options, **more))
+    return loss(student, teacher), formula
 
 
 def student_gradient(loss, *data, student=STUDENT, **options):
-    return jax.grad(lambda z: loss(z, *data, **options).sum())(jnp.asarray(student))
+    return jax.jit(jax.grad(lambda z: loss(z, *data, **options).sum()))(student)
+
+
+topk_value = jax.jit(topk_forward_kl, static_argnames="temperature")
 
 
 @each_divergence
@@ -214,7 +220,7 @@ class TestTopk:
     @pytest.mark.parametrize("k", [1, 3, 5, 6])
     def test_formula_with_one_bucket_for_the_rest(self, k):
         ids, log_probs = self.top(k)
-        value = topk_forward_kl(STUDENT, ids, log_probs)
+        value = topk_value(STUDENT, ids, log_probs)
         p, q = (np.take_along_axis(probs, ids, -1) for probs in (P, Q))
         expected = kl(p, q)
         if k < 6:
@@ -228,7 +234,7 @@ class TestTopk:
     def test_with_at_most_one_token_outside_it_is_the_full_divergence(self, k):
         tau = 1.6
         ids, log_probs = self.top(k, TEACHER / tau)
-        value = topk_forward_kl(STUDENT, ids, log_probs, temperature=tau)
+        value = topk_value(STUDENT, ids, log_probs, temperature=tau)
         full = forward_kl(STUDENT, TEACHER, temperature=tau)
         np.testing.assert_allclose(value, full, rtol=1e-9)
         gradient = student_gradient(topk_forward_kl, ids, log_probs, temperature=tau)
@@ -243,8 +249,8 @@ class TestTopk:
             np.concatenate([log_probs, np.full((3, 4, 2), -np.inf)], -1),
         )
         np.testing.assert_allclose(
-            topk_forward_kl(STUDENT, *wider),
-            topk_forward_kl(STUDENT, ids, log_probs),
+            topk_value(STUDENT, *wider),
+            topk_value(STUDENT, ids, log_probs),
             rtol=1e-12,
         )
         np.testing.assert_allclose(
@@ -260,14 +266,14 @@ class TestTopk:
         ids, log_probs = self.top(3, teacher)
         for lift in (0.0, -1e-7, 1e-3):  # rounding down, and up by half precision
             lifted = (log_probs + lift).astype(np.float32)
-            value = topk_forward_kl(jnp.asarray(student), ids, jnp.asarray(lifted))
+            value = topk_value(jnp.asarray(student), ids, jnp.asarray(lifted))
             p, q = probabilities(teacher), probabilities(student.astype(float))
             np.testing.assert_allclose(value, kl(p, q), rtol=2e-3, atol=2e-3)
 
     def test_the_students_tail_is_exact_where_one_minus_the_rest_would_be_zero(self):
         student = jnp.array([30.0, 0.0, 0.0], jnp.float32)
         log_probs = jnp.log(jnp.array([0.5], jnp.float32))
-        value = topk_forward_kl(student, jnp.array([0]), log_probs)
+        value = topk_value(student, jnp.array([0]), log_probs)
         tail = np.log(2.0) - 30.0
         np.testing.assert_allclose(value, 0.5 * (-tail) - np.log(2.0), rtol=1e-6)
 

@@ -3,7 +3,6 @@
 import jax
 import numpy as np
 import pytest
-from tests.training import tiny_game
 
 from rkd_jax.sharding import (
     MeshConfig,
@@ -14,6 +13,7 @@ from rkd_jax.sharding import (
     tree_shardings,
 )
 from rkd_jax.training.state import state_shardings
+from tests.training import tiny_game
 
 STUDENT_AXES = {"w": (None, "embed"), "b": (None, "mlp")}
 CRITIC_AXES = {"v": (None, "embed")}

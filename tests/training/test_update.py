@@ -146,7 +146,7 @@ def test_r16_nan_and_empty_batches_are_skipped_and_counted(rng):
     x, mask = jnp.ones((4, 3)), jnp.ones((4, 3), bool)
     good = {"x": x, "mask": mask}
     nan = {"x": x.at[0, 0].set(jnp.nan), "mask": mask}
-    empty = {"x": jnp.full((4, 3), jnp.nan), "mask": ~mask}
+    empty = {"x": jnp.full((4, 3), jnp.nan, jnp.float32), "mask": ~mask}
 
     state, _ = update(state, None, good, ())
     before = jax.tree.map(np.array, state.student)

@@ -127,10 +127,15 @@ def make(**kwargs):
     )
 
 
+@jax.jit
+def _noise(state, x):
+    noise = jax.random.normal(step_keys(state).prepare, x.shape)
+    return Signal(noise * jnp.mean(state.student.params["w"] ** 2))
+
+
 def prepare(state, batch):
     """Noise that depends on the student and on the step's own key."""
-    noise = jax.random.normal(step_keys(state).prepare, batch["x"].shape)
-    return batch, Signal(noise * jnp.mean(state.student.params["w"] ** 2))
+    return batch, _noise(state, batch["x"])
 
 
 def flat(state) -> dict[str, np.ndarray]:

@@ -1,0 +1,79 @@
+"""The configuration of the library's own decoder."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from rkd_jax.models.rope import RopeScaling
+
+_ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
+_POSITIVE = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads"),
+    *("num_kv_heads", "head_dim", "max_length", "rope_theta", "norm_eps"),
+    "embed_scale",
+)
+_DTYPES = ("bfloat16", "float16", "float32", "float64")
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """Shape and arithmetic of a `Decoder`; hashable, so it may be a static argument.
+
+    Example: ``DecoderConfig(vocab_size=256, hidden_size=64, intermediate_size=128,
+    num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, max_length=128)``.
+    """
+
+    vocab_size: int  # V, rows of the embedding
+    hidden_size: int  # D
+    intermediate_size: int  # F, width of the MLP
+    num_layers: int
+    num_heads: int  # H, query heads
+    num_kv_heads: int  # Hkv, key and value heads; divides H
+    head_dim: int  # Dh, even
+    max_length: int  # context: most columns a row may have
+    rope_theta: float = 1e4
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = 1e-5
+    norm_offset: float = 0.0  # added to stored norm scales; 1 for Gemma
+    tie_embeddings: bool = True
+    attention_bias: bool = False  # on query, key and value (Qwen2)
+    qk_norm: bool = False  # RMS norm of each query and key head (Qwen3)
+    activation: str = "silu"  # silu, gelu_tanh or gelu (exact)
+    embed_scale: float = 1.0  # sqrt(D) for Gemma
+    sliding_window: int | None = None  # keys a query sees, itself included
+    logit_softcap: float | None = None  # c: logits become c * tanh(logits / c)
+    dtype: str = "float32"  # compute
+    param_dtype: str = "float32"
+    remat: bool = False  # recompute each block in the backward pass
+
+    def __post_init__(self) -> None:
+        for name in _POSITIVE:
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive")
+        for name in ("sliding_window", "logit_softcap"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}={value} must be positive, or None for none")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} must be a multiple of "
+                f"num_kv_heads={self.num_kv_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} must be even (rotary pairs)")
+        if self.activation not in _ACTIVATIONS:
+            raise ValueError(
+                f"activation={self.activation!r} is not one of {list(_ACTIVATIONS)}"
+            )
+        for name in ("dtype", "param_dtype"):
+            if getattr(self, name) not in _DTYPES:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is not one of {list(_DTYPES)}"
+                )
+
+    @property
+    def accumulator(self) -> jnp.dtype:
+        """The dtype of norms, rotary angles and softmax: float32, or wider compute."""
+        return jnp.dtype("float64" if self.dtype == "float64" else "float32")

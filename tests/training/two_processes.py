@@ -1,0 +1,71 @@
+"""One of two processes that train the tiny game together on four devices.
+
+``python -m tests.training.two_processes FOLDER STEPS PORT INDEX`` says "ready" at step
+1 and from then on takes its time, so that a signal finds it at work.
+"""
+
+import sys
+import time
+
+import jax
+
+from rkd_jax.sharding import (
+    MeshConfig,
+    batch_sharding,
+    make_mesh,
+    replicated,
+    shard_batch,
+    tree_shardings,
+)
+from rkd_jax.training import Interrupted, MetricsWriter, fit
+from rkd_jax.training.checkpoint import Checkpoints
+from rkd_jax.training.state import state_shardings
+from tests.training import tiny_game
+
+
+def _main(folder: str, steps: str, port: str, index: str) -> None:
+    jax.distributed.initialize(f"localhost:{port}", 2, int(index))
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2))
+    student, critic, frozen = tiny_game.params()
+    shardings = state_shardings(
+        student,
+        tree_shardings({"w": (None, "embed"), "b": (None, None)}, mesh),
+        student_optimizer=tiny_game.STUDENT,
+        critic_params=critic,
+        critic_shardings=tree_shardings({"v": (None, "embed")}, mesh),
+        critic_optimizer=tiny_game.CRITIC,
+    )
+
+    def prepare(state, batch):
+        if int(state.step) == 1:
+            print("ready", flush=True)
+        time.sleep(0.1)
+        mine = slice(8 * int(index), 8 * int(index) + 8)
+        batch = {name: rows[mine] for name, rows in batch.items()}
+        noise = tiny_game.Signal(0.0 * batch["x"])
+        return shard_batch(batch, mesh), shard_batch(noise, mesh)
+
+    with (
+        Checkpoints(f"{folder}/checkpoints", config={}) as checkpoints,
+        MetricsWriter(folder, tensorboard=False) as metrics,
+    ):
+        fit(
+            tiny_game.start(shardings=shardings),
+            tiny_game.make(
+                state_shardings=shardings, batch_sharding=batch_sharding(mesh)
+            ),
+            tiny_game.Rows(),
+            steps=int(steps),
+            frozen=jax.device_put(frozen, replicated(mesh)),
+            prepare=prepare,
+            checkpoints=checkpoints,
+            metrics=metrics,
+        )
+
+
+if __name__ == "__main__":
+    try:
+        _main(*sys.argv[1:])
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(stop.exit_code)
