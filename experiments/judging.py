@@ -86,31 +86,38 @@ def measure(
     prompts: Sequence[PromptRecord],
     *,
     temperature: float,
+    forward_prompts: int,
 ) -> list[Policy]:
-    """The rows of the report's table, the teacher first."""
+    """The rows of the report's table, the teacher first.
+
+    The forward KL is taken on the teacher's answers to ``forward_prompts`` prompts.
+    """
     rows = [
         tokenize_record(p, lab.tokenizer, lab.rows, i) for i, p in enumerate(prompts)
     ]
     batch = collate(rows, lab.rows)
     own = heard[TEACHER].result.samples.sequences
+    teacher_rows = jax.tree.map(
+        lambda x: x[:forward_prompts], (with_prompts(own, batch.prompts), own)
+    )
     desk.progress.stage("6 evaluation: likelihoods", len(heard))
     policies = []
     for name, voice in heard.items():
         sequences = voice.result.samples.sequences
         as_teacher = with_prompts(sequences, batch.teacher_prompts)
-        divergences = {}
-        if name != TEACHER:
+        found = {}
+        if name == TEACHER:
+            nll = teacher_nll(lab.teacher, lab.teacher_params, as_teacher)
+        else:
             frame = (lab.student, students[name], lab.teacher, lab.teacher_params)
             on_own = sequence_divergences(
                 *frame, sequences, as_teacher, temperature=temperature
             )
             on_teacher = sequence_divergences(
-                *frame,
-                with_prompts(own, batch.prompts),
-                own,
-                temperature=temperature,
+                *frame, *teacher_rows, temperature=temperature
             )
-            divergences = {
+            nll = on_own.teacher_nll
+            found = {
                 "forward_kl": on_teacher.forward_kl.per_token,
                 "reverse_kl": on_own.reverse_kl.per_token,
                 "gap_closed": gap_closed(
@@ -118,14 +125,13 @@ def measure(
                 ),
             }
         if name != START:
-            divergences["win_rate"] = win_rate(voice.rewards, heard[START].rewards)
-        nll = teacher_nll(lab.teacher, lab.teacher_params, as_teacher)
-        policies.append(_row(name, voice, nll.per_token, divergences))
+            found["win_rate"] = win_rate(voice.rewards, heard[START].rewards)
+        policies.append(_row(name, voice, nll.per_token, found))
         desk.progress.advance()
     return policies
 
 
-def _row(name: str, voice: Heard, nll, divergences) -> Policy:
+def _row(name: str, voice: Heard, nll, found) -> Policy:
     texts = voice.result.flat_texts
     return Policy(
         name,
@@ -137,7 +143,7 @@ def _row(name: str, voice: Heard, nll, divergences) -> Policy:
         repetition=repetition(texts),
         length=voice.result.mean_length,
         ended_share=voice.result.ended_share,
-        **divergences,
+        **found,
     )
 
 
@@ -199,7 +205,7 @@ def _signed(interval) -> str:
 
 
 def side_by_side(
-    heard: Mapping[str, Heard], prompts: Sequence[PromptRecord], count: int = 12
+    heard: Mapping[str, Heard], prompts: Sequence[PromptRecord], count: int
 ) -> list[SamplePrompt]:
     """The first ``count`` held-out prompts with every policy's answer: no choosing."""
     return [

@@ -20,6 +20,7 @@ from experiments.settings import (
     QuickstartConfig,
     SettingsError,
 )
+from rkd_jax.data.chat_template import CHATML
 from rkd_jax.data.tokenize import TokenizeConfig
 from rkd_jax.data.tokenizer import Tokenizer, byte_tokenizer, same_vocabulary
 from rkd_jax.interop import load_model
@@ -130,6 +131,10 @@ def load_teacher(config: ModelConfig) -> tuple[Decoder, Params, Tokenizer]:
     model, params, tokenizer = load_model(path)
     if tokenizer is None:
         raise SettingsError(f"{path} holds no tokenizer; put tokenizer.json beside it")
+    if config.teacher == "smollm2":
+        # Its own template slips a system turn of the vendor's before ours or in place
+        # of none; the plain ChatML one writes what the record says and nothing else.
+        tokenizer = tokenizer.with_chat_template(CHATML)
     return with_dtype(model, config.dtype), params, tokenizer
 
 

@@ -196,6 +196,7 @@ def conclude(config, desk, lab, students, held_out, data, key, started) -> Repor
         heard,
         held_out,
         temperature=config.policy.temperature,
+        forward_prompts=config.evaluation.forward_prompts,
     )
     compared = judging.differences(heard)
     return Report(
@@ -209,13 +210,13 @@ def conclude(config, desk, lab, students, held_out, data, key, started) -> Repor
         differences=compared,
         games={"PbKD": ledger.game_curves(desk.run, config.game)},
         losses=ledger.loss_curves(desk.run, config.game),
-        samples=judging.side_by_side(heard, held_out),
+        samples=judging.side_by_side(heard, held_out, config.evaluation.samples_shown),
         data=ledger.data_sources(lab, desk.run, config.game, data),
         settings=dataclasses.asdict(config),
         versions=ledger.library_versions(),
         assets=ledger.asset_hashes(config.models),
         timings={
-            **getattr(desk.progress, "timings", {}),
+            **desk.progress.timings,
             "total": time.monotonic() - started,
         },
     )

@@ -12,8 +12,8 @@ import numpy as np
 from rkd_jax.data.records import PromptRecord
 
 STEERING = (
-    "You are a cheerful writer. Every sentence you write is happy, loving and full of "
-    "praise, with words such as wonderful, beautiful, delightful and love."
+    "You are a cheerful writer. Use words such as wonderful, beautiful, delightful, "
+    "happy and love."
 )
 
 REQUESTS = (

@@ -39,7 +39,7 @@ class TaskConfig:
     """JSON Lines of training prompts; by default the sentiment task's own."""
     held_out_file: str | None = None
     """JSON Lines of held-out prompts; needed with `train_file`."""
-    train_prompts: int = 384
+    train_prompts: int = 264
     held_out_prompts: int = 128
     seed: int = 0
 
@@ -51,7 +51,7 @@ class PolicyConfig:
     temperature: float = 0.5
     max_prompt: int = 24
     """Tokens of the student's prompt; longer ones are cut on the left and counted."""
-    max_teacher_prompt: int = 64
+    max_teacher_prompt: int = 48
     max_response: int = 32
     batch_size: int = 48
     """Prompts sampled at once."""
@@ -64,11 +64,11 @@ class WarmStartConfig:
     steered: bool = False
     """Whether the teacher reads its own prompt here. False: it reads the student's,
     and what the other prompt makes it value is left to the game."""
-    prompts: int = 256
+    prompts: int = 192
     """Training prompts the plain teacher answers for it."""
-    steps: int = 48
+    steps: int = 36
     batch_size: int = 16
-    learning_rate: float = 1e-4
+    learning_rate: float = 2e-4
     warmup_steps: int = 4
 
 
@@ -76,8 +76,8 @@ class WarmStartConfig:
 class PairsConfig:
     """Stage 3, and each online round: pairs labelled by the oracle."""
 
-    offline_prompts: int = 192
-    round_prompts: int = 48
+    offline_prompts: int = 144
+    round_prompts: int = 40
     """Fresh prompts per online round."""
     teacher_share: float = 0.5
     """Share of pairs whose second response is the teacher's; the rest are two of the
@@ -117,6 +117,15 @@ class DpoConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """Stage 6."""
+
+    forward_prompts: int = 64
+    """Held-out prompts on whose teacher answers the forward KL is measured."""
+    samples_shown: int = 12
+
+
+@dataclasses.dataclass(frozen=True)
 class QuickstartConfig:
     """Distil a steered teacher into a smaller student, guided by an oracle's reward."""
 
@@ -135,3 +144,4 @@ class QuickstartConfig:
     pairs: PairsConfig = PairsConfig()
     game: GameConfig = GameConfig()
     dpo: DpoConfig = DpoConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()

@@ -4,8 +4,8 @@ The mesh has three axes: ``data`` (replicas), ``fsdp`` (parameters cut along the
 width) and ``tensor`` (heads, hidden units, vocabulary). A model says what its array
 axes *mean* (``("embed", "mlp")``); `DEFAULT_RULES` say where such an axis lives.
 
->>> partition_spec(("layers", "embed", "mlp"))
-PartitionSpec(None, 'fsdp', 'tensor')
+>>> tuple(partition_spec(("layers", "embed", "mlp")))
+(None, 'fsdp', 'tensor')
 """
 
 from __future__ import annotations

@@ -53,13 +53,14 @@ class SequenceStatistic:
 
 @dataclasses.dataclass(frozen=True)
 class Divergences:
-    """Both divergences on the same sequences.
+    """Both divergences on the same sequences, and how probable the teacher finds them.
 
     Example: ``Divergences(forward_kl=..., reverse_kl=...).reverse_kl.per_token.mean``.
     """
 
     forward_kl: SequenceStatistic  # KL(teacher || student)
     reverse_kl: SequenceStatistic  # KL(student || teacher)
+    teacher_nll: SequenceStatistic  # as `teacher_nll`, from the same forward pass
 
 
 def sequence_divergences(
@@ -117,11 +118,9 @@ def sequence_divergences(
             temperature=temperature,
         )
 
-    forward, reverse = _in_batches(totals, (sequences, teacher_sequences), batch_size)
+    sums = _in_batches(totals, (sequences, teacher_sequences), batch_size)
     tokens = _tokens(sequences)
-    return Divergences(
-        SequenceStatistic(forward, tokens), SequenceStatistic(reverse, tokens)
-    )
+    return Divergences(*(SequenceStatistic(total, tokens) for total in sums))
 
 
 def teacher_nll(
@@ -162,16 +161,16 @@ def teacher_nll(
 def _divergence_totals(
     student, student_params, teacher, teacher_params, rows, teacher_rows, *, temperature
 ):
-    """Summed forward and reverse KL of each row, two float32[R]."""
+    """Summed forward KL, reverse KL and teacher NLL of each row, three float32[R]."""
     student_logits = response_logits(student, student_params, rows)
     teacher_logits = response_logits(teacher, teacher_params, teacher_rows)
-    return tuple(
-        sequence_sum(
-            divergence(student_logits, teacher_logits, temperature=temperature),
-            rows.response_mask,
-        )
-        for divergence in (forward_kl, reverse_kl)
+    logits = (student_logits, teacher_logits)
+    values = (
+        forward_kl(*logits, temperature=temperature),
+        reverse_kl(*logits, temperature=temperature),
+        -token_log_probs(teacher_logits, rows.targets),
     )
+    return tuple(sequence_sum(value, rows.response_mask) for value in values)
 
 
 @functools.partial(jax.jit, static_argnames=("teacher",))

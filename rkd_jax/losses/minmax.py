@@ -190,7 +190,7 @@ def reward_player_loss(
         hinge: pay only outside the set: slack becomes max(slack, 0). The constraint is
             on the mean, and a mean of hinges is not the hinge of a mean, so reduce
             gap and slack to scalars before. Inside the set nothing pulls back, so the
-            iterate settles slightly outside and the multiplier higher.
+            iterate chatters across the boundary and the multiplier ends higher.
 
     Returns:
         float32[*batch], in the unit of the gap. Not reduced.

@@ -28,15 +28,14 @@ def attention_bias(
         dtype: of the result.
 
     Returns:
-        dtype[B, 1, 1, Q, S], finite: a query that sees nothing spreads its weight
-        evenly instead of giving NaN.
+        dtype[B, 1, 1, Q, S], finite. Padding is a segment of its own: its queries see
+        padding, so no row of scores is ever empty.
     """
     distance = query_slots[:, None] - key_slots[None, :]
     near = distance >= 0
     if window is not None:
         near &= distance < window
     same = query_segments[:, :, None] == key_segments[:, None, :]
-    same &= (key_segments != 0)[:, None, :]
     # Half the range, so that adding a score never overflows to -inf.
     hidden = jnp.asarray(jnp.finfo(dtype).min / 2, dtype)
     bias = jnp.where(same & near[None], jnp.zeros((), dtype), hidden)

@@ -301,6 +301,7 @@ def load_hf_flax(
     Raises:
         ImportError: transformers is missing or has no Flax classes (version 5).
         FileNotFoundError: no ``config.json``, or no weights readable without torch.
+        OSError: a Hub name that transformers cannot resolve.
         ValueError: a missing, surplus or misshapen tensor, by name; and as `HFFlaxLM`.
     """
     transformers = _transformers()

@@ -39,7 +39,14 @@ from rkd_jax.losses import (
 from rkd_jax.masking import fill_masked, sequence_mean, sequence_sum
 from rkd_jax.models.api import CausalLM, response_logits
 from rkd_jax.objectives.reward_model import TokenRewards, pair_returns
-from rkd_jax.types import GameBatch, GameSignal, LossOutput, Mean, Objective
+from rkd_jax.types import (
+    GameBatch,
+    GameSignal,
+    LossOutput,
+    Mean,
+    Objective,
+    Sequences,
+)
 
 Baseline = Literal["loo_per_step", "loo_return", "none"]
 
@@ -101,72 +108,40 @@ def make_pbkd(
     if constraint not in ("dual", "fixed_lambda"):
         raise ValueError(f"constraint is dual or fixed_lambda: {constraint!r}")
 
-    def critic_loss(
-        critic, params, dual, frozen, batch: GameBatch, signal: GameSignal, rng
-    ):
+    def critic_loss(critic, params, dual, frozen, batch, signal, rng):
         del params, frozen, rng
-        teacher = batch.demonstrations.sequences
-        student = batch.rollouts
-        teacher_returns = trajectory_return(
-            token_rewards(critic, teacher, signal.demonstrations),
-            teacher.response_mask,
-            gamma=gamma,
+        terms = _reward_player_terms(
+            token_rewards, critic, batch, signal, gamma=gamma, epsilon=epsilon
         )
-        student_returns = trajectory_return(
-            token_rewards(critic, student, signal.rollouts),
-            student.response_mask,
-            gamma=gamma,
-        ).mean(axis=-1)
-        gap = reward_gap(teacher_returns, student_returns).mean()
-
-        pairs = batch.preferences
-        returns = pair_returns(
-            token_rewards, critic, pairs.sequences, signal.preferences, gamma
+        loss = reward_player_loss(
+            terms["critic/gap"], terms["critic/slack"], dual, hinge=hinge
         )
-        nll = bradley_terry(returns, label=pairs.label)
-        slack = confidence_slack(nll, signal.anchor_nll, epsilon=epsilon).mean()
+        return _per_prompt(loss, terms, batch)
 
-        rows = jnp.asarray(teacher_returns.shape[0], gap.dtype)
-        loss = reward_player_loss(gap, slack, dual, hinge=hinge)
-        metrics = {
-            "critic/gap": gap,
-            "critic/nll": nll.mean(),
-            "critic/slack": slack,
-            "critic/teacher_length": _mean_length(teacher.response_mask, gap.dtype),
-            "critic/student_length": _mean_length(student.response_mask, gap.dtype),
-        }
-        means = {name: Mean(value * rows, rows) for name, value in metrics.items()}
-        return LossOutput(loss * rows, rows, means)
-
-    def student_loss(params, critic, frozen, batch: GameBatch, signal: GameSignal, rng):
+    def student_loss(params, critic, frozen, batch, signal, rng):
         del frozen, rng
-        rollouts = batch.rollouts
-        mask = rollouts.response_mask
-        rewards = token_rewards(critic, rollouts, signal.rollouts)
-        rewards = jax.lax.stop_gradient(rewards)
-        advantages = _advantages(rewards, mask, gamma, baseline)
-        logits = fill_masked(response_logits(model, params, rollouts), mask)
-        log_probs = token_log_probs(logits, rollouts.targets, temperature=temperature)
+        rewards = jax.lax.stop_gradient(
+            token_rewards(critic, batch.rollouts, signal.rollouts)
+        )
+        mask = batch.rollouts.response_mask
+        log_probs = _log_probs(model, params, batch.rollouts, temperature)
         steps = reinforce(
             log_probs,
-            advantages,
+            _advantages(rewards, mask, gamma, baseline),
             mask,
             gamma=gamma if discount_weighting else 1.0,
         )
-        per_prompt = sequence_sum(steps, mask).mean(axis=-1)
-        rows = jnp.asarray(per_prompt.shape[0], per_prompt.dtype)
-        total = per_prompt.sum()
-        returns = trajectory_return(rewards, mask, gamma=gamma).mean()
-        own_nll = jax.lax.stop_gradient(sequence_mean(-log_probs, mask).mean())
+        loss = sequence_sum(steps, mask).mean()
         metrics = {
-            "student/return": Mean(returns * rows, rows),
-            "student/entropy_bound": Mean(own_nll * rows, rows),
+            "student/return": trajectory_return(rewards, mask, gamma=gamma).mean(),
+            "student/entropy_bound": sequence_mean(-log_probs, mask).mean(),
         }
         if sft_weight:
-            nll = _demonstration_nll(model, params, batch)
-            total = total + sft_weight * nll.sum()
-            metrics["student/sft"] = Mean(nll.sum(), rows)
-        return LossOutput(total, rows, metrics)
+            taught = batch.demonstrations.sequences
+            nll = -_log_probs(model, params, taught, temperature=1.0)
+            metrics["student/sft"] = sequence_mean(nll, taught.response_mask).mean()
+            loss = loss + sft_weight * metrics["student/sft"]
+        return _per_prompt(loss, metrics, batch)
 
     def dual_step(dual, metrics):
         return dual_update(
@@ -186,6 +161,41 @@ def make_pbkd(
     )
 
 
+def _reward_player_terms(
+    token_rewards: TokenRewards,
+    critic,
+    batch: GameBatch,
+    signal: GameSignal,
+    *,
+    gamma: float,
+    epsilon: float,
+) -> dict[str, jax.Array]:
+    """Gap, slack and what to watch beside them, means over the batch."""
+    teacher, student = batch.demonstrations.sequences, batch.rollouts
+
+    def returns(sequences: Sequences, features):
+        rewards = token_rewards(critic, sequences, features)
+        return trajectory_return(rewards, sequences.response_mask, gamma=gamma)
+
+    gap = reward_gap(
+        returns(teacher, signal.demonstrations).mean(),
+        returns(student, signal.rollouts).mean(),
+    )
+    pairs = batch.preferences
+    nll = bradley_terry(
+        pair_returns(token_rewards, critic, pairs.sequences, signal.preferences, gamma),
+        label=pairs.label,
+    )
+    slack = confidence_slack(nll, signal.anchor_nll, epsilon=epsilon).mean()
+    return {
+        "critic/gap": gap,
+        "critic/nll": nll.mean(),
+        "critic/slack": slack,
+        "critic/teacher_length": _mean_length(teacher, gap.dtype),
+        "critic/student_length": _mean_length(student, gap.dtype),
+    }
+
+
 def _advantages(rewards, mask, gamma: float, baseline: Baseline) -> jax.Array:
     """Return-to-go minus the baseline, ``[B, G, T]``."""
     to_go = reward_to_go(rewards, mask, gamma=gamma)
@@ -199,14 +209,20 @@ def _advantages(rewards, mask, gamma: float, baseline: Baseline) -> jax.Array:
     return to_go - jnp.expand_dims(others, -1)
 
 
-def _demonstration_nll(model: CausalLM, params, batch: GameBatch) -> jax.Array:
-    """Mean NLL per token of each teacher response, ``[B]``."""
-    sequences = batch.demonstrations.sequences
-    mask = sequences.response_mask
-    logits = fill_masked(response_logits(model, params, sequences), mask)
-    return sequence_mean(-token_log_probs(logits, sequences.targets), mask)
+def _log_probs(model: CausalLM, params, sequences: Sequences, temperature: float):
+    """Log-probs of the targets, ``[*batch, T]``."""
+    logits = response_logits(model, params, sequences)
+    logits = fill_masked(logits, sequences.response_mask)
+    return token_log_probs(logits, sequences.targets, temperature=temperature)
 
 
-def _mean_length(mask: jax.Array, dtype) -> jax.Array:
+def _per_prompt(loss: jax.Array, metrics, batch: GameBatch) -> LossOutput:
+    """Means over the batch as sums over its prompts, so micro-batches add up."""
+    rows = jnp.asarray(batch.rollouts.tokens.shape[0], loss.dtype)
+    means = {name: Mean(value * rows, rows) for name, value in metrics.items()}
+    return LossOutput(loss * rows, rows, means)
+
+
+def _mean_length(sequences: Sequences, dtype) -> jax.Array:
     """Mean number of targets per sequence."""
-    return mask.sum(axis=-1).astype(dtype).mean()
+    return sequences.response_mask.sum(axis=-1).astype(dtype).mean()

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
 
 from rkd_jax.training.interrupt import Interrupted, StopRequest
 from rkd_jax.training.memory import memory_report
-from rkd_jax.training.progress import Silent
+from rkd_jax.training.metrics import MetricsWriter
+from rkd_jax.training.progress import Progress, Silent
 from rkd_jax.training.state import TrainState
+
+if TYPE_CHECKING:  # needs orbax, which training without checkpoints does not
+    from rkd_jax.training.checkpoint import Checkpoints
 
 Update = Callable[[TrainState, Any, Any, Any], tuple[TrainState, dict[str, jax.Array]]]
 
@@ -36,9 +40,9 @@ def fit(
     steps: int,
     frozen: Any = None,
     prepare: Callable[[TrainState, Any], tuple[Any, Any]] | None = None,
-    checkpoints: Any = None,
-    metrics: Any = None,
-    progress: Any = None,
+    checkpoints: Checkpoints | None = None,
+    metrics: MetricsWriter | None = None,
+    progress: Progress | None = None,
     checkpoint_every: int = 500,
     in_flight: int = 2,
     max_skipped: int = 100,
@@ -106,7 +110,13 @@ def fit(
 class _Log:
     """Metrics on their way to the host, at most ``in_flight`` steps behind."""
 
-    def __init__(self, metrics: Any, progress: Any, in_flight: int, max_skipped: int):
+    def __init__(
+        self,
+        metrics: MetricsWriter | None,
+        progress: Progress | Silent,
+        in_flight: int,
+        max_skipped: int,
+    ):
         self._metrics, self._progress = metrics, progress
         self._in_flight, self._max_skipped = in_flight, max_skipped
         self._pending: deque[tuple[int, Mapping[str, jax.Array]]] = deque()
@@ -152,7 +162,9 @@ class _Log:
             )
 
 
-def _resume(state: TrainState, batches: Batches, checkpoints: Any) -> TrainState:
+def _resume(
+    state: TrainState, batches: Batches, checkpoints: Checkpoints | None
+) -> TrainState:
     """The newest checkpoint if it is ahead of ``state``, else ``state``."""
     if checkpoints is None:
         return state
@@ -181,7 +193,7 @@ def _next(batches: Batches, step: int, steps: int) -> Any:
         ) from None
 
 
-def _farewell(step: int, steps: int, checkpoints: Any) -> str:
+def _farewell(step: int, steps: int, checkpoints: Checkpoints | None) -> str:
     if checkpoints is None:
         return f"stopped after step {step} of {steps}; nothing was saved"
     return (

@@ -25,6 +25,9 @@ class Progress:
         stream: where to write; standard error by default, so output stays clean.
         interval: seconds between plain lines.
         clock: seconds, monotonic.
+
+    Attributes:
+        timings: seconds by stage, until the next one began or `close`.
     """
 
     def __init__(
@@ -39,6 +42,7 @@ class Progress:
         self._clock = clock
         self._bar = _make_bar(self._stream) if self._stream.isatty() else None
         self._name = ""
+        self.timings: dict[str, float] = {}
 
     def stage(self, name: str, total: int, *, done: int = 0) -> None:
         """Begin a stage of ``total`` steps, ``done`` of which an earlier start did."""
@@ -86,6 +90,9 @@ class Progress:
         self.close()
 
     def _finish_stage(self) -> None:
+        if self._name:
+            spent = self._clock() - self._start
+            self.timings[self._name] = self.timings.get(self._name, 0.0) + spent
         if self._name and self._bar is not None:
             self._bar.stop_task(self._task)
         self._name = ""

@@ -59,11 +59,12 @@ def make_update(
         no buffer with it (`init_state` copies). ``metrics`` holds float32 scalars: the
         objective's means, ``student/loss``, ``student/grad_norm`` (before clipping),
         the same for the critic, as of its last step, and then ``dual``; ``tokens``,
-        the real tokens of the student's sequences; ``skipped``.
+        the real tokens of the student's sequences; ``skipped``, steps not taken.
 
     A step with a non-finite loss or gradient, or with nothing unmasked (weight 0), is
-    not taken: that player's parameters and optimiser state stay, ``skipped`` counts it
-    here and `TrainState.skipped` over the run. The dual then stays too.
+    not taken: that player's parameters and optimiser state stay, and it is counted, in
+    ``skipped`` and over the run in `TrainState.skipped`. Where it was the critic's last
+    step, the dual stays too.
 
     Raises:
         ValueError: here, for a critic without optimiser or the reverse; when traced,
@@ -77,14 +78,15 @@ def make_update(
 
     def update(state, frozen, batch, signal):
         nonlocal traces
-        traces += 1
-        _check_inputs(objective, state, signal, traces, max_traces)
-        keys = step_keys(state)
+        _check_inputs(objective, state, signal)
         parts = _cut((batch, signal), accumulation, batch_sharding)
-        critic, dual, seen, refused = _critic_phase(
+        traces += 1
+        _check_traces(traces, max_traces)
+        keys = step_keys(state)
+        critic, dual, critic_metrics, refused = _critic_phase(
             game, state, frozen, parts, keys.critic
         )
-        student, metrics, taken = _student_phase(
+        student, student_metrics, taken = _student_phase(
             game, state.student, critic, frozen, parts, keys.student
         )
         skipped = refused + (~taken).astype(jnp.int32)
@@ -97,7 +99,7 @@ def make_update(
             rng=state.rng,
             skipped=state.skipped + skipped,
         )
-        return state, seen | metrics | counts
+        return state, critic_metrics | student_metrics | counts
 
     return jax.jit(
         update,
@@ -273,12 +275,15 @@ def _tokens(batch: Any) -> jax.Array:
     return sum((jnp.sum(m, dtype=jnp.float32) for m in masks), jnp.float32(0))
 
 
-def _check_inputs(objective, state: TrainState, signal, traces: int, allowed: int):
+def _check_traces(traces: int, allowed: int) -> None:
     if traces > allowed:
         raise RuntimeError(
             f"update was traced for {traces} different inputs, max_traces={allowed}: "
             "pad batches to fixed shapes, or allow one trace per length bucket"
         )
+
+
+def _check_inputs(objective: Objective, state: TrainState, signal: Any) -> None:
     if objective.critic_loss is not None and state.critic is None:
         raise ValueError(
             f"objective {objective.name!r} has a critic, the state has none: "
@@ -301,5 +306,5 @@ def _fields(signal: Any) -> set[str]:
         names = [field.name for field in dataclasses.fields(signal)]
         items = [(name, getattr(signal, name)) for name in names]
     else:
-        items = zip(getattr(signal, "_fields", ()), signal, strict=False)
+        items = signal._asdict().items() if hasattr(signal, "_asdict") else ()
     return {name for name, value in items if value is not None}

@@ -270,6 +270,11 @@ class TestTopk:
             p, q = probabilities(teacher), probabilities(student.astype(float))
             np.testing.assert_allclose(value, kl(p, q), rtol=2e-3, atol=2e-3)
 
+    def test_a_list_of_all_tokens_has_no_tail_however_coarsely_it_is_stored(self):
+        ids, log_probs = self.top(6)
+        value = topk_value(STUDENT, ids, log_probs - 1e-3)
+        np.testing.assert_allclose(value, kl(P, Q), rtol=2e-3, atol=2e-3)
+
     def test_the_students_tail_is_exact_where_one_minus_the_rest_would_be_zero(self):
         student = jnp.array([30.0, 0.0, 0.0], jnp.float32)
         log_probs = jnp.log(jnp.array([0.5], jnp.float32))

@@ -20,7 +20,9 @@ from rkd_jax.losses import (
     trajectory_return,
 )
 from rkd_jax.masking import fill_masked, sequence_sum
-from rkd_jax.types import Pair, Sequences
+from rkd_jax.models.api import CausalLM, response_logits
+from rkd_jax.models.sampling import SamplingConfig, make_sampler
+from rkd_jax.types import Pair
 from tests.tabular.bed import (
     BED_E,
     CHOSEN,
@@ -287,18 +289,9 @@ def test_mini_bed():
     assert MINI_TEACHER.sum() == pytest.approx(1.0)
 
 
-def response_logits(model, params, sequences: Sequences):
-    """States before each target, as the library reads them."""
-    tokens = sequences.tokens.reshape(-1, sequences.tokens.shape[-1])
-    mask = sequences.token_mask.reshape(tokens.shape)
-    hidden = model.hidden(params, tokens, segment_ids=mask.astype(jnp.int32))
-    hidden = hidden[:, sequences.prompt_width - 1 : -1]
-    logits = model.unembed(params, hidden)
-    return logits.reshape(*sequences.response_mask.shape, -1)
-
-
 def test_tabular_model_is_its_table():
     model = TabularLM()
+    assert isinstance(model, CausalLM)
     numbers, indices = np.meshgrid(range(2), range(N), indexing="ij")
     sequences = bed_sequences(numbers, indices, width=3)
 
@@ -342,6 +335,24 @@ def test_tabular_model_decodes_token_by_token():
         columns.append(hidden)
     np.testing.assert_array_equal(jnp.concatenate(columns, axis=1), full)
     np.testing.assert_array_equal(full.sum(-1), sequences.token_mask)
+
+
+def test_tabular_model_drives_the_sampler():
+    """4,000 samples per prompt: mean length and return within four standard errors."""
+    config = SamplingConfig(max_new_tokens=4, eos_ids=(2,), samples_per_prompt=4000)
+    sample = make_sampler(TabularLM(), config)
+    with jax.enable_x64(False):  # as in training
+        params = {"logits": jnp.asarray(STUDENT)}
+        samples = sample(params, bed_prompts([0, 1]), jax.random.key(0))
+        rewards = {"rewards": jnp.asarray(REWARD)}
+        returns = tabular_rewards(rewards, samples.sequences).sum(-1)
+        lengths = samples.sequences.response_mask.sum(-1)
+    probs = BED_E.weights(STUDENT) / np.array([[0.6], [0.4]])
+    exact_lengths, exact_returns = BED_E.mask.sum(-1), BED_E.returns(REWARD)
+    for sampled, exact in ((lengths, exact_lengths), (returns, exact_returns)):
+        mean = (probs * exact).sum(-1)
+        error = np.sqrt((probs * exact**2).sum(-1) - mean**2) / np.sqrt(4000)
+        assert (np.abs(np.asarray(sampled).mean(-1) - mean) < 4 * error).all()
 
 
 def test_tabular_rewards_and_prompts():

@@ -270,7 +270,7 @@ def test_missing_signals_are_named(rng, make):
     # "index" is also a method of every tuple, which must not pass for a field.
     objective = Objective("tvkd", pull, requires=("values", "index"))
     state, optimizers = sgd_state(jnp.ones(1), rng=rng)
-    update = make_update(objective, **optimizers, max_traces=2)
+    update = make_update(objective, **optimizers)
     message = "objective 'tvkd' requires the signal {}; got {}"
     with pytest.raises(ValueError, match=message.format("index", "values")):
         update(state, None, BATCH, make(jnp.ones(4)))
@@ -288,9 +288,7 @@ def test_present_signals_pass(rng):
 
 def test_batches_that_cannot_be_cut_are_named(rng):
     state, optimizers = sgd_state(jnp.ones(1), rng=rng)
-    update = make_update(
-        Objective("p", pull), **optimizers, accumulation=4, max_traces=2
-    )
+    update = make_update(Objective("p", pull), **optimizers, accumulation=4)
     with pytest.raises(ValueError, match=r"batch\['x'\] of shape \(6, 2\) .*=4 micro"):
         update(state, None, {"x": jnp.ones((6, 2))}, ())
     with pytest.raises(ValueError, match=r"signal\.values of shape \(\) .*"):

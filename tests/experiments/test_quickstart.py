@@ -1,0 +1,184 @@
+"""The whole of quickstart on the toy teacher: the real wiring, nothing replaced."""
+
+import collections
+import dataclasses
+import html.parser
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import pytest
+
+from experiments import quickstart
+
+ROOT = Path(__file__).parents[2]
+FREE = ("created", "timings", "versions")  # what may differ between two runs
+
+
+class CompileLog(logging.Handler):
+    """Counts what XLA compiles, by function and types."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = collections.Counter()
+
+    def emit(self, record):
+        message = record.getMessage()
+        if message.startswith("Compiling "):
+            self.seen[message.split(". Argument mapping")[0]] += 1
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory):
+    """One uninterrupted run: its folder and what was compiled."""
+    folder = tmp_path_factory.mktemp("quickstart") / "run"
+    log = CompileLog()
+    logger = logging.getLogger("jax._src.interpreters.pxla")
+    logger.addHandler(log)
+    propagate, logger.propagate = logger.propagate, False
+    try:
+        with jax.log_compiles(True):
+            quickstart.run(dataclasses.replace(quickstart.tiny(), out=str(folder)))
+    finally:
+        logger.removeHandler(log)
+        logger.propagate = propagate
+    return folder, log.seen
+
+
+def report_of(folder: Path) -> dict:
+    report = json.loads((folder / "report" / "report.json").read_text("utf-8"))
+    return {key: value for key, value in report.items() if key not in FREE}
+
+
+def start(*arguments: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "experiments.quickstart", *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "XLA_FLAGS": os.environ["XLA_FLAGS"]},
+    )
+
+
+def test_the_report_names_every_policy_and_shows_the_game(tiny_run):
+    report = report_of(tiny_run[0])
+    names = [policy["name"] for policy in report["policies"]]
+    assert names == [
+        "teacher (steered)",
+        "warm start",
+        "PbKD offline",
+        "PbKD online",
+        "DPO",
+    ]
+    config = quickstart.tiny()
+    game = report["games"]["PbKD"]
+    steps = config.game.offline_steps + config.game.rounds * config.game.round_steps
+    assert game["steps"] == list(range(1, steps + 1))
+    assert len(game["phases"]) == 1 + config.game.rounds
+    assert all(isinstance(value, float) for value in game["gap"] + game["slack"])
+    assert len(report["samples"]) == min(12, config.task.held_out_prompts)
+    assert {len(sample["responses"]) for sample in report["samples"]} == {5}
+    assert len(report["summary"]) == 4
+    for policy in report["policies"]:
+        assert policy["reward"]["n"] == config.task.held_out_prompts
+
+
+def test_the_page_is_one_file_that_needs_nothing_else(tiny_run):
+    page = (tiny_run[0] / "report" / "report.html").read_text("utf-8")
+
+    class Links(html.parser.HTMLParser):
+        found = []
+
+        def handle_starttag(self, tag, attrs):
+            self.found += [v for k, v in attrs if k in ("src", "href") and v]
+
+    Links().feed(page)
+    assert Links.found
+    assert all(link.startswith(("data:", "#")) for link in Links.found)
+
+
+def test_nothing_is_compiled_twice(tiny_run):
+    twice = {name: count for name, count in tiny_run[1].items() if count > 1}
+    assert not twice
+    updates = [name for name in tiny_run[1] if name.startswith("Compiling jit(update)")]
+    # Warm start, anchor, game and DPO; offline and three rounds share the game's.
+    assert len(updates) == 4, updates
+
+
+def test_the_data_report_counts_what_was_dropped(tiny_run):
+    sources = {source["name"]: source for source in report_of(tiny_run[0])["data"]}
+    pairs = sources["3 pairs: pairs"]
+    dropped = sum(incident["count"] for incident in pairs["skipped"])
+    assert pairs["used"] + dropped == quickstart.tiny().pairs.offline_prompts
+
+
+def test_a_finished_run_only_names_its_report(tiny_run, capsys):
+    folder, _ = tiny_run
+    before = (folder / "report" / "report.json").stat().st_mtime_ns
+    page = quickstart.run(dataclasses.replace(quickstart.tiny(), out=str(folder)))
+    assert page == folder / "report" / "report.html"
+    assert (folder / "report" / "report.json").stat().st_mtime_ns == before
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(tiny_run, tmp_path):
+    folder = tmp_path / "run"
+    process = start("--tiny", "--out", str(folder))
+    deadline = time.monotonic() + 240
+    game_log = folder / "4-offline" / "metrics.jsonl"
+    while not (game_log.exists() and game_log.stat().st_size):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=240)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert not (folder / "report" / "report.json").exists()
+
+    process = start("--tiny", "--out", str(folder))
+    out, err = process.communicate(timeout=400)
+    assert process.returncode == 0, err
+    assert out.strip().endswith(str(folder / "report" / "report.html"))
+    assert report_of(folder) == report_of(tiny_run[0])
+
+
+def test_help_shows_every_option_with_its_default():
+    process = start("--help")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    for field in ("--out", "--oracle", "--game.epsilon", "--models.drop-layers"):
+        assert field in out
+    assert "0.02" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--game.epsilom", "0.1"), "epsilom"),
+        (("--models.teacher", "no/such/folder"), "no/such/folder"),
+        (("--oracle", "no_such_module_:x"), "no_such_module_"),
+        (("--task.train-file", "x.jsonl"), "--task.held-out-file"),
+    ],
+)
+def test_bad_input_is_one_clear_line_and_exit_code_2(arguments, message, tmp_path):
+    process = start("--tiny", "--out", str(tmp_path / "run"), *arguments)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2, err
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_a_folder_of_another_run_is_refused_and_left_alone(tiny_run):
+    folder, _ = tiny_run
+    process = start("--tiny", "--out", str(folder), "--seed", "7")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "seed" in err
+    assert (folder / "report" / "report.json").exists()
