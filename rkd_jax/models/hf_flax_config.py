@@ -97,5 +97,6 @@ def repaired(config: Any, context: int) -> Any:
         window = config.sliding_window or context + 1
         config.sliding_window = window - 1
     if config.model_type == "gemma":
+        # Equal already, see `unsupported`; but None makes the class log a warning.
         config.hidden_activation = config.hidden_act
     return config

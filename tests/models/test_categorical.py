@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from rkd_jax.models.categorical import draw_tokens, truncate
+from rkd_jax.models.categorical import _first_beyond, draw_tokens, truncate
 
 draw = jax.jit(draw_tokens)
 cut = jax.jit(truncate, static_argnames=("top_k", "top_p"))
@@ -80,6 +80,22 @@ def test_only_possible_tokens_of_a_large_vocabulary_are_drawn():
     shares = [np.mean(np.asarray(tokens) == token) for token in possible]
     assert np.isin(np.asarray(tokens), possible).all()
     np.testing.assert_allclose(shares, weights[possible], atol=0.02)
+
+
+def test_rounding_of_the_cumulative_sum_never_selects_an_impossible_token():
+    random = np.random.default_rng(0)
+    weights = random.dirichlet(np.full(1000, 0.5)).astype(np.float32)
+    weights[random.random(1000) < 0.5] = 0.0
+    cumulative = np.asarray(jnp.cumsum(jnp.asarray(weights)))
+    rises = (np.diff(cumulative) > 0) & (weights[1:] == 0.0)
+    if not rises.any():
+        pytest.skip("this backend's cumulative sum is exact on zeros")
+    at = cumulative / cumulative.max()  # uniform numbers right where it rises
+    around = [np.nextafter(at, np.float32(end)) for end in (0, 1)]
+    uniform = np.unique(np.concatenate([at, *around]))
+    uniform = jnp.asarray(uniform[uniform < 1.0])
+    rows = jnp.broadcast_to(jnp.asarray(weights), (len(uniform), 1000))
+    assert (weights[np.asarray(jax.jit(_first_beyond)(rows, uniform))] > 0).all()
 
 
 def test_a_row_depends_on_its_own_key_and_weights_only():

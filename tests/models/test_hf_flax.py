@@ -136,7 +136,7 @@ def _torch_logits(model, mask):
 def test_logits_equal_torch_under_either_padding(pairs, name):
     original, _, model, params = pairs(name)
     for mask in (LEFT, RIGHT):
-        garbage = jnp.asarray(np.where(mask, TOKENS, -1), jnp.int32)
+        garbage = jnp.asarray(np.where(mask, TOKENS, V + 9), jnp.int32)
         logits = model.logits(params, garbage, segment_ids=jnp.asarray(mask, jnp.int32))
         assert logits.dtype == jnp.float32
         assert np.isfinite(logits).all()
