@@ -57,7 +57,7 @@ def run_command(
         report = run(options)
     except Interrupted as stop:
         print(f"\n{stop}", file=sys.stderr)
-        sys.exit(128 + stop.signum)
+        sys.exit(stop.exit_code)
     except KeyboardInterrupt:
         print(
             "\ninterrupted between checkpoints; the same command goes on from the last "

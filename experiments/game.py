@@ -24,13 +24,13 @@ from rkd_jax.data.tokenize import tokenize_record
 from rkd_jax.evaluation.generation import fill_rows
 from rkd_jax.losses import bradley_terry, check_epsilon
 from rkd_jax.objectives.pbkd import make_pbkd
-from rkd_jax.objectives.reward_model import make_reward_model, pair_returns
+from rkd_jax.objectives.reward_model import l2_penalty, make_reward_model, pair_returns
 from rkd_jax.training.optim import OptimConfig, make_optimizer
 from rkd_jax.training.state import TrainState, init_state, step_keys
 from rkd_jax.training.update import make_update
 from rkd_jax.types import GameBatch, GameSignal, Params, PreferenceSignal, Sequences
 
-CHUNK = 32  # records tabulated at once
+CHUNK = 32  # rows on the device at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,16 +46,40 @@ class Table:
     labels: np.ndarray | None
 
 
-def tabulate(
-    lab: Lab, records: Sequence[DemonstrationRecord] | Sequence[PreferenceRecord]
-) -> Table:
-    """Tokenise every record and run the frozen trunk over it, once."""
-    rows = [
-        tokenize_record(r, lab.tokenizer, lab.rows, i) for i, r in enumerate(records)
-    ]
-    batch = collate(rows, lab.rows)
-    features = in_chunks(lab.features, batch.sequences)
-    return Table(batch.sequences, features, getattr(batch, "label", None))
+class FeatureBook:
+    """States of the frozen trunk by text: each is computed once in a run.
+
+    The same response stands in many pairs, and pairs accumulate over the rounds.
+    """
+
+    def __init__(self, lab: Lab):
+        self.lab = lab
+        self._known: dict[bytes, np.ndarray] = {}
+
+    def tabulate(
+        self, records: Sequence[DemonstrationRecord] | Sequence[PreferenceRecord]
+    ) -> Table:
+        """Tokenise every record and look its states up."""
+        lab = self.lab
+        rows = [
+            tokenize_record(r, lab.tokenizer, lab.rows, i)
+            for i, r in enumerate(records)
+        ]
+        batch = collate(rows, lab.rows)
+        shape = batch.sequences.response_mask.shape
+        flat = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), batch.sequences)
+        keys = [
+            tokens.tobytes() + mask.tobytes()
+            for tokens, mask in zip(flat.tokens, flat.token_mask, strict=True)
+        ]
+        first = {key: i for i, key in enumerate(keys) if key not in self._known}
+        if first:
+            new = np.array(list(first.values()))
+            states = in_chunks(lab.features, jax.tree.map(lambda x: x[new], flat))
+            self._known.update(zip(first, states, strict=True))
+        features = np.stack([self._known[key] for key in keys])
+        features = features.reshape(*shape, features.shape[-1])
+        return Table(batch.sequences, features, getattr(batch, "label", None))
 
 
 def in_chunks(function, tree) -> np.ndarray:
@@ -92,20 +116,21 @@ class Game:
         self.lab, self.desk, self.config = lab, desk, config
         self.temperature, self.seed = temperature, seed
         self.demonstrations = demonstrations
-        self.demonstration_table = tabulate(lab, demonstrations)
+        self.book = FeatureBook(lab)
+        self.demonstration_table = self.book.tabulate(demonstrations)
         self.student_optimizer = make_optimizer(
             OptimConfig(learning_rate=config.learning_rate, weight_decay=0.0)
         )
         self.critic_optimizer = make_optimizer(
             OptimConfig(
                 learning_rate=config.critic_learning_rate,
-                weight_decay=config.anchor_weight_decay,
+                weight_decay=0.0,
             )
         )
         self.anchor_optimizer = make_optimizer(
             OptimConfig(
                 learning_rate=config.anchor_learning_rate,
-                weight_decay=config.anchor_weight_decay,
+                weight_decay=0.0,
             )
         )
         self.update = make_update(
@@ -114,14 +139,16 @@ class Game:
                 lab.token_rewards,
                 epsilon=config.epsilon,
                 temperature=temperature,
+                l2=config.l2,
                 sft_weight=config.sft_weight,
             ),
             student_optimizer=self.student_optimizer,
             critic_optimizer=self.critic_optimizer,
             critic_steps=config.critic_steps,
+            accumulation=config.accumulation,
         )
         self.anchor_update = make_update(
-            make_reward_model(lab.token_rewards),
+            make_reward_model(lab.token_rewards, l2=config.l2),
             student_optimizer=self.anchor_optimizer,
         )
         self._compiled_pair_nll = jax.jit(self._pair_nll)
@@ -155,7 +182,7 @@ class Game:
             SettingsError: epsilon so large that a constant reward is inside the set.
         """
         folder = self.desk.run.stage(name).path
-        table = tabulate(self.lab, pairs)
+        table = self.book.tabulate(pairs)
         anchor = self._fit_anchor(name, pairs, table)
         anchor_nll = self.pair_nll(anchor, table)
         try:
@@ -180,7 +207,7 @@ class Game:
         )
 
     def pair_nll(self, params: Params, table: Table) -> np.ndarray:
-        """Bradley-Terry loss of every pair under a reward head, ``float32[n]``."""
+        """Penalised Bradley-Terry loss of every pair under a head, ``float32[n]``."""
         arrays = (table.sequences, table.features, table.labels)
         return in_chunks(lambda x: self._compiled_pair_nll(params, *x), arrays)
 
@@ -263,4 +290,5 @@ class Game:
         returns = pair_returns(
             self.lab.token_rewards, params, sequences, features, gamma=1.0
         )
-        return bradley_terry(returns, label=labels)
+        nll = bradley_terry(returns, label=labels)
+        return nll + self.config.l2 * l2_penalty(params)

@@ -11,8 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
-from rkd_jax.models.heads import ScalarHead
-from rkd_jax.models.surgery import keep_layers
 
 from experiments.settings import (
     ModelConfig,
@@ -27,7 +25,9 @@ from rkd_jax.interop import load_model
 from rkd_jax.interop.gguf import find_packaged_gguf
 from rkd_jax.models.api import CausalLM
 from rkd_jax.models.decoder import Decoder, DecoderConfig
+from rkd_jax.models.heads import ScalarHead
 from rkd_jax.models.sampling import Samples, SamplingConfig, make_sampler
+from rkd_jax.models.surgery import keep_layers
 from rkd_jax.signals.oracles import Oracle, load_oracle
 from rkd_jax.signals.teacher import (
     Scorer,

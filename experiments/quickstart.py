@@ -38,6 +38,7 @@ from experiments.lab import Lab, open_lab
 from experiments.rivals import train_dpo
 from experiments.sentiment_task import make_prompts
 from experiments.settings import (
+    DpoConfig,
     GameConfig,
     ModelConfig,
     PairsConfig,
@@ -68,7 +69,7 @@ def tiny() -> QuickstartConfig:
         out="runs/tiny",
         oracle="experiments.sentiment_task:letter_share",
         models=ModelConfig(teacher="random", drop_layers=(1,), reward_layers=2),
-        task=TaskConfig(train_prompts=48, held_out_prompts=8),
+        task=TaskConfig(train_prompts=24, held_out_prompts=8),
         policy=PolicyConfig(
             temperature=1.0,
             max_prompt=96,
@@ -76,8 +77,8 @@ def tiny() -> QuickstartConfig:
             max_response=12,
             batch_size=8,
         ),
-        warm_start=WarmStartConfig(steps=3, batch_size=4, warmup_steps=1),
-        pairs=PairsConfig(offline_prompts=16, round_prompts=8, ties="half"),
+        warm_start=WarmStartConfig(prompts=16, steps=3, batch_size=4, warmup_steps=1),
+        pairs=PairsConfig(offline_prompts=8, round_prompts=4, ties="half"),
         game=GameConfig(
             offline_steps=2,
             rounds=3,
@@ -85,11 +86,14 @@ def tiny() -> QuickstartConfig:
             prompts_per_step=2,
             samples_per_prompt=2,
             pairs_per_step=8,
+            accumulation=1,
             critic_steps=2,
             anchor_steps=60,
             anchor_learning_rate=0.03,
+            l2=1e-3,
             epsilon=1e-3,
         ),
+        dpo=DpoConfig(pairs_per_step=4, accumulation=1),
     )
 
 
@@ -127,9 +131,9 @@ def distil(config: QuickstartConfig, desk: Desk) -> Report:
             name,
             student,
             demonstrations,
-            teacher_share=config.pairs.teacher_share,
+            lesson,
             ties=config.pairs.ties,
-            batch_size=batch_size,
+            batch_size=config.game.prompts_per_step,
             rng=key,
         )
 

@@ -47,7 +47,11 @@ def train_dpo(
         "6 baseline: DPO",
         desk.run.stage("6-dpo").path,
         init_state(start, student_optimizer=optimizer, rng=jax.random.key(seed)),
-        make_update(objective, student_optimizer=optimizer),
+        make_update(
+            objective,
+            student_optimizer=optimizer,
+            accumulation=config.accumulation,
+        ),
         make_batches(
             pairs,
             lab.tokenizer,

@@ -39,7 +39,7 @@ class TaskConfig:
     """JSON Lines of training prompts; by default the sentiment task's own."""
     held_out_file: str | None = None
     """JSON Lines of held-out prompts; needed with `train_file`."""
-    train_prompts: int = 264
+    train_prompts: int = 240
     held_out_prompts: int = 128
     seed: int = 0
 
@@ -74,14 +74,15 @@ class WarmStartConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PairsConfig:
-    """Stage 3, and each online round: pairs labelled by the oracle."""
+    """Stage 3, and each online round: pairs labelled by the oracle.
 
-    offline_prompts: int = 144
-    round_prompts: int = 40
+    For every prompt the candidates are the steered teacher's answer, the plain one's if
+    there is one, and the student's samples; every two of them make a pair.
+    """
+
+    offline_prompts: int = 64
+    round_prompts: int = 24
     """Fresh prompts per online round."""
-    teacher_share: float = 0.5
-    """Share of pairs whose second response is the teacher's; the rest are two of the
-    student's."""
     ties: Literal["drop", "half"] = "drop"
 
 
@@ -89,20 +90,24 @@ class PairsConfig:
 class GameConfig:
     """Stages 4 and 5: the min-max game. Names and defaults as `make_pbkd`."""
 
-    offline_steps: int = 12
+    offline_steps: int = 10
     rounds: int = 3
     round_steps: int = 4
     prompts_per_step: int = 8
     samples_per_prompt: int = 4
-    pairs_per_step: int = 64
+    pairs_per_step: int = 128
     critic_steps: int = 5
-    learning_rate: float = 3e-5
+    accumulation: int = 2
+    """Micro-batches per step; halves the memory, changes no number."""
+    learning_rate: float = 1e-4
     critic_learning_rate: float = 1e-3
-    anchor_steps: int = 200
-    anchor_learning_rate: float = 3e-3
-    anchor_weight_decay: float = 1e-2
-    epsilon: float = 0.02
+    anchor_steps: int = 80
+    anchor_learning_rate: float = 1e-3
     reward_bound: float = 1.0
+    """Largest reward of one token."""
+    l2: float = 10.0
+    """Penalty on the reward head, in the anchor's likelihood and in the set's."""
+    epsilon: float = 0.02
     dual: float = 1.0
     sft_weight: float = 0.0
 
@@ -111,9 +116,10 @@ class GameConfig:
 class DpoConfig:
     """The baseline: as many updates on as many sequences, all pairs of the game."""
 
-    learning_rate: float = 1e-5
+    learning_rate: float = 2e-5
     beta: float = 0.1
     pairs_per_step: int = 16
+    accumulation: int = 2
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,8 @@ finished, it restores the last checkpoint and returns.
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -56,7 +58,7 @@ def write_responses(
     batch_size: int,
     rng: jax.Array,
 ) -> GenerationResult:
-    """One response per prompt record, in order, shown as a stage of its own."""
+    """Responses to every prompt, in order, shown as a stage of its own."""
     rows = [
         tokenize_record(r, lab.tokenizer, lab.rows, i) for i, r in enumerate(records)
     ]
@@ -121,52 +123,55 @@ def collect_pairs(
     name: str,
     student_params: Params,
     demonstrations: Sequence[DemonstrationRecord],
+    plain: Sequence[DemonstrationRecord],
     *,
-    teacher_share: float,
     ties: str,
     batch_size: int,
     rng: jax.Array,
 ) -> list[PreferenceRecord]:
-    """Stage 3 and each round: two responses per prompt, labelled by the oracle.
+    """Stage 3 and each round: candidates for every prompt, every two of them a pair.
 
-    The first is the student's. The second is the teacher's demonstration for the first
-    ``teacher_share`` of the prompts, the student's again for the rest.
+    The candidates are the teacher's answer, its plain one where ``plain`` has the
+    prompt, and the current student's samples. The oracle says which is better.
     """
     stage = desk.run.stage(name)
     path = stage.path / "pairs.jsonl"
     if not stage.done:
         title = name.replace("-", " ")
-
-        def student(records, key):
-            if not records:
-                return []
-            return write_responses(
-                lab,
-                desk,
-                title,
-                lab.sample_student,
-                student_params,
-                [to_prompt(record) for record in records],
-                as_teacher=False,
-                batch_size=batch_size,
-                rng=key,
-            ).flat_texts
-
-        keys = jax.random.split(rng)
-        cut = round(teacher_share * len(demonstrations))
-        written = [record.response for record in demonstrations[:cut]]
+        written = {as_key(record): record.response for record in plain}
+        result = write_responses(
+            lab,
+            desk,
+            title,
+            lab.roll_out,
+            student_params,
+            [to_prompt(record) for record in demonstrations],
+            as_teacher=False,
+            batch_size=batch_size,
+            rng=rng,
+        )
+        duels = []
+        for record, samples in zip(demonstrations, result.texts, strict=True):
+            other = written.get(as_key(record))
+            candidates = [record.response, *({other} - {None, record.response}), *samples]
+            duels += [(record, *pair) for pair in itertools.combinations(candidates, 2)]
         records, report = label_preferences(
             lab.oracle,
-            [record.prompt for record in demonstrations],
-            student(demonstrations, keys[0]),
-            written + student(demonstrations[cut:], keys[1]),
-            teacher_prompts=[record.teacher_prompt for record in demonstrations],
+            [record.prompt for record, _, _ in duels],
+            [first for _, first, _ in duels],
+            [second for _, _, second in duels],
+            teacher_prompts=[record.teacher_prompt for record, _, _ in duels],
             ties=ties,
         )
         desk.progress.note(f"{title}: {report}")
         write_jsonl(path, records)
         stage.finish(dataclasses.asdict(report))
     return read_jsonl(path, PreferenceRecord)[0]
+
+
+def as_key(record: DemonstrationRecord) -> str:
+    """The student's prompt as a dictionary key."""
+    return json.dumps(record.prompt, sort_keys=True)
 
 
 def train(

@@ -310,22 +310,11 @@ def topk_forward_kl(
     chex.assert_equal_shape_prefix([student_logits, topk_ids], student_logits.ndim - 1)
     q = tempered_log_softmax(student_logits, temperature)
     p = jax.lax.stop_gradient(topk_log_probs.astype(q.dtype))
-
-    p_rest = 1.0 - jnp.sum(jnp.exp(p), axis=-1, keepdims=True)
-    # What is left by rounding is no mass; a list of all V tokens has no tail at all.
-    negligible = 8 * jnp.finfo(q.dtype).eps if p.shape[-1] < q.shape[-1] else 1.0
-    has_rest = p_rest > negligible
-    p_rest = jnp.where(has_rest, jnp.log(jnp.where(has_rest, p_rest, 1.0)), -jnp.inf)
-
-    # An absent entry points past the vocabulary, where the scatter drops it.
     present = p > -jnp.inf
-    outside = jnp.asarray(q.shape[-1], topk_ids.dtype)
-    covered = jnp.where(present, topk_ids, outside)
-    rest = jnp.put_along_axis(q, covered, -jnp.inf, -1, inplace=False, mode="drop")
     listed = jnp.where(present, take_tokens(q, topk_ids), -jnp.inf)
     return _kl(
-        jnp.concatenate([p, p_rest], axis=-1),
-        jnp.concatenate([listed, _logsumexp(rest)], axis=-1),
+        jnp.concatenate([p, _log_rest(p, q.shape[-1])], axis=-1),
+        jnp.concatenate([listed, _logsumexp_without(q, topk_ids, present)], axis=-1),
     )
 
 
@@ -345,7 +334,7 @@ def _log_probs(student_logits, teacher_logits, temperature):
 
 
 def _kl(left: jax.Array, right: jax.Array) -> jax.Array:
-    """KL(left || right) of log-probs; a term without mass on the left is exactly 0."""
+    """KL(left || right) of log-probs, with 0 log 0 = 0 in value and gradient."""
     support = left > -jnp.inf
     # Both `where`s are needed: 0 * inf is NaN in the value, and again in the gradient.
     mass = jnp.where(support, jnp.exp(left), 0.0)
@@ -366,8 +355,25 @@ def _log_mixture(left: jax.Array, right: jax.Array, weight) -> jax.Array:
     return jnp.where(possible, mixture, -jnp.inf)
 
 
-def _logsumexp(values: jax.Array) -> jax.Array:
-    """Log-sum-exp over the kept last axis; -inf, without gradient, if all are -inf."""
-    some = jnp.any(values > -jnp.inf, axis=-1, keepdims=True)
-    total = jax.nn.logsumexp(jnp.where(some, values, 0.0), axis=-1, keepdims=True)
+def _log_rest(log_probs: jax.Array, vocabulary: int) -> jax.Array:
+    """Log of the mass that K of V log-probs leave, [..., 1]; -inf if only rounding."""
+    rest = 1.0 - jnp.sum(jnp.exp(log_probs), axis=-1, keepdims=True)
+    # A list of all V tokens leaves nothing, however coarsely it was stored.
+    complete = log_probs.shape[-1] >= vocabulary
+    some = rest > (1.0 if complete else 8 * jnp.finfo(rest.dtype).eps)
+    return jnp.where(some, jnp.log(jnp.where(some, rest, 1.0)), -jnp.inf)
+
+
+def _logsumexp_without(
+    values: jax.Array, ids: jax.Array, present: jax.Array
+) -> jax.Array:
+    """Log-sum-exp [..., 1] of ``values`` without the ``present`` ids; -inf of nothing.
+
+    Exact where one minus the listed mass would have been rounded away.
+    """
+    # An absent id points past the vocabulary, where the scatter drops it.
+    ids = jnp.where(present, ids, jnp.asarray(values.shape[-1], ids.dtype))
+    rest = jnp.put_along_axis(values, ids, -jnp.inf, -1, inplace=False, mode="drop")
+    some = jnp.any(rest > -jnp.inf, axis=-1, keepdims=True)
+    total = jax.nn.logsumexp(jnp.where(some, rest, 0.0), axis=-1, keepdims=True)
     return jnp.where(some, total, -jnp.inf)

@@ -38,7 +38,7 @@ from rkd_jax.losses import (
 )
 from rkd_jax.masking import fill_masked, sequence_mean, sequence_sum
 from rkd_jax.models.api import CausalLM, response_logits
-from rkd_jax.objectives.reward_model import TokenRewards, pair_returns
+from rkd_jax.objectives.reward_model import TokenRewards, l2_penalty, pair_returns
 from rkd_jax.types import (
     GameBatch,
     GameSignal,
@@ -64,6 +64,7 @@ def make_pbkd(
     hinge: bool = False,
     dual_step_size: float = 0.5,
     slack_clip: float = 10.0,
+    l2: float = 0.0,
     sft_weight: float = 0.0,
 ) -> Objective:
     """The two players of PbKD and the step of the multiplier between them.
@@ -82,6 +83,8 @@ def make_pbkd(
             state's initial one.
         hinge: the reward player pays only outside the set; see `reward_player_loss`.
         dual_step_size, slack_clip: see `dual_update`.
+        l2: weight of `l2_penalty` in the likelihood that defines the set, nats per
+            pair. `GameSignal.anchor_nll` has to contain the anchor's own penalty.
         sft_weight: weight of the mean NLL of the teacher's responses in the student's
             loss, nats per token.
 
@@ -111,7 +114,13 @@ def make_pbkd(
     def critic_loss(critic, params, dual, frozen, batch, signal, rng):
         del params, frozen, rng
         terms = _reward_player_terms(
-            token_rewards, critic, batch, signal, gamma=gamma, epsilon=epsilon
+            token_rewards,
+            critic,
+            batch,
+            signal,
+            gamma=gamma,
+            epsilon=epsilon,
+            l2=l2,
         )
         loss = reward_player_loss(
             terms["critic/gap"], terms["critic/slack"], dual, hinge=hinge
@@ -169,6 +178,7 @@ def _reward_player_terms(
     *,
     gamma: float,
     epsilon: float,
+    l2: float,
 ) -> dict[str, jax.Array]:
     """Gap, slack and what to watch beside them, means over the batch."""
     teacher, student = batch.demonstrations.sequences, batch.rollouts
@@ -186,7 +196,8 @@ def _reward_player_terms(
         pair_returns(token_rewards, critic, pairs.sequences, signal.preferences, gamma),
         label=pairs.label,
     )
-    slack = confidence_slack(nll, signal.anchor_nll, epsilon=epsilon).mean()
+    penalised = nll + l2 * l2_penalty(critic) if l2 else nll
+    slack = confidence_slack(penalised, signal.anchor_nll, epsilon=epsilon).mean()
     return {
         "critic/gap": gap,
         "critic/nll": nll.mean(),

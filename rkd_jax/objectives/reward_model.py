@@ -43,12 +43,21 @@ def pair_returns(
     return Pair(returns[..., 0], returns[..., 1])
 
 
-def make_reward_model(token_rewards: TokenRewards, *, gamma: float = 1.0) -> Objective:
+def l2_penalty(params: Params) -> jax.Array:
+    """Sum of the squares of all parameters, float32[]."""
+    return sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(params))
+
+
+def make_reward_model(
+    token_rewards: TokenRewards, *, gamma: float = 1.0, l2: float = 0.0
+) -> Objective:
     """Bradley-Terry loss of a token reward, per pair.
 
     Args:
         token_rewards: reward of every target token; see `TokenRewards`.
         gamma: discount in (0, 1]; the return is not divided by length.
+        l2: weight of `l2_penalty`, nats per pair. Separable preferences have no finite
+            maximum of the likelihood; with a penalty they have one.
 
     Returns:
         `Objective` whose ``student_loss`` trains the reward parameters and reads
@@ -78,6 +87,8 @@ def make_reward_model(token_rewards: TokenRewards, *, gamma: float = 1.0) -> Obj
             "reward_model/nll": Mean(total, weight),
             "reward_model/accuracy": Mean(jnp.where(valid, hit, 0.0).sum(), weight),
         }
+        if l2:
+            total = total + l2 * weight * l2_penalty(params)
         return LossOutput(total, weight, metrics)
 
     return Objective("reward_model", student_loss)

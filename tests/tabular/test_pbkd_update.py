@@ -25,7 +25,7 @@ from rkd_jax.types import (
     Sequences,
 )
 from tests.tabular.bed import MINI, MINI_PAIRS, MINI_REWARD, preference_nll
-from tests.tabular.test_pbkd_game import SMALL
+from tests.tabular.game import SMALL
 
 STEPS, AVERAGED = 2500, 1500  # steps, and how many of the last ones are averaged
 SAMPLES = 64  # per prompt row and step
