@@ -39,7 +39,7 @@ class TaskConfig:
     """JSON Lines of training prompts; by default the sentiment task's own."""
     held_out_file: str | None = None
     """JSON Lines of held-out prompts; needed with `train_file`."""
-    train_prompts: int = 240
+    train_prompts: int = 144
     held_out_prompts: int = 128
     seed: int = 0
 
@@ -64,9 +64,9 @@ class WarmStartConfig:
     steered: bool = False
     """Whether the teacher reads its own prompt here. False: it reads the student's,
     and what the other prompt makes it value is left to the game."""
-    prompts: int = 192
+    prompts: int = 144
     """Training prompts the plain teacher answers for it."""
-    steps: int = 36
+    steps: int = 28
     batch_size: int = 16
     learning_rate: float = 2e-4
     warmup_steps: int = 4
@@ -81,7 +81,7 @@ class PairsConfig:
     """
 
     offline_prompts: int = 64
-    round_prompts: int = 24
+    round_prompts: int = 16
     """Fresh prompts per online round."""
     ties: Literal["drop", "half"] = "drop"
 
@@ -99,16 +99,18 @@ class GameConfig:
     critic_steps: int = 5
     accumulation: int = 2
     """Micro-batches per step; halves the memory, changes no number."""
-    learning_rate: float = 1e-4
-    critic_learning_rate: float = 1e-3
+    learning_rate: float = 2e-5
+    critic_learning_rate: float = 3e-4
     anchor_steps: int = 80
     anchor_learning_rate: float = 1e-3
     reward_bound: float = 1.0
     """Largest reward of one token."""
     l2: float = 10.0
     """Penalty on the reward head, in the anchor's likelihood and in the set's."""
-    epsilon: float = 0.02
-    dual: float = 1.0
+    epsilon: float = 0.05
+    """Radius of the confidence set, nats per pair."""
+    dual: float = 50.0
+    """Where the multiplier starts: about the slope of the gap in epsilon."""
     sft_weight: float = 0.0
 
 
@@ -126,7 +128,7 @@ class DpoConfig:
 class EvaluationConfig:
     """Stage 6."""
 
-    forward_prompts: int = 64
+    forward_prompts: int = 48
     """Held-out prompts on whose teacher answers the forward KL is measured."""
     samples_shown: int = 12
 

@@ -153,7 +153,8 @@ def collect_pairs(
         duels = []
         for record, samples in zip(demonstrations, result.texts, strict=True):
             other = written.get(as_key(record))
-            candidates = [record.response, *({other} - {None, record.response}), *samples]
+            plainly = [other] if other and other != record.response else []
+            candidates = [record.response, *plainly, *samples]
             duels += [(record, *pair) for pair in itertools.combinations(candidates, 2)]
         records, report = label_preferences(
             lab.oracle,

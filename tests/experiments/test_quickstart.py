@@ -155,7 +155,7 @@ def test_help_shows_every_option_with_its_default():
     assert process.returncode == 0, err
     for field in ("--out", "--oracle", "--game.epsilon", "--models.drop-layers"):
         assert field in out
-    assert "0.02" in out
+    assert "0.05" in out
 
 
 @pytest.mark.parametrize(
