@@ -11,6 +11,7 @@ import tyro
 
 from experiments.settings import SettingsError
 from rkd_jax.data.records import RecordError
+from rkd_jax.data.tokenizer import VocabularyMismatch
 from rkd_jax.interop import UnsupportedConfigError, WeightsError
 from rkd_jax.signals.oracles import OracleError
 from rkd_jax.training.checkpoint import CheckpointError
@@ -22,12 +23,13 @@ Config = TypeVar("Config")
 # What a user can cause and mend. Anything else is our bug and keeps its traceback.
 MENDABLE = (
     CheckpointError,
-    FileNotFoundError,
     OracleError,
+    OSError,  # no such file, full disk, read-only folder
     RecordError,
     RunMismatch,
     SettingsError,
     UnsupportedConfigError,
+    VocabularyMismatch,
     WeightsError,
 )
 

@@ -54,8 +54,10 @@ from rkd_jax.data.records import DemonstrationRecord, PromptRecord
 from rkd_jax.data.sources import read_jsonl
 from rkd_jax.evaluation.content import DataSource, Report
 from rkd_jax.evaluation.report import summary_table, write_report
+from rkd_jax.interop import save_model
 from rkd_jax.training.progress import Progress
 from rkd_jax.training.run import RunFolder
+from rkd_jax.types import Params
 
 
 def config() -> QuickstartConfig:
@@ -167,7 +169,9 @@ def distil(config: QuickstartConfig, desk: Desk) -> Report:
             f"5-round-{number}", state, pairs, steps=config.game.round_steps
         )
     students[judging.ONLINE] = state.student.params
+    export(lab, desk, state.student.params)
     updates = int(state.step)
+    del state  # the optimiser's moments; the baseline needs the room
     students[judging.DPO] = train_dpo(
         lab,
         desk,
@@ -179,6 +183,17 @@ def distil(config: QuickstartConfig, desk: Desk) -> Report:
         seed=config.seed,
     )
     return conclude(config, desk, lab, students, held_out, data, keys[4], started)
+
+
+def export(lab: Lab, desk: Desk, params: Params) -> None:
+    """The final student as a Hugging Face folder, ``student/`` in the run's folder."""
+    save_model(
+        desk.run.path / "student",
+        lab.student.config,
+        params,
+        tokenizer=lab.tokenizer,
+        overwrite=True,
+    )
 
 
 def conclude(config, desk, lab, students, held_out, data, key, started) -> Report:

@@ -13,9 +13,12 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from experiments import quickstart
+from rkd_jax.data.tokenizer import byte_tokenizer
+from rkd_jax.interop import load_model
 
 ROOT = Path(__file__).parents[2]
 FREE = ("created", "timings", "versions")  # what may differ between two runs
@@ -110,6 +113,16 @@ def test_nothing_is_compiled_twice(tiny_run):
     updates = [name for name in tiny_run[1] if name.startswith("Compiling jit(update)")]
     # Warm start, anchor, game and DPO; offline and three rounds share the game's.
     assert len(updates) == 4, updates
+
+
+def test_the_student_is_exported_for_anyone_to_load(tiny_run):
+    model, params, tokenizer = load_model(tiny_run[0] / "student")
+    assert model.config.num_layers == 2  # three less the dropped one
+    assert tokenizer.fingerprint() == byte_tokenizer().fingerprint()
+    same_shapes = jax.eval_shape(model.init, jax.random.key(0))
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, same_shapes)
+    logits = model.logits(params, jnp.asarray([[72, 105]], jnp.int32))
+    assert bool(jnp.isfinite(logits).all())
 
 
 def test_the_data_report_counts_what_was_dropped(tiny_run):
