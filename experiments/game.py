@@ -46,28 +46,22 @@ class Table:
     labels: np.ndarray | None
 
 
-class FeatureBook:
-    """States of the frozen trunk by text: each is computed once in a run.
+class TextBook:
+    """A frozen model's word on every text, computed once however often it comes.
 
     The same response stands in many pairs, and pairs accumulate over the rounds.
+
+    Example: ``TextBook(lab.features).look_up(batch.sequences)``, ``[*batch, T, D]``.
     """
 
-    def __init__(self, lab: Lab):
-        self.lab = lab
+    def __init__(self, function):
+        self._function = function
         self._known: dict[bytes, np.ndarray] = {}
 
-    def tabulate(
-        self, records: Sequence[DemonstrationRecord] | Sequence[PreferenceRecord]
-    ) -> Table:
-        """Tokenise every record and look its states up."""
-        lab = self.lab
-        rows = [
-            tokenize_record(r, lab.tokenizer, lab.rows, i)
-            for i, r in enumerate(records)
-        ]
-        batch = collate(rows, lab.rows)
-        shape = batch.sequences.response_mask.shape
-        flat = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), batch.sequences)
+    def look_up(self, sequences: Sequences) -> np.ndarray:
+        """``function`` of every sequence, on the host."""
+        shape = sequences.response_mask.shape[:-1]
+        flat = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), sequences)
         keys = [
             tokens.tobytes() + mask.tobytes()
             for tokens, mask in zip(flat.tokens, flat.token_mask, strict=True)
@@ -75,11 +69,24 @@ class FeatureBook:
         first = {key: i for i, key in enumerate(keys) if key not in self._known}
         if first:
             new = np.array(list(first.values()))
-            states = in_chunks(lab.features, jax.tree.map(lambda x: x[new], flat))
-            self._known.update(zip(first, states, strict=True))
-        features = np.stack([self._known[key] for key in keys])
-        features = features.reshape(*shape, features.shape[-1])
-        return Table(batch.sequences, features, getattr(batch, "label", None))
+            values = in_chunks(self._function, jax.tree.map(lambda x: x[new], flat))
+            self._known.update(zip(first, values, strict=True))
+        values = np.stack([self._known[key] for key in keys])
+        return values.reshape(*shape, *values.shape[1:])
+
+
+def tabulate(
+    lab: Lab,
+    book: TextBook,
+    records: Sequence[DemonstrationRecord] | Sequence[PreferenceRecord],
+) -> Table:
+    """Tokenise every record and look its states up."""
+    rows = [
+        tokenize_record(r, lab.tokenizer, lab.rows, i) for i, r in enumerate(records)
+    ]
+    batch = collate(rows, lab.rows)
+    states = book.look_up(batch.sequences)
+    return Table(batch.sequences, states, getattr(batch, "label", None))
 
 
 def in_chunks(function, tree) -> np.ndarray:
@@ -116,8 +123,8 @@ class Game:
         self.lab, self.desk, self.config = lab, desk, config
         self.temperature, self.seed = temperature, seed
         self.demonstrations = demonstrations
-        self.book = FeatureBook(lab)
-        self.demonstration_table = self.book.tabulate(demonstrations)
+        self.book = TextBook(lab.features)
+        self.demonstration_table = tabulate(lab, self.book, demonstrations)
         self.student_optimizer = make_optimizer(
             OptimConfig(learning_rate=config.learning_rate, weight_decay=0.0)
         )
@@ -182,7 +189,13 @@ class Game:
             SettingsError: epsilon so large that a constant reward is inside the set.
         """
         folder = self.desk.run.stage(name).path
-        table = self.book.tabulate(pairs)
+        if len(pairs) < self.config.pairs_per_step:
+            raise SettingsError(
+                f"{name}: {len(pairs)} pairs for --game.pairs-per-step "
+                f"{self.config.pairs_per_step}; lower it or raise "
+                "--pairs.offline-prompts"
+            )
+        table = tabulate(self.lab, self.book, pairs)
         anchor = self._fit_anchor(name, pairs, table)
         anchor_nll = self.pair_nll(anchor, table)
         try:

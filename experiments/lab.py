@@ -86,6 +86,12 @@ def open_lab(config: QuickstartConfig) -> Lab:
     trunk = Decoder(trunk_config)
     policy = config.policy
     eos = tokenizer.eos_id
+    if tokenizer.chat_template is None or eos is None:
+        lacking = "chat template" if eos is not None else "end-of-sequence token"
+        raise SettingsError(
+            f"the tokenizer of {config.models.teacher} has no {lacking}; name one in "
+            "its tokenizer_config.json"
+        )
 
     def sampler(model: CausalLM, samples: int) -> Sampler:
         return make_sampler(
@@ -128,7 +134,7 @@ def load_teacher(config: ModelConfig) -> tuple[Decoder, Params, Tokenizer]:
     if path is None:
         model = Decoder(RANDOM_TEACHER)
         return model, model.init(jax.random.key(config.seed)), byte_tokenizer()
-    model, params, tokenizer = load_model(path)
+    model, params, tokenizer = load_model(path, param_dtype="float32")
     if tokenizer is None:
         raise SettingsError(f"{path} holds no tokenizer; put tokenizer.json beside it")
     if config.teacher == "smollm2":
@@ -157,7 +163,9 @@ def cut_student(
         SettingsError: no such layer.
     """
     if config.student is not None:
-        model, params, tokenizer = load_model(Path(config.student))
+        model, params, tokenizer = load_model(
+            Path(config.student), param_dtype="float32"
+        )
         if tokenizer is not None:
             same_vocabulary(tokenizer, load_teacher(config)[2])
         return with_dtype(model, config.dtype), params

@@ -75,13 +75,20 @@ def data_sources(
 
 
 def prompt_source(
-    name: str, records: Sequence[PromptRecord], lab: Lab, report: ReadReport | None
+    name: str,
+    records: Sequence[PromptRecord],
+    lab: Lab,
+    report: ReadReport | None,
+    read: int,
 ) -> DataSource:
-    """What became of the prompts of a file, or of the built-in ones."""
+    """What became of the ``read`` prompts of a file, or of the built-in ones."""
     skipped = [
         Incident(reason, entry.count, tuple(entry.places), entry.remedy)
         for reason, entry in (report.skipped if report else {}).items()
     ]
+    if read > len(records):
+        limit = "beyond the number of prompts asked for"
+        skipped.append(Incident(limit, read - len(records), (len(records) + 1,)))
     cut = survey(records, lab.tokenizer, lab.rows)
     return DataSource(name, len(records), skipped, _cuts(cut))
 

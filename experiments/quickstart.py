@@ -112,6 +112,7 @@ def run(config: QuickstartConfig) -> Path:
             page = write_report(final.path, report)
             final.finish({"report": page.name})
             print(summary_table(report))
+            print(f"\nstudent: {folder.path / 'student'}")
     return final.path / final.result["report"]
 
 
@@ -223,7 +224,7 @@ def conclude(config, desk, lab, students, held_out, data, key, started) -> Repor
         if config.models.teacher == "smollm2"
         else f"Reward-guided distillation of {config.models.teacher}",
         created=datetime.now().strftime("%Y-%m-%d %H:%M"),
-        command="python -m experiments.quickstart",
+        command=f"python -m experiments.quickstart --out {config.out}",
         summary=judging.verdicts(policies, compared, config.game.rounds),
         policies=policies,
         differences=compared,
@@ -265,17 +266,19 @@ def load_prompts(
             records[:count] for (records, _), count in zip(found, counts, strict=True)
         ]
         reports = [report for _, report in found]
+        surplus = [len(records) for records, _ in found]
     elif any(files.values()):
         raise SettingsError("give both --task.train-file and --task.held-out-file")
     else:
         sets = make_prompts(task.train_prompts, task.held_out_prompts, seed=task.seed)
         reports = [None, None]
+        surplus = [len(records) for records in sets]
     sources = []
-    for name, records, report in zip(files, sets, reports, strict=True):
+    for name, records, report, read in zip(files, sets, reports, surplus, strict=True):
         if not records:
             raise SettingsError(f"there are no {name} prompts: {report}")
         title = f"{name} prompts ({files[name] or 'built in'})"
-        sources.append(ledger.prompt_source(title, records, lab, report))
+        sources.append(ledger.prompt_source(title, records, lab, report, read))
     return *sets, sources
 
 
@@ -292,7 +295,7 @@ def divide(
         raise SettingsError(
             f"{needed} training prompts are needed ({pairs.offline_prompts} offline, "
             f"{game.rounds} rounds of {pairs.round_prompts}), the teacher answered "
-            f"{len(demonstrations)}; raise --task.train-prompts"
+            f"{len(demonstrations)}; give more or lower --pairs.offline-prompts"
         )
     firsts = range(pairs.offline_prompts, needed, pairs.round_prompts)
     return (

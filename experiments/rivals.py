@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import jax
 
-from experiments.game import in_chunks
+from experiments.game import TextBook
 from experiments.lab import Lab
 from experiments.settings import DpoConfig
 from experiments.stages import Desk, train
@@ -35,9 +35,8 @@ def train_dpo(
 ) -> Params:
     """DPO with the start as the reference, whose scores are computed once."""
     rows = [tokenize_record(r, lab.tokenizer, lab.rows, i) for i, r in enumerate(pairs)]
-    reference = in_chunks(
-        lambda x: lab.reference_scores(start, x), collate(rows, lab.rows).sequences
-    )
+    scores = TextBook(lambda rows: lab.reference_scores(start, rows))
+    reference = scores.look_up(collate(rows, lab.rows).sequences)
     optimizer = make_optimizer(
         OptimConfig(learning_rate=config.learning_rate, weight_decay=0.0)
     )

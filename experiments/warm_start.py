@@ -1,4 +1,4 @@
-"""Stage 2: forward KL to the teacher on the teacher's text, under its own prompt."""
+"""Stage 2: forward KL to the teacher on the teacher's text, token by token."""
 
 from __future__ import annotations
 

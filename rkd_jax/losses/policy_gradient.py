@@ -90,7 +90,7 @@ def reinforce(
     *,
     gamma: float = 1.0,
 ) -> jax.Array:
-    r"""REINFORCE surrogate of -J, per token, to be minimised.
+    r"""REINFORCE surrogate of -J, per token, to be minimised; PbKD's student step.
 
     .. math:: -m_h\, w_h\, \mathrm{sg}[A_h] \log\pi_\theta(a_h | s_h),
         \qquad w_h = \gamma^h

@@ -2,7 +2,7 @@
 
 `api` is the contract every model fulfils, `decoder` the library's own model, `heads`
 what sits on its states, `surgery` how a student is cut from a teacher. The modules
-`hf_flax`, `sampling` and `lora` are imported by name.
+`hf_flax` and `sampling` are imported by name.
 """
 
 from rkd_jax.models.api import (

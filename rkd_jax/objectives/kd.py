@@ -32,7 +32,8 @@ def make_kd(model: CausalLM, divergence: Divergence = forward_kl) -> Objective:
     Args:
         model: the student.
         divergence: ``(student_logits [.., V], teacher_logits [.., V]) -> [..]``, any of
-            `rkd_jax.losses.divergences`; bind its options with `functools.partial`.
+            `rkd_jax.losses.divergences` over full distributions; bind options with
+            `functools.partial`.
 
     Returns:
         `Objective` that requires `TeacherSignal.log_probs`. Unit: nats per token.

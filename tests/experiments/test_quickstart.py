@@ -5,6 +5,7 @@ import dataclasses
 import html.parser
 import json
 import logging
+import math
 import os
 import signal
 import subprocess
@@ -129,7 +130,11 @@ def test_the_data_report_counts_what_was_dropped(tiny_run):
     sources = {source["name"]: source for source in report_of(tiny_run[0])["data"]}
     pairs = sources["3 pairs: pairs"]
     dropped = sum(incident["count"] for incident in pairs["skipped"])
-    assert pairs["used"] + dropped == quickstart.tiny().pairs.offline_prompts
+    config = quickstart.tiny()
+    # Two answers of the teacher and the student's samples: every two are a pair.
+    candidates = 2 + config.game.samples_per_prompt
+    duels = config.pairs.offline_prompts * math.comb(candidates, 2)
+    assert pairs["used"] + dropped == duels
 
 
 def test_a_finished_run_only_names_its_report(tiny_run, capsys):
