@@ -159,6 +159,11 @@ class Game:
             student_optimizer=self.anchor_optimizer,
         )
         self._compiled_pair_nll = jax.jit(self._pair_nll)
+        self._untrained_anchor = init_state(
+            self._new_head(),
+            student_optimizer=self.anchor_optimizer,
+            rng=jax.random.key(seed),
+        )
 
     def begin(self, student_params: Params) -> TrainState:
         """The game before its first step: the warm start against an untrained head."""
@@ -231,16 +236,11 @@ class Game:
             del state
             return batch, PreferenceSignal(table.features[batch.index])
 
-        state = init_state(
-            self._new_head(),
-            student_optimizer=self.anchor_optimizer,
-            rng=jax.random.key(self.seed),
-        )
         state = train(
             self.desk,
             f"{name.replace('-', ' ')}: anchor",
             self.desk.run.stage(f"{name}-anchor").path,
-            state,
+            jax.tree.map(jnp.copy, self._untrained_anchor),
             self.anchor_update,
             self._pair_batches(pairs),
             steps=self.config.anchor_steps,

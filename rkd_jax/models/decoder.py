@@ -176,9 +176,12 @@ class Decoder:
         config = self.config
         shape = (config.num_layers, batch_size, length)
         shape += (config.num_kv_heads, config.head_dim)
-        empty = jnp.zeros(shape, config.dtype)
-        segment_ids = jnp.zeros((batch_size, length), jnp.int32)
-        return KVCache(empty, empty, segment_ids, jnp.zeros((), jnp.int32))
+        return KVCache(
+            keys=jnp.zeros(shape, config.dtype),
+            values=jnp.zeros(shape, config.dtype),
+            segment_ids=jnp.zeros((batch_size, length), jnp.int32),
+            index=jnp.zeros((), jnp.int32),
+        )
 
     def logical_axes(self) -> Params:
         """Names of the axes of every parameter: a tuple of names per leaf of `init`.
@@ -269,8 +272,3 @@ def _append(cache: KVCache, new: KeyValue, segment_ids: jax.Array) -> KVCache:
         ),
         index=start + segment_ids.shape[1],
     )
-
-
-def _accumulator(config: DecoderConfig) -> jnp.dtype:
-    """The dtype of norms, angles and softmax."""
-    return jnp.promote_types(jnp.dtype(config.dtype), jnp.float32)

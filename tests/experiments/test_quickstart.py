@@ -108,12 +108,27 @@ def test_the_page_is_one_file_that_needs_nothing_else(tiny_run):
     assert all(link.startswith(("data:", "#")) for link in Links.found)
 
 
-def test_nothing_is_compiled_twice(tiny_run):
-    twice = {name: count for name, count in tiny_run[1].items() if count > 1}
-    assert not twice
-    updates = [name for name in tiny_run[1] if name.startswith("Compiling jit(update)")]
-    # Warm start, anchor, game and DPO; offline and three rounds share the game's.
-    assert len(updates) == 4, updates
+# Every jitted function of the run, and how many shapes it is compiled for: updates of
+# warm start, anchor, game and DPO (offline and three rounds share the game's); samplers
+# of the teacher for two prompt widths, of the student for evaluation and rollouts.
+COMPILED = {
+    "update": 4,
+    "build": 4,
+    "generate": 4,
+    "teacher_log_probs": 1,
+    "sequence_scores": 1,
+    "features": 2,
+    "_pair_nll": 1,
+    "_divergence_totals": 1,
+    "_nll_totals": 1,
+}
+
+
+@pytest.mark.parametrize(("function", "shapes"), COMPILED.items())
+def test_each_function_is_compiled_once_per_shape(tiny_run, function, shapes):
+    start = f"Compiling jit({function})"
+    counts = [n for name, n in tiny_run[1].items() if name.startswith(start)]
+    assert sum(counts) == shapes, counts
 
 
 def test_the_student_is_exported_for_anyone_to_load(tiny_run):
