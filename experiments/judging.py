@@ -86,25 +86,30 @@ def measure(
     prompts: Sequence[PromptRecord],
     *,
     temperature: float,
-    forward_prompts: int,
+    likelihood_prompts: int,
 ) -> list[Policy]:
     """The rows of the report's table, the teacher first.
 
-    The forward KL is taken on the teacher's answers to ``forward_prompts`` prompts.
+    Likelihoods (KL, NLL) are taken on the first ``likelihood_prompts`` prompts.
     """
     rows = [
         tokenize_record(p, lab.tokenizer, lab.rows, i) for i, p in enumerate(prompts)
     ]
     batch = collate(rows, lab.rows)
-    own = heard[TEACHER].result.samples.sequences
-    teacher_rows = jax.tree.map(
-        lambda x: x[:forward_prompts], (with_prompts(own, batch.prompts), own)
+    prompts_seen, teachers_seen = jax.tree.map(
+        lambda x: x[:likelihood_prompts], (batch.prompts, batch.teacher_prompts)
     )
+
+    def own(name: str):
+        sequences = heard[name].result.samples.sequences
+        return jax.tree.map(lambda x: x[:likelihood_prompts], sequences)
+
+    teacher_rows = (with_prompts(own(TEACHER), prompts_seen), own(TEACHER))
     desk.progress.stage("6 evaluation: likelihoods", len(heard))
     policies = []
     for name, voice in heard.items():
-        sequences = voice.result.samples.sequences
-        as_teacher = with_prompts(sequences, batch.teacher_prompts)
+        sequences = own(name)
+        as_teacher = with_prompts(sequences, teachers_seen)
         found = {}
         if name == TEACHER:
             nll = teacher_nll(lab.teacher, lab.teacher_params, as_teacher)

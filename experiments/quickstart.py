@@ -216,7 +216,7 @@ def conclude(config, desk, lab, students, held_out, data, key, started) -> Repor
         heard,
         held_out,
         temperature=config.policy.temperature,
-        forward_prompts=config.evaluation.forward_prompts,
+        likelihood_prompts=config.evaluation.likelihood_prompts,
     )
     compared = judging.differences(heard)
     return Report(

@@ -176,10 +176,13 @@ def _resume(
     latest = checkpoints.latest()
     if latest is None or latest <= int(state.step):
         return state
-    restored, position = checkpoints.restore(state)
-    batches.set_state(position)
-    for leaf in jax.tree.leaves(state):
+    target = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
+    for leaf in jax.tree.leaves(state):  # never two states in memory at once
         leaf.delete()
+    restored, position = checkpoints.restore(target)
+    batches.set_state(position)
     return restored
 
 
