@@ -112,7 +112,6 @@ def make_pbkd(
         raise ValueError(f"constraint is dual or fixed_lambda: {constraint!r}")
 
     def critic_loss(critic, params, dual, frozen, batch, signal, rng):
-        del params, frozen, rng
         terms = _reward_player_terms(
             token_rewards,
             critic,
@@ -128,7 +127,6 @@ def make_pbkd(
         return _per_prompt(loss, terms, batch)
 
     def student_loss(params, critic, frozen, batch, signal, rng):
-        del frozen, rng
         rewards = jax.lax.stop_gradient(
             token_rewards(critic, batch.rollouts, signal.rollouts)
         )

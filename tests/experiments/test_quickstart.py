@@ -22,7 +22,7 @@ from rkd_jax.data.tokenizer import byte_tokenizer
 from rkd_jax.interop import load_model
 
 ROOT = Path(__file__).parents[2]
-FREE = ("created", "timings", "versions")  # what may differ between two runs
+FREE = ("created", "timings", "versions", "command")  # what may differ between two runs
 
 
 class CompileLog(logging.Handler):
@@ -57,6 +57,7 @@ def tiny_run(tmp_path_factory):
 
 def report_of(folder: Path) -> dict:
     report = json.loads((folder / "report" / "report.json").read_text("utf-8"))
+    del report["settings"]["out"]
     return {key: value for key, value in report.items() if key not in FREE}
 
 

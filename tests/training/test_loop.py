@@ -204,8 +204,13 @@ def test_a_second_ctrl_c_is_obeyed_at_once(state, update):
         signal.raise_signal(signal.SIGINT)
         return batch, ()
 
-    with pytest.raises(KeyboardInterrupt) as stop:
-        fit(state, update, Ones(), steps=9, prepare=prepare)
+    # A test run started in the background inherits an ignored SIGINT.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt) as stop:
+            fit(state, update, Ones(), steps=9, prepare=prepare)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert not isinstance(stop.value, Interrupted)
 
 
