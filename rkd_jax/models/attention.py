@@ -75,9 +75,10 @@ def grouped_attention(
     ]
     weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1) + bias, axis=-1)
     weights = weights.astype(query.dtype)
-    out, start = jnp.zeros_like(grouped), 0
+    # Summed in the dot's own axis order: any other makes XLA transpose the cache.
+    out, start = 0.0, 0
     for value in values:
         part = weights[..., start : start + value.shape[1]]
-        out += jnp.einsum("bkgqs,bskd->bqkgd", part, value)
+        out += jnp.einsum("bkgqs,bskd->bkgqd", part, value)
         start += value.shape[1]
-    return out.reshape(query.shape)
+    return jnp.moveaxis(out, 3, 1).reshape(query.shape)
