@@ -105,7 +105,7 @@ class Game:
 
     Example::
 
-        game = Game(lab, desk, config, demonstrations, seed=0)
+        game = Game(lab, desk, config, demonstrations, held_out_pairs, seed=0)
         state = game.begin(warm_start_params)
         state = game.play("4-offline", state, pairs, steps=12)
     """
@@ -116,6 +116,7 @@ class Game:
         desk: Desk,
         config: GameConfig,
         demonstrations: Sequence[DemonstrationRecord],
+        held_out: Sequence[PreferenceRecord],
         *,
         temperature: float,
         seed: int,
@@ -125,6 +126,7 @@ class Game:
         self.demonstrations = demonstrations
         self.book = TextBook(lab.features)
         self.demonstration_table = tabulate(lab, self.book, demonstrations)
+        self.held_out_table = tabulate(lab, self.book, held_out)
         self.student_optimizer = make_optimizer(
             OptimConfig(learning_rate=config.learning_rate, weight_decay=0.0)
         )
@@ -159,6 +161,7 @@ class Game:
             student_optimizer=self.anchor_optimizer,
         )
         self._compiled_pair_nll = jax.jit(self._pair_nll)
+        self._compiled_held_out = jax.jit(self._held_out)
         self._untrained_anchor = init_state(
             self._new_head(),
             student_optimizer=self.anchor_optimizer,
@@ -222,6 +225,7 @@ class Game:
             steps=int(state.step) + steps,
             config={"game": dataclasses.asdict(self.config), "seed": self.seed},
             prepare=self._prepare(table, anchor_nll),
+            probe=lambda state: self._probe(state.critic.params),
         )
 
     def pair_nll(self, params: Params, table: Table) -> np.ndarray:
@@ -246,6 +250,7 @@ class Game:
             steps=self.config.anchor_steps,
             config={"game": dataclasses.asdict(self.config), "pairs": len(pairs)},
             prepare=prepare,
+            probe=lambda state: self._probe(state.student.params),
             checkpoint_every=self.config.anchor_steps,
         )
         return state.student.params
@@ -298,6 +303,23 @@ class Game:
     def _new_head(self) -> Params:
         width = self.lab.trunk.config.hidden_size
         return self.lab.reward_head.init(jax.random.key(self.seed), width)
+
+    def _probe(self, params: Params) -> dict[str, jax.Array]:
+        """What the held-out pairs say about a reward head."""
+        table = self.held_out_table
+        return self._compiled_held_out(
+            params, table.sequences, table.features, table.labels
+        )
+
+    def _held_out(self, params: Params, sequences: Sequences, features, labels):
+        returns = pair_returns(
+            self.lab.token_rewards, params, sequences, features, gamma=1.0
+        )
+        hit = 0.5 * (1.0 + jnp.sign(returns.chosen - returns.rejected))
+        return {
+            "held_out/nll": bradley_terry(returns, label=labels).mean(),
+            "held_out/accuracy": hit.mean(),
+        }
 
     def _pair_nll(self, params: Params, sequences: Sequences, features, labels):
         returns = pair_returns(

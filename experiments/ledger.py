@@ -52,7 +52,13 @@ def loss_curves(run: RunFolder, game: GameConfig) -> dict[str, Series]:
         )
         for name in phases(game)
     }
-    return {title: _series(run, *where) for title, where in curves.items()}
+    series = {title: _series(run, *where) for title, where in curves.items()}
+    parts = [_series(run, name, "held_out/nll") for name in phases(game)]
+    series["reward player: held-out NLL, nats/pair"] = Series(
+        [step for part in parts for step in part.steps],
+        [value for part in parts for value in part.values],
+    )
+    return series
 
 
 def data_sources(
@@ -105,7 +111,11 @@ def _data_sets(run: RunFolder, game: GameConfig):
     for name in ("1-teacher", "1-teacher-plain"):
         if (path := run.path / name / "demonstrations.jsonl").exists():
             yield name, DemonstrationRecord, path
-    for name in ("3-pairs", *(f"{phase}-pairs" for phase in phases(game)[1:])):
+    for name in (
+        "3-pairs",
+        "3-pairs-held-out",
+        *(f"{phase}-pairs" for phase in phases(game)[1:]),
+    ):
         yield name, PreferenceRecord, run.path / name / "pairs.jsonl"
 
 

@@ -80,7 +80,9 @@ def tiny() -> QuickstartConfig:
             batch_size=8,
         ),
         warm_start=WarmStartConfig(prompts=16, steps=3, batch_size=4, warmup_steps=1),
-        pairs=PairsConfig(offline_prompts=8, round_prompts=4, ties="half"),
+        pairs=PairsConfig(
+            offline_prompts=8, round_prompts=4, held_out_prompts=2, ties="half"
+        ),
         game=GameConfig(
             offline_steps=2,
             rounds=3,
@@ -120,7 +122,7 @@ def distil(config: QuickstartConfig, desk: Desk) -> Report:
     """Stages 1 to 6."""
     started = time.monotonic()
     lab = open_lab(config)
-    keys = jax.random.split(jax.random.key(config.seed), 5)
+    keys = jax.random.split(jax.random.key(config.seed), 6)
     prompts, held_out, data = load_prompts(config.task, lab)
     batch_size = config.policy.batch_size
 
@@ -141,7 +143,7 @@ def distil(config: QuickstartConfig, desk: Desk) -> Report:
         )
 
     demonstrations = demonstrations_of("1-teacher", prompts, keys[0])
-    offline, fresh = divide(demonstrations, config.pairs, config.game)
+    offline, fresh, unseen = divide(demonstrations, config.pairs, config.game)
     lesson = demonstrations
     if not config.warm_start.steered:
         plain = [PromptRecord(p.prompt) for p in prompts[: config.warm_start.prompts]]
@@ -154,6 +156,7 @@ def distil(config: QuickstartConfig, desk: Desk) -> Report:
         desk,
         config.game,
         demonstrations,
+        pairs_of("3-pairs-held-out", start, unseen, keys[5]),
         temperature=config.policy.temperature,
         seed=config.seed,
     )
@@ -284,23 +287,30 @@ def load_prompts(
 
 def divide(
     demonstrations: Sequence[DemonstrationRecord], pairs: PairsConfig, game: GameConfig
-) -> tuple[Sequence[DemonstrationRecord], list[Sequence[DemonstrationRecord]]]:
-    """Prompts for the offline pairs, and fresh ones for every round.
+) -> tuple[
+    Sequence[DemonstrationRecord],
+    list[Sequence[DemonstrationRecord]],
+    Sequence[DemonstrationRecord],
+]:
+    """Prompts for the offline pairs, fresh ones for every round, and held-out ones.
 
     Raises:
         SettingsError: there are not enough.
     """
-    needed = pairs.offline_prompts + game.rounds * pairs.round_prompts
+    trained = pairs.offline_prompts + game.rounds * pairs.round_prompts
+    needed = trained + pairs.held_out_prompts
     if needed > len(demonstrations):
         raise SettingsError(
             f"{needed} training prompts are needed ({pairs.offline_prompts} offline, "
-            f"{game.rounds} rounds of {pairs.round_prompts}), the teacher answered "
+            f"{game.rounds} rounds of {pairs.round_prompts}, "
+            f"{pairs.held_out_prompts} held out), the teacher answered "
             f"{len(demonstrations)}; give more or lower --pairs.offline-prompts"
         )
-    firsts = range(pairs.offline_prompts, needed, pairs.round_prompts)
+    firsts = range(pairs.offline_prompts, trained, pairs.round_prompts)
     return (
         demonstrations[: pairs.offline_prompts],
         [demonstrations[i : i + pairs.round_prompts] for i in firsts],
+        demonstrations[trained:needed],
     )
 
 

@@ -83,6 +83,8 @@ class PairsConfig:
     offline_prompts: int = 64
     round_prompts: int = 16
     """Fresh prompts per online round."""
+    held_out_prompts: int = 8
+    """Prompts whose pairs nobody trains on: the reward player is measured on them."""
     ties: Literal["drop", "half"] = "drop"
 
 

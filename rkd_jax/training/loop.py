@@ -46,6 +46,7 @@ def fit(
     checkpoint_every: int = 500,
     in_flight: int = 2,
     max_skipped: int = 100,
+    probe: Callable[[TrainState], Mapping[str, jax.Array]] | None = None,
     name: str = "train",
 ) -> TrainState:
     """Update until ``steps`` in total, starting from the newest checkpoint.
@@ -65,6 +66,8 @@ def fit(
         checkpoint_every: updates between checkpoints; the last one is always saved.
         in_flight: updates dispatched ahead of the oldest one whose metrics are not in.
         max_skipped: updates in a row that may be refused before the run gives up.
+        probe: ``state -> metrics`` logged with each step's own: what a held-out set says
+            about the state after the update. Its keys must not be the update's.
         name: of the stage, for ``progress``.
 
     Returns:
@@ -92,6 +95,8 @@ def fit(
                 progress.note(str(memory_report(update, state, frozen, batch, signal)))
             state, values = update(state, frozen, batch, signal)
             step += 1
+            if probe is not None:
+                values = values | probe(state)
             log.put(step, values)
             due = stop.due(step)
             if due or step == steps or step % checkpoint_every == 0:

@@ -88,6 +88,9 @@ def test_the_report_names_every_policy_and_shows_the_game(tiny_run):
     assert game["steps"] == list(range(1, steps + 1))
     assert len(game["phases"]) == 1 + config.game.rounds
     assert all(isinstance(value, float) for value in game["gap"] + game["slack"])
+    held_out = report["losses"]["reward player: held-out NLL, nats/pair"]
+    assert held_out["steps"] == game["steps"]
+    assert all(0 < value < math.inf for value in held_out["values"])
     assert len(report["samples"]) == min(12, config.task.held_out_prompts)
     assert {len(sample["responses"]) for sample in report["samples"]} == {5}
     assert len(report["summary"]) == 4
@@ -120,6 +123,7 @@ COMPILED = {
     "sequence_scores": 1,
     "features": 2,
     "_pair_nll": 1,
+    "_held_out": 1,
     "_divergence_totals": 1,
     "_nll_totals": 1,
 }

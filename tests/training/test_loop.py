@@ -131,6 +131,21 @@ def test_prepare_sees_the_current_state(state, update):
     assert seen == [1.0, 0.0, 0.0]
 
 
+def test_a_probe_measures_the_state_after_each_update(tmp_path, state, update):
+    with MetricsWriter(tmp_path, tensorboard=False) as metrics:
+        fit(
+            state,
+            update,
+            Ones(),
+            steps=2,
+            metrics=metrics,
+            probe=lambda state: {"held_out/x": state.student.params["x"][0]},
+        )
+    entries = read_metrics(tmp_path)
+    assert [entry["metrics"]["held_out/x"] for entry in entries] == [0.5, 0.25]
+    assert [entry["metrics"]["student/loss"] for entry in entries] == [1.0, 0.25]
+
+
 def test_r16_skipped_steps_are_reported_and_too_many_end_the_run(state, update):
     out = io.StringIO()
     batches = Ones(nan=(2, 4, 5, 6, 7))
