@@ -66,8 +66,8 @@ def fit(
         checkpoint_every: updates between checkpoints; the last one is always saved.
         in_flight: updates dispatched ahead of the oldest one whose metrics are not in.
         max_skipped: updates in a row that may be refused before the run gives up.
-        probe: ``state -> metrics`` logged with each step's own: what a held-out set says
-            about the state after the update. Its keys must not be the update's.
+        probe: ``state -> metrics``, logged with each step's own: what a held-out set
+            says about the state after the update. Its keys must not be the update's.
         name: of the stage, for ``progress``.
 
     Returns:
