@@ -160,6 +160,32 @@ class GameBatch:
 
 
 @struct
+class ImitationBatch:
+    """Fixed responses to infer a reward from, and the responses to imitate on.
+
+    Methods that measure a divergence on the student's own samples still read the
+    teacher's preferences off fixed responses.
+
+    Example: ``ImitationBatch(demonstrations=..., imitated=None)``: both are the same,
+    and one forward pass serves both.
+    """
+
+    demonstrations: DemonstrationBatch  # [B]
+    imitated: DemonstrationBatch | None = None  # [B], e.g. samples of the student
+
+
+@struct
+class AnchoredPairs:
+    """Preference pairs, and samples of the reference for the same prompts.
+
+    Example: ``AnchoredPairs(pairs=..., samples=None)`` where nothing is penalised.
+    """
+
+    pairs: PreferenceBatch  # [B, 2]
+    samples: DemonstrationBatch | None = None  # [B], sampled from the reference
+
+
+@struct
 class TeacherSignal:
     """What the teacher says at every target, under its own prompt.
 
@@ -195,6 +221,59 @@ class GameSignal:
     demonstrations: jax.Array | None = None  # float[B, T, D]
     rollouts: jax.Array | None = None  # float[B, G, T, D]
     preferences: jax.Array | None = None  # float[pairs, 2, T, D]
+
+
+@struct
+class ImitationSignal:
+    """What the teacher says on the imitated responses, and on the demonstrations.
+
+    Example: ``ImitationSignal(log_probs=float32[B, T, V])``.
+    """
+
+    log_probs: jax.Array  # float[B, T, V], on the imitated responses
+    demonstration_log_probs: jax.Array | None = None  # float[B, T, V]; None: the same
+
+
+@struct
+class ShapingSignal:
+    """The reference's log-probs of a pair, and what a teacher's values add to it.
+
+    Example: ``ShapingSignal(log_probs=[[-3.0, -2.3]], shaping=[[-0.40, -0.34]])``.
+    """
+
+    log_probs: jax.Array  # float32[B, 2], summed, of the reference
+    shaping: jax.Array  # float32[B, 2], summed potential differences, nats
+
+
+@struct
+class EnsembleSignal:
+    """The reference's log-probs of a pair, and its rewards under K frozen models.
+
+    Example: ``EnsembleSignal(log_probs=[[-3.0, -2.3]], rewards=float32[1, 2, K])``.
+    """
+
+    log_probs: jax.Array  # float32[B, 2], summed, of the reference
+    rewards: jax.Array  # float32[B, 2, K]
+
+
+@struct
+class WhiteBoxSignal:
+    """The frozen quantities of the game with a teacher whose distribution is known.
+
+    The features are a frozen trunk's states *before* each target, for critics that are
+    a head on them; None when the critic has a trunk of its own.
+
+    Example: ``WhiteBoxSignal(anchor_nll=[0.41], rollouts=float32[B, G, T, V],
+    preferences=float32[pairs, 2, T, V])``.
+    """
+
+    anchor_nll: jax.Array  # float32[pairs] or [pairs, critics]
+    rollouts: jax.Array  # float[B, G, T, V], the teacher's log-probs
+    preferences: jax.Array  # float[pairs, 2, T, V]
+    demonstrations: jax.Array | None = None  # float[B, T, V], for the off-policy gap
+    rollout_features: jax.Array | None = None  # float[B, G, T, D]
+    preference_features: jax.Array | None = None  # float[pairs, 2, T, D]
+    demonstration_features: jax.Array | None = None  # float[B, T, D]
 
 
 @struct

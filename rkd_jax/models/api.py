@@ -8,7 +8,7 @@ where the state *before* a target and the state *after* it are told apart.
 
 from __future__ import annotations
 
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import chex
 import jax
@@ -147,12 +147,7 @@ def response_hidden(model: CausalLM, params: Params, sequences: Sequences) -> ja
     Raises:
         ValueError: P = 0, so the first target has no state before it.
     """
-    start = sequences.prompt_width - 1
-    if start < 0:
-        raise ValueError(
-            "sequences have no prompt column, so nothing precedes the first target; "
-            "give every row at least one prompt token (BOS)"
-        )
+    start = _first_state(sequences)
     hidden = sequence_hidden(model, params, sequences)
     return hidden[..., start:-1, :]
 
@@ -165,6 +160,37 @@ def action_hidden(model: CausalLM, params: Params, sequences: Sequences) -> jax.
     """
     hidden = sequence_hidden(model, params, sequences)
     return hidden[..., sequences.prompt_width :, :]
+
+
+class ResponseStates(NamedTuple):
+    """The states around every target, ``[*batch, T, D]`` each."""
+
+    before: jax.Array  # predicts the target: values, action values, the vocabulary head
+    after: jax.Array  # has consumed it: rewards
+
+
+def response_states(
+    model: CausalLM, params: Params, sequences: Sequences
+) -> ResponseStates:
+    """`response_hidden` and `action_hidden` out of one pass over the trunk.
+
+    Arguments and errors as those two. Entry t of ``before`` is entry t - 1 of
+    ``after``.
+    """
+    start = _first_state(sequences)
+    hidden = sequence_hidden(model, params, sequences)
+    return ResponseStates(hidden[..., start:-1, :], hidden[..., start + 1 :, :])
+
+
+def _first_state(sequences: Sequences) -> int:
+    """The column before the first target."""
+    start = sequences.prompt_width - 1
+    if start < 0:
+        raise ValueError(
+            "sequences have no prompt column, so nothing precedes the first target; "
+            "give every row at least one prompt token (BOS)"
+        )
+    return start
 
 
 def response_logits(model: CausalLM, params: Params, sequences: Sequences) -> jax.Array:

@@ -13,9 +13,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from rkd_jax.losses import dpo, token_log_probs
-from rkd_jax.masking import fill_masked, sequence_sum
-from rkd_jax.models.api import CausalLM, response_logits
+from rkd_jax.losses import dpo
+from rkd_jax.masking import sequence_sum
+from rkd_jax.models.api import CausalLM
+from rkd_jax.objectives.policy import members, target_log_probs
 from rkd_jax.types import (
     LossOutput,
     Mean,
@@ -56,13 +57,9 @@ def make_dpo(
         del critic, frozen, rng
         sequences = batch.sequences
         mask = sequences.response_mask
-        logits = fill_masked(response_logits(model, params, sequences), mask)
-        log_probs = sequence_sum(
-            token_log_probs(logits, sequences.targets, temperature=temperature), mask
-        )
-        student = Pair(log_probs[..., 0], log_probs[..., 1])
-        fixed = jax.lax.stop_gradient(signal.log_probs)
-        reference = Pair(fixed[..., 0], fixed[..., 1])
+        log_probs = target_log_probs(model, params, sequences, temperature=temperature)
+        student = members(sequence_sum(log_probs, mask))
+        reference = members(jax.lax.stop_gradient(signal.log_probs))
         keep = dpo(student, reference, beta=beta)
         swap = dpo(Pair(*student[::-1]), Pair(*reference[::-1]), beta=beta)
         losses = batch.label * keep + (1.0 - batch.label) * swap

@@ -33,11 +33,11 @@ from rkd_jax.losses import (
     reward_gap,
     reward_player_loss,
     reward_to_go,
-    token_log_probs,
     trajectory_return,
 )
-from rkd_jax.masking import fill_masked, sequence_mean, sequence_sum
-from rkd_jax.models.api import CausalLM, response_logits
+from rkd_jax.masking import sequence_mean, sequence_sum
+from rkd_jax.models.api import CausalLM
+from rkd_jax.objectives.policy import target_log_probs
 from rkd_jax.objectives.reward_model import TokenRewards, l2_penalty, pair_returns
 from rkd_jax.types import (
     GameBatch,
@@ -131,7 +131,9 @@ def make_pbkd(
             token_rewards(critic, batch.rollouts, signal.rollouts)
         )
         mask = batch.rollouts.response_mask
-        log_probs = _log_probs(model, params, batch.rollouts, temperature)
+        log_probs = target_log_probs(
+            model, params, batch.rollouts, temperature=temperature
+        )
         steps = reinforce(
             log_probs,
             _advantages(rewards, mask, gamma, baseline),
@@ -145,7 +147,7 @@ def make_pbkd(
         }
         if sft_weight:
             taught = batch.demonstrations.sequences
-            nll = -_log_probs(model, params, taught, temperature=1.0)
+            nll = -target_log_probs(model, params, taught)
             metrics["student/sft"] = sequence_mean(nll, taught.response_mask).mean()
             loss = loss + sft_weight * metrics["student/sft"]
         return _per_prompt(loss, metrics, batch)
@@ -216,13 +218,6 @@ def _advantages(rewards, mask, gamma: float, baseline: Baseline) -> jax.Array:
     returns = trajectory_return(rewards, mask, gamma=gamma)
     others = returns - leave_one_out(returns)
     return to_go - jnp.expand_dims(others, -1)
-
-
-def _log_probs(model: CausalLM, params, sequences: Sequences, temperature: float):
-    """Log-probs of the targets, ``[*batch, T]``."""
-    logits = response_logits(model, params, sequences)
-    logits = fill_masked(logits, sequences.response_mask)
-    return token_log_probs(logits, sequences.targets, temperature=temperature)
 
 
 def _per_prompt(loss: jax.Array, metrics, batch: GameBatch) -> LossOutput:
