@@ -1,4 +1,4 @@
-"""PbKD as a run: anchor, offline game, online rounds (stages 4 and 5).
+"""PbKD as a run: anchor, offline game, online rounds.
 
 Per-record quantities that never change (states of the frozen trunk, the anchor's loss)
 are tabulated once and looked up by `index`; what changes with the student (its samples
@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.course import Course
 from experiments.lab import Lab
-from experiments.settings import GameConfig, SettingsError
+from experiments.settings import GameConfig, RewardConfig, SettingsError
 from experiments.stages import Desk, train
 from rkd_jax.data.collate import collate
 from rkd_jax.data.pipeline import ZippedBatches, make_batches
@@ -101,54 +102,26 @@ def in_chunks(function, tree) -> np.ndarray:
 
 
 class Game:
-    """Both players, their updates and tables; one instance for all phases of a run.
+    """Both players and their updates, compiled once for all courses and phases.
 
     Example::
 
-        game = Game(lab, desk, config, demonstrations, held_out_pairs, seed=0)
-        state = game.begin(warm_start_params)
-        state = game.play("4-offline", state, pairs, steps=12)
+        match = Game(lab, config.game, config.reward).open(desk, course, seed=0)
+        state = match.play("4-offline", match.begin(), course.pairs, steps=12)
     """
 
-    def __init__(
-        self,
-        lab: Lab,
-        desk: Desk,
-        config: GameConfig,
-        demonstrations: Sequence[DemonstrationRecord],
-        held_out: Sequence[PreferenceRecord],
-        *,
-        temperature: float,
-        seed: int,
-    ):
-        self.lab, self.desk, self.config = lab, desk, config
-        self.temperature, self.seed = temperature, seed
-        self.demonstrations = demonstrations
-        self.book = TextBook(lab.features)
-        self.demonstration_table = tabulate(lab, self.book, demonstrations)
-        self.held_out_table = tabulate(lab, self.book, held_out)
-        self.student_optimizer = make_optimizer(
-            OptimConfig(learning_rate=config.learning_rate, weight_decay=0.0)
-        )
-        self.critic_optimizer = make_optimizer(
-            OptimConfig(
-                learning_rate=config.critic_learning_rate,
-                weight_decay=0.0,
-            )
-        )
-        self.anchor_optimizer = make_optimizer(
-            OptimConfig(
-                learning_rate=config.anchor_learning_rate,
-                weight_decay=0.0,
-            )
-        )
+    def __init__(self, lab: Lab, config: GameConfig, reward: RewardConfig):
+        self.lab, self.config, self.reward = lab, config, reward
+        self.student_optimizer = _constant(config.learning_rate)
+        self.critic_optimizer = _constant(config.critic_learning_rate)
+        self.anchor_optimizer = _constant(reward.learning_rate)
         self.update = make_update(
             make_pbkd(
                 lab.student,
                 lab.token_rewards,
                 epsilon=config.epsilon,
-                temperature=temperature,
-                l2=config.l2,
+                temperature=lab.policy.temperature,
+                l2=reward.l2,
                 sft_weight=config.sft_weight,
             ),
             student_optimizer=self.student_optimizer,
@@ -157,27 +130,71 @@ class Game:
             accumulation=config.accumulation,
         )
         self.anchor_update = make_update(
-            make_reward_model(lab.token_rewards, l2=config.l2),
+            make_reward_model(lab.token_rewards, l2=reward.l2),
             student_optimizer=self.anchor_optimizer,
         )
-        self._compiled_pair_nll = jax.jit(self._pair_nll)
-        self._compiled_held_out = jax.jit(self._held_out)
+        self._pair_nll = jax.jit(self._pair_nll)
+        self._held_out = jax.jit(self._held_out)
+
+    def open(self, desk: Desk, course: Course, *, seed: int) -> Match:
+        """The game on one course."""
+        return Match(self, desk, course, seed)
+
+    def new_head(self, seed: int) -> Params:
+        """A reward head that gives 0 everywhere."""
+        width = self.lab.trunk.config.hidden_size
+        return self.lab.reward_head.init(jax.random.key(seed), width)
+
+    def pair_nll(self, params: Params, table: Table) -> np.ndarray:
+        """Penalised Bradley-Terry loss of every pair under a head, ``float32[n]``."""
+        arrays = (table.sequences, table.features, table.labels)
+        return in_chunks(lambda x: self._pair_nll(params, *x), arrays)
+
+    def held_out(self, params: Params, table: Table) -> dict[str, jax.Array]:
+        """What held-out pairs say about a reward head."""
+        return self._held_out(params, table.sequences, table.features, table.labels)
+
+    def _held_out(self, params: Params, sequences: Sequences, features, labels):
+        returns = self._returns(params, sequences, features)
+        hit = 0.5 * (1.0 + jnp.sign(returns.chosen - returns.rejected))
+        return {
+            "held_out/nll": bradley_terry(returns, label=labels).mean(),
+            "held_out/accuracy": hit.mean(),
+        }
+
+    def _pair_nll(self, params: Params, sequences: Sequences, features, labels):
+        nll = bradley_terry(self._returns(params, sequences, features), label=labels)
+        return nll + self.reward.l2 * l2_penalty(params)
+
+    def _returns(self, params: Params, sequences: Sequences, features):
+        rewards = self.lab.token_rewards
+        return pair_returns(rewards, params, sequences, features, gamma=1.0)
+
+
+class Match:
+    """One game on one course: its tables and its phases; see `Game`."""
+
+    def __init__(self, game: Game, desk: Desk, course: Course, seed: int):
+        self.game, self.desk, self.course, self.seed = game, desk, course, seed
+        lab = self.lab = game.lab
+        self.book = TextBook(lab.features)
+        self.demonstration_table = tabulate(lab, self.book, course.demonstrations)
+        self.held_out_table = tabulate(lab, self.book, course.held_out_pairs)
         self._untrained_anchor = init_state(
-            self._new_head(),
-            student_optimizer=self.anchor_optimizer,
+            game.new_head(seed),
+            student_optimizer=game.anchor_optimizer,
             rng=jax.random.key(seed),
         )
 
-    def begin(self, student_params: Params) -> TrainState:
-        """The game before its first step: the warm start against an untrained head."""
-        rng = jax.random.key(self.seed)
+    def begin(self) -> TrainState:
+        """Before the first step: the course's start against an untrained head."""
         return init_state(
-            student_params,
-            student_optimizer=self.student_optimizer,
-            critic_params=self._new_head(),
-            critic_optimizer=self.critic_optimizer,
-            dual=self.config.dual,
-            rng=rng,
+            self.course.start,
+            student_optimizer=self.game.student_optimizer,
+            critic_params=self.game.new_head(self.seed),
+            critic_optimizer=self.game.critic_optimizer,
+            dual=self.game.config.dual,
+            rng=jax.random.key(self.seed),
         )
 
     def play(
@@ -194,20 +211,22 @@ class Game:
         the multiplier is kept.
 
         Raises:
-            SettingsError: epsilon so large that a constant reward is inside the set.
+            SettingsError: too few pairs, or epsilon so large that a constant reward is
+                inside the set.
         """
-        folder = self.desk.run.stage(name).path
-        if len(pairs) < self.config.pairs_per_step:
+        config = self.game.config
+        needed = max(config.pairs_per_step, self.game.reward.batch_size)
+        if len(pairs) < needed:
             raise SettingsError(
-                f"{name}: {len(pairs)} pairs for --game.pairs-per-step "
-                f"{self.config.pairs_per_step}; lower it or raise "
+                f"{name}: {len(pairs)} pairs for batches of {needed}; lower "
+                "--game.pairs-per-step and --reward.batch-size or raise "
                 "--pairs.offline-prompts"
             )
         table = tabulate(self.lab, self.book, pairs)
         anchor = self._fit_anchor(name, pairs, table)
-        anchor_nll = self.pair_nll(anchor, table)
+        anchor_nll = self.game.pair_nll(anchor, table)
         try:
-            check_epsilon(self.config.epsilon, float(anchor_nll.mean()))
+            check_epsilon(config.epsilon, float(anchor_nll.mean()))
         except ValueError as error:
             raise SettingsError(f"{name}: {error}") from None
         if int(state.step) == 0:
@@ -218,23 +237,19 @@ class Game:
         return train(
             self.desk,
             name.replace("-", " "),
-            folder,
+            self.desk.run.stage(name).path,
             state,
-            self.update,
+            self.game.update,
             self._batches(pairs),
             steps=int(state.step) + steps,
-            config={"game": dataclasses.asdict(self.config), "seed": self.seed},
+            config={"game": dataclasses.asdict(config), "seed": self.seed},
             prepare=self._prepare(table, anchor_nll),
-            probe=lambda state: self._probe(state.critic.params),
+            probe=lambda s: self.game.held_out(s.critic.params, self.held_out_table),
         )
-
-    def pair_nll(self, params: Params, table: Table) -> np.ndarray:
-        """Penalised Bradley-Terry loss of every pair under a head, ``float32[n]``."""
-        arrays = (table.sequences, table.features, table.labels)
-        return in_chunks(lambda x: self._compiled_pair_nll(params, *x), arrays)
 
     def _fit_anchor(self, name: str, pairs, table: Table) -> Params:
         """Bradley-Terry maximum likelihood on all pairs so far, stopped early."""
+        reward = self.game.reward
 
         def prepare(state, batch):
             del state
@@ -245,13 +260,13 @@ class Game:
             f"{name.replace('-', ' ')}: anchor",
             self.desk.run.stage(f"{name}-anchor").path,
             jax.tree.map(jnp.copy, self._untrained_anchor),
-            self.anchor_update,
-            self._pair_batches(pairs),
-            steps=self.config.anchor_steps,
-            config={"game": dataclasses.asdict(self.config), "pairs": len(pairs)},
+            self.game.anchor_update,
+            self._pair_batches(pairs, reward.batch_size),
+            steps=reward.steps,
+            config={"reward": dataclasses.asdict(reward), "pairs": len(pairs)},
             prepare=prepare,
-            probe=lambda state: self._probe(state.student.params),
-            checkpoint_every=self.config.anchor_steps,
+            probe=lambda s: self.game.held_out(s.student.params, self.held_out_table),
+            checkpoint_every=reward.steps,
         )
         return state.student.params
 
@@ -278,52 +293,26 @@ class Game:
 
     def _batches(self, pairs) -> ZippedBatches:
         demonstrations = make_batches(
-            self.demonstrations,
+            self.course.demonstrations,
             self.lab.tokenizer,
             self.lab.rows,
-            batch_size=self.config.prompts_per_step,
+            batch_size=self.lab.policy.rollout_prompts,
             seed=self.seed,
         )
+        preferences = self._pair_batches(pairs, self.game.config.pairs_per_step)
         return ZippedBatches(
-            {
-                "demonstrations": demonstrations,
-                "preferences": self._pair_batches(pairs),
-            }
+            {"demonstrations": demonstrations, "preferences": preferences}
         )
 
-    def _pair_batches(self, pairs):
+    def _pair_batches(self, pairs, batch_size: int):
         return make_batches(
             pairs,
             self.lab.tokenizer,
             self.lab.rows,
-            batch_size=self.config.pairs_per_step,
+            batch_size=batch_size,
             seed=self.seed,
         )
 
-    def _new_head(self) -> Params:
-        width = self.lab.trunk.config.hidden_size
-        return self.lab.reward_head.init(jax.random.key(self.seed), width)
 
-    def _probe(self, params: Params) -> dict[str, jax.Array]:
-        """What the held-out pairs say about a reward head."""
-        table = self.held_out_table
-        return self._compiled_held_out(
-            params, table.sequences, table.features, table.labels
-        )
-
-    def _held_out(self, params: Params, sequences: Sequences, features, labels):
-        returns = pair_returns(
-            self.lab.token_rewards, params, sequences, features, gamma=1.0
-        )
-        hit = 0.5 * (1.0 + jnp.sign(returns.chosen - returns.rejected))
-        return {
-            "held_out/nll": bradley_terry(returns, label=labels).mean(),
-            "held_out/accuracy": hit.mean(),
-        }
-
-    def _pair_nll(self, params: Params, sequences: Sequences, features, labels):
-        returns = pair_returns(
-            self.lab.token_rewards, params, sequences, features, gamma=1.0
-        )
-        nll = bradley_terry(returns, label=labels)
-        return nll + self.config.l2 * l2_penalty(params)
+def _constant(learning_rate: float):
+    return make_optimizer(OptimConfig(learning_rate=learning_rate, weight_decay=0.0))

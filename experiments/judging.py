@@ -1,25 +1,29 @@
-"""Stage 6: every policy on the same held-out prompts, and what to conclude."""
+"""Every policy on the same held-out prompts, one after another."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import jax
 import numpy as np
 
+from experiments.course import Course
+from experiments.game import TextBook
 from experiments.lab import Lab, Sampler
+from experiments.settings import EvaluationConfig
 from experiments.stages import Desk, write_responses
 from rkd_jax.data.collate import collate
-from rkd_jax.data.records import Prompt, PromptRecord
+from rkd_jax.data.records import PreferenceRecord, Prompt, PromptRecord
 from rkd_jax.data.tokenize import tokenize_record
 from rkd_jax.evaluation.content import (
     Difference,
     Policy,
     Response,
     SamplePrompt,
-    Verdict,
-    quality_flags,
+    policy_from_json,
 )
 from rkd_jax.evaluation.generation import (
     GenerationResult,
@@ -27,218 +31,248 @@ from rkd_jax.evaluation.generation import (
     repetition,
     with_prompts,
 )
-from rkd_jax.evaluation.intervals import mean_interval, paired_interval
+from rkd_jax.evaluation.intervals import Interval, mean_interval, paired_interval
 from rkd_jax.evaluation.likelihood import sequence_divergences, teacher_nll
 from rkd_jax.evaluation.rewards import gap_closed, win_rate
 from rkd_jax.signals.oracles import score
 from rkd_jax.training.run import write_json
-from rkd_jax.types import Params
+from rkd_jax.types import Params, Sequences
 
-TEACHER, START, DPO = "teacher (steered)", "warm start", "DPO"
-OFFLINE, ONLINE = "PbKD offline", "PbKD online"
+TEACHER, START = "teacher (steered)", "warm start"
 
 
 @dataclasses.dataclass(frozen=True)
-class Heard:
-    """One policy's answers to the held-out prompts and their oracle rewards."""
+class Judged:
+    """A policy's row in the report, and its answers with their rewards."""
 
-    result: GenerationResult
+    policy: Policy
+    texts: list[str]  # one per held-out prompt
     rewards: np.ndarray  # float64[prompts]
 
+    def save(self, path: Path) -> None:
+        """As JSON, for anyone who wants to check, and for `load`."""
+        write_json(
+            path,
+            {
+                "policy": dataclasses.asdict(self.policy),
+                "texts": self.texts,
+                "rewards": self.rewards.tolist(),
+            },
+        )
 
-def listen(
-    lab: Lab,
-    desk: Desk,
-    students: Mapping[str, Params],
-    prompts: Sequence[PromptRecord],
-    *,
-    batch_size: int,
-    rng: jax.Array,
-) -> dict[str, Heard]:
-    """Sample the teacher and every student with the same key, and score the text."""
+    @classmethod
+    def load(cls, path: Path) -> Judged:
+        """What `save` wrote."""
+        found = json.loads(path.read_text("utf-8"))
+        policy = policy_from_json(found["policy"])
+        return cls(policy, found["texts"], np.array(found["rewards"]))
 
-    def hear(name: str, sampler: Sampler, params: Params) -> Heard:
+
+class Judge:
+    """Samples, scores and measures one policy at a time, in one process or several.
+
+    Every policy answers with the same key, so that differences are paired. Likelihoods
+    (KL, NLL) are taken on the first ``options.likelihood_prompts`` prompts. The teacher
+    and the start come first, because the others are measured against them; a policy
+    that an earlier start of the run has judged is read back from its file.
+
+    Args:
+        lab: models and oracle.
+        desk: where to write and show; the folder ``6-evaluation`` is used.
+        prompts: held out.
+        pairs: held-out preference pairs, or none to rank.
+        start: parameters every student starts from.
+        options: how much to measure.
+        rng: of the samples.
+    """
+
+    def __init__(
+        self,
+        lab: Lab,
+        desk: Desk,
+        prompts: Sequence[PromptRecord],
+        pairs: Sequence[PreferenceRecord],
+        start: Params,
+        options: EvaluationConfig,
+        *,
+        rng: jax.Array,
+    ):
+        self.lab, self.desk, self.prompts, self.rng = lab, desk, prompts, rng
+        self.options = options
+        rows = [
+            tokenize_record(p, lab.tokenizer, lab.rows, i)
+            for i, p in enumerate(prompts)
+        ]
+        batch = collate(rows, lab.rows)
+        self._views = self._first((batch.prompts, batch.teacher_prompts))
+        self._pairs = pairs if options.preferences else ()
+        self._start = start
+        self.judged: dict[str, Judged] = {}
+        self._teach()
+        self.student(START, start)
+        teacher = self.judged[TEACHER]
+        wins = win_rate(teacher.rewards, self.judged[START].rewards)
+        row = dataclasses.replace(teacher.policy, win_rate=wins)
+        self.judged[TEACHER] = dataclasses.replace(teacher, policy=row)
+
+    def student(self, name: str, params: Params, **extra) -> Judged:
+        """Judge one student; ``extra`` are further cells of its row."""
+        path = self._path(name)
+        if not path.exists():
+            result, rewards = self._listen(name, self.lab.sample_student, params)
+            found = self._likelihoods(params, result.samples.sequences)
+            found |= extra
+            teacher = self.judged[TEACHER].rewards
+            start = rewards if name == START else self.judged[START].rewards
+            found["gap_closed"] = gap_closed(teacher, start, rewards)
+            if name != START:
+                found["win_rate"] = win_rate(rewards, start)
+                if self._pairs:
+                    found["preference_accuracy"] = self._ranking(params)
+            role = "start" if name == START else "student"
+            row = _row(name, role, result, rewards, found)
+            Judged(row, result.flat_texts, rewards).save(path)
+        self.judged[name] = Judged.load(path)
+        return self.judged[name]
+
+    def known(self, name: str) -> bool:
+        """Whether an earlier start of the run has judged it: its file is read."""
+        if self._path(name).exists():
+            self.judged[name] = Judged.load(self._path(name))
+        return name in self.judged
+
+    @property
+    def policies(self) -> list[Policy]:
+        """The rows of the report's table, in the order of judgement."""
+        return [judged.policy for judged in self.judged.values()]
+
+    def _teach(self) -> None:
+        lab = self.lab
+        result, rewards = self._listen(TEACHER, lab.sample_teacher, lab.teacher_params)
+        sequences = self._first(result.samples.sequences)
+        self._teacher_rows = (with_prompts(sequences, self._views[0]), sequences)
+        nll = teacher_nll(lab.teacher, lab.teacher_params, sequences)
+        row = _row(TEACHER, "teacher", result, rewards, {"teacher_nll": nll.per_token})
+        self.judged[TEACHER] = Judged(row, result.flat_texts, rewards)
+
+    def _listen(self, name: str, sampler: Sampler, params: Params):
         result = write_responses(
-            lab,
-            desk,
+            self.lab,
+            self.desk,
             f"6 evaluation: {name}",
             sampler,
             params,
-            prompts,
+            self.prompts,
             as_teacher=name == TEACHER,
-            batch_size=batch_size,
-            rng=rng,
+            batch_size=self.lab.policy.batch_size,
+            rng=self.rng,
         )
-        rewards = score(lab.oracle, [p.prompt for p in prompts], result.flat_texts)
-        return Heard(result, rewards)
+        prompts = [p.prompt for p in self.prompts]
+        return result, score(self.lab.oracle, prompts, result.flat_texts)
 
-    heard = {TEACHER: hear(TEACHER, lab.sample_teacher, lab.teacher_params)}
-    for name, params in students.items():
-        heard[name] = hear(name, lab.sample_student, params)
-    return heard
+    def _likelihoods(self, params: Params, sequences: Sequences) -> dict[str, Interval]:
+        lab, temperature = self.lab, self.lab.policy.temperature
+        frame = (lab.student, params, lab.teacher, lab.teacher_params)
+        own = self._first(sequences)
+        as_teacher = with_prompts(own, self._views[1])
+        on_own = sequence_divergences(*frame, own, as_teacher, temperature=temperature)
+        on_teacher = sequence_divergences(
+            *frame, *self._teacher_rows, temperature=temperature
+        )
+        return {
+            "teacher_nll": on_own.teacher_nll.per_token,
+            "reverse_kl": on_own.reverse_kl.per_token,
+            "forward_kl": on_teacher.forward_kl.per_token,
+        }
+
+    def _ranking(self, params: Params) -> Interval:
+        """Share of held-out pairs whose chosen response gained more on the start."""
+        now = pair_log_probs(self.lab, params, self._pairs)
+        then = pair_log_probs(self.lab, self._start, self._pairs)
+        margin = np.diff(now - then, axis=-1)[:, 0]
+        return mean_interval(0.5 * (1.0 - np.sign(margin)))
+
+    def _first(self, tree):
+        return jax.tree.map(lambda x: x[: self.options.likelihood_prompts], tree)
+
+    def _path(self, name: str) -> Path:
+        folder = self.desk.run.stage("6-evaluation").path
+        return folder / f"{''.join(c if c.isalnum() else '-' for c in name)}.json"
 
 
-def measure(
+def open_judge(
     lab: Lab,
     desk: Desk,
-    students: Mapping[str, Params],
-    heard: Mapping[str, Heard],
+    course: Course,
     prompts: Sequence[PromptRecord],
     *,
-    temperature: float,
-    likelihood_prompts: int,
-) -> list[Policy]:
-    """The rows of the report's table, the teacher first.
-
-    Likelihoods (KL, NLL) are taken on the first ``likelihood_prompts`` prompts.
-    """
-    rows = [
-        tokenize_record(p, lab.tokenizer, lab.rows, i) for i, p in enumerate(prompts)
-    ]
-    batch = collate(rows, lab.rows)
-    prompts_seen, teachers_seen = jax.tree.map(
-        lambda x: x[:likelihood_prompts], (batch.prompts, batch.teacher_prompts)
+    seed: int,
+) -> Judge:
+    """The judge of one course, teacher and start judged."""
+    return Judge(
+        lab,
+        desk,
+        prompts,
+        course.held_out_pairs,
+        course.start,
+        course.config.evaluation,
+        rng=jax.random.fold_in(jax.random.key(seed), 4),
     )
 
-    def own(name: str):
-        sequences = heard[name].result.samples.sequences
-        return jax.tree.map(lambda x: x[:likelihood_prompts], sequences)
 
-    teacher_rows = (with_prompts(own(TEACHER), prompts_seen), own(TEACHER))
-    desk.progress.stage("6 evaluation: likelihoods", len(heard))
-    policies = []
-    for name, voice in heard.items():
-        sequences = own(name)
-        as_teacher = with_prompts(sequences, teachers_seen)
-        found = {}
-        if name == TEACHER:
-            nll = teacher_nll(lab.teacher, lab.teacher_params, as_teacher)
-        else:
-            frame = (lab.student, students[name], lab.teacher, lab.teacher_params)
-            on_own = sequence_divergences(
-                *frame, sequences, as_teacher, temperature=temperature
-            )
-            on_teacher = sequence_divergences(
-                *frame, *teacher_rows, temperature=temperature
-            )
-            nll = on_own.teacher_nll
-            found = {
-                "forward_kl": on_teacher.forward_kl.per_token,
-                "reverse_kl": on_own.reverse_kl.per_token,
-                "gap_closed": gap_closed(
-                    heard[TEACHER].rewards, heard[START].rewards, voice.rewards
-                ),
-            }
-        if name != START:
-            found["win_rate"] = win_rate(voice.rewards, heard[START].rewards)
-        policies.append(_row(name, voice, nll.per_token, found))
-        desk.progress.advance()
-    return policies
+def pair_log_probs(
+    lab: Lab, params: Params, pairs: Sequence[PreferenceRecord]
+) -> np.ndarray:
+    """Summed log-probs of both responses of every pair, ``float32[n, 2]``."""
+    rows = [tokenize_record(r, lab.tokenizer, lab.rows, i) for i, r in enumerate(pairs)]
+    scores = TextBook(lambda rows: lab.reference_scores(params, rows))
+    return scores.look_up(collate(rows, lab.rows).sequences)
 
 
-def _row(name: str, voice: Heard, nll, found) -> Policy:
-    texts = voice.result.flat_texts
+def _row(name: str, role: str, result: GenerationResult, rewards, found) -> Policy:
+    texts = result.flat_texts
     return Policy(
         name,
-        role={TEACHER: "teacher", START: "start"}.get(name, "student"),
-        reward=mean_interval(voice.rewards),
-        teacher_nll=nll,
+        role=role,
+        reward=mean_interval(rewards),
         distinct_1=distinct_n(texts, 1),
         distinct_2=distinct_n(texts, 2),
         repetition=repetition(texts),
-        length=voice.result.mean_length,
-        ended_share=voice.result.ended_share,
+        length=result.mean_length,
+        ended_share=result.ended_share,
         **found,
     )
 
 
-def differences(heard: Mapping[str, Heard]) -> list[Difference]:
-    """Paired reward differences, prompt by prompt."""
-    pairs = [
-        (ONLINE, START),
-        (ONLINE, DPO),
-        (ONLINE, OFFLINE),
-        (OFFLINE, START),
-        (DPO, START),
-        (TEACHER, START),
-        (TEACHER, ONLINE),
-    ]
+def differences(
+    judged: Mapping[str, Judged], pairs: Iterable[tuple[str, str]]
+) -> list[Difference]:
+    """Paired reward differences of the named policies, prompt by prompt."""
     return [
-        Difference(a, b, paired_interval(heard[a].rewards, heard[b].rewards))
+        Difference(a, b, paired_interval(judged[a].rewards, judged[b].rewards))
         for a, b in pairs
     ]
 
 
-def verdicts(
-    policies: Sequence[Policy], compared: Sequence[Difference], rounds: int
-) -> list[Verdict]:
-    """What the run shows, and what it does not."""
-    by_name = {policy.name: policy for policy in policies}
-    online = by_name[ONLINE]
-    gain = next(d for d in compared if (d.first, d.second) == (ONLINE, START))
-    rival = next(d for d in compared if (d.first, d.second) == (ONLINE, DPO))
-    closed = online.gap_closed
-    flags = quality_flags(policies).get(ONLINE, ())
-    return [
-        Verdict(
-            f"Online PbKD ({rounds} rounds) against the warm start, "
-            f"{gain.difference.n} held-out prompts: reward "
-            f"{_signed(gain.difference)}, {gain.finding}.",
-            "pass" if gain.finding == "higher" else "fail",
-        ),
-        Verdict(
-            f"Share of the gap from warm start to teacher closed: {closed.note}"
-            if closed.note
-            else f"Share of the gap from warm start to teacher closed: "
-            f"{closed.value:.0%} [{closed.interval.low:.0%}, "
-            f"{closed.interval.high:.0%}]; the goal is 50%.",
-            "pass" if closed.value >= 0.5 else "fail",
-        ),
-        Verdict(
-            "Fluency: " + ("; ".join(flags) if flags else "no sign of collapse") + ".",
-            "fail" if flags else "pass",
-        ),
-        Verdict(
-            f"Online PbKD against DPO on the same pairs, with as many updates: reward "
-            f"{_signed(rival.difference)}, {rival.finding}."
-        ),
-    ]
-
-
-def _signed(interval) -> str:
+def signed(interval: Interval) -> str:
+    """Mean and interval with their signs."""
     return f"{interval.mean:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"
 
 
 def side_by_side(
-    heard: Mapping[str, Heard], prompts: Sequence[PromptRecord], count: int
+    judged: Mapping[str, Judged], prompts: Sequence[PromptRecord], count: int
 ) -> list[SamplePrompt]:
     """The first ``count`` held-out prompts with every policy's answer: no choosing."""
     return [
         SamplePrompt(
             as_text(record.prompt),
             [
-                Response(name, voice.result.flat_texts[i], float(voice.rewards[i]))
-                for name, voice in heard.items()
+                Response(name, voice.texts[i], float(voice.rewards[i]))
+                for name, voice in judged.items()
             ],
         )
         for i, record in enumerate(prompts[:count])
     ]
-
-
-def save_responses(path, heard: Mapping[str, Heard], prompts) -> None:
-    """Every held-out answer with its reward, for anyone who wants to check."""
-    write_json(
-        path,
-        {
-            name: [
-                {"prompt": as_text(p.prompt), "response": text, "reward": reward}
-                for p, text, reward in zip(
-                    prompts, v.result.flat_texts, v.rewards.tolist(), strict=True
-                )
-            ]
-            for name, v in heard.items()
-        },
-    )
 
 
 def as_text(prompt: Prompt) -> str:

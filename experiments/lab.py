@@ -13,9 +13,10 @@ from pathlib import Path
 import jax
 
 from experiments.settings import (
+    ExperimentConfig,
     ModelConfig,
     PolicyConfig,
-    QuickstartConfig,
+    RewardConfig,
     SettingsError,
 )
 from rkd_jax.data.chat_template import CHATML
@@ -48,6 +49,7 @@ class Lab:
     reads; ``reward_head`` is what it trains on them.
     """
 
+    policy: PolicyConfig
     tokenizer: Tokenizer
     rows: TokenizeConfig
     oracle: Oracle
@@ -61,9 +63,11 @@ class Lab:
     sample_teacher: Sampler  # one response per prompt
     sample_student: Sampler  # one response per prompt
     roll_out: Sampler  # G responses per prompt
-    teacher_log_probs: Scorer
+    teacher_log_probs: Scorer  # at temperature 1
+    teacher_policy: Scorer  # log-probs at the policies' temperature
     reference_scores: Scorer
     trunk_features: Scorer
+    trunk_states: Scorer
 
     def token_rewards(self, params: Params, sequences: Sequences, features):
         """The reward player: a head on the frozen trunk's states, ``[*batch, T]``."""
@@ -74,24 +78,51 @@ class Lab:
         """States of the frozen trunk after each target, ``[*batch, T, D]``."""
         return self.trunk_features(self.trunk_params, sequences)
 
+    def states(self, sequences: Sequences) -> jax.Array:
+        """States of the frozen trunk before each target, ``[*batch, T, D]``."""
+        return self.trunk_states(self.trunk_params, sequences)
 
-def open_lab(config: QuickstartConfig) -> Lab:
-    """Load the teacher, cut the student and the reward trunk out of it, compile."""
+
+def open_lab(config: ExperimentConfig) -> Lab:
+    """Load the teacher, cut the student out of it, compile."""
     teacher, teacher_params, tokenizer = load_teacher(config.models)
     student, student_params = cut_student(config.models, teacher, teacher_params)
-    trunk_layers = range(config.models.reward_layers)
-    trunk_config, trunk_params = keep_layers(
-        teacher.config, teacher_params, tuple(trunk_layers)
-    )
-    trunk = Decoder(trunk_config)
-    policy = config.policy
-    eos = tokenizer.eos_id
-    if tokenizer.chat_template is None or eos is None:
-        lacking = "chat template" if eos is not None else "end-of-sequence token"
+    if tokenizer.chat_template is None or tokenizer.eos_id is None:
+        lacking = "chat template" if tokenizer.eos_id else "end-of-sequence token"
         raise SettingsError(
             f"the tokenizer of {config.models.teacher} has no {lacking}; name one in "
             "its tokenizer_config.json"
         )
+    return make_lab(
+        teacher,
+        teacher_params,
+        student,
+        student_params,
+        tokenizer=tokenizer,
+        rows=_row_layout(config.policy),
+        oracle=load_oracle(config.oracle),
+        policy=config.policy,
+        reward=config.reward,
+    )
+
+
+def make_lab(
+    teacher: Decoder,
+    teacher_params: Params,
+    student: CausalLM,
+    student_params: Params,
+    *,
+    tokenizer: Tokenizer,
+    rows: TokenizeConfig,
+    oracle: Oracle,
+    policy: PolicyConfig,
+    reward: RewardConfig,
+) -> Lab:
+    """The equipment around any teacher and student of one tokenizer."""
+    trunk_config, trunk_params = keep_layers(
+        teacher.config, teacher_params, tuple(range(reward.layers))
+    )
+    trunk = Decoder(trunk_config)
 
     def sampler(model: CausalLM, samples: int) -> Sampler:
         return make_sampler(
@@ -99,28 +130,31 @@ def open_lab(config: QuickstartConfig) -> Lab:
             SamplingConfig(
                 max_new_tokens=policy.max_response,
                 temperature=policy.temperature,
-                eos_ids=() if eos is None else (eos,),
+                eos_ids=(tokenizer.eos_id,),
                 samples_per_prompt=samples,
             ),
         )
 
     return Lab(
+        policy=policy,
         tokenizer=tokenizer,
-        rows=_row_layout(policy),
-        oracle=load_oracle(config.oracle),
+        rows=rows,
+        oracle=oracle,
         teacher=teacher,
         teacher_params=teacher_params,
         student=student,
         student_params=student_params,
         trunk=trunk,
         trunk_params=trunk_params,
-        reward_head=ScalarHead(bound=config.game.reward_bound),
+        reward_head=ScalarHead(bound=reward.bound),
         sample_teacher=sampler(teacher, 1),
         sample_student=sampler(student, 1),
-        roll_out=sampler(student, config.game.samples_per_prompt),
+        roll_out=sampler(student, policy.samples_per_prompt),
         teacher_log_probs=make_teacher_log_probs(teacher),
+        teacher_policy=make_teacher_log_probs(teacher, temperature=policy.temperature),
         reference_scores=make_sequence_scorer(student, temperature=policy.temperature),
         trunk_features=make_features(trunk),
+        trunk_states=make_features(trunk, states="before"),
     )
 
 

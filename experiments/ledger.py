@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 
 from experiments.lab import Lab, teacher_path
-from experiments.settings import GameConfig, ModelConfig
+from experiments.settings import GameConfig, ModelConfig, PairsConfig
 from rkd_jax.data.records import DemonstrationRecord, PreferenceRecord, PromptRecord
 from rkd_jax.data.sources import ReadReport, read_jsonl
 from rkd_jax.data.tokenize import TokenizeReport, survey
@@ -16,15 +16,15 @@ from rkd_jax.training.provenance import versions
 from rkd_jax.training.run import RunFolder
 
 
-def phases(game: GameConfig) -> list[str]:
+def phases(pairs: PairsConfig) -> list[str]:
     """The stages in which the game is played, in order."""
-    return ["4-offline", *(f"5-round-{i + 1}" for i in range(game.rounds))]
+    return ["4-offline", *(f"5-round-{i + 1}" for i in range(pairs.rounds))]
 
 
-def game_curves(run: RunFolder, game: GameConfig) -> GameCurves:
-    """Gap, slack and multiplier over all phases of the game."""
+def game_curves(run: RunFolder, game: GameConfig, names: Sequence[str]) -> GameCurves:
+    """Gap, slack and multiplier over the stages ``names`` of a game."""
     steps, rows, starts = [], [], []
-    for name in phases(game):
+    for name in names:
         entries = read_metrics(run.stage(name).path)
         starts.append(Phase(name[2:].replace("-", " "), entries[0]["step"]))
         steps += [entry["step"] for entry in entries]
@@ -39,7 +39,7 @@ def game_curves(run: RunFolder, game: GameConfig) -> GameCurves:
     )
 
 
-def loss_curves(run: RunFolder, game: GameConfig) -> dict[str, Series]:
+def loss_curves(run: RunFolder, pairs: PairsConfig) -> dict[str, Series]:
     """The curves of everything else that was trained."""
     curves = {
         "warm start: forward KL, nats/token": ("2-warm-start", "student/divergence"),
@@ -50,10 +50,10 @@ def loss_curves(run: RunFolder, game: GameConfig) -> dict[str, Series]:
             f"{name}-anchor",
             "reward_model/nll",
         )
-        for name in phases(game)
+        for name in phases(pairs)
     }
     series = {title: _series(run, *where) for title, where in curves.items()}
-    parts = [_series(run, name, "held_out/nll") for name in phases(game)]
+    parts = [_series(run, name, "held_out/nll") for name in phases(pairs)]
     series["reward player: held-out NLL, nats/pair"] = Series(
         [step for part in parts for step in part.steps],
         [value for part in parts for value in part.values],
@@ -62,11 +62,11 @@ def loss_curves(run: RunFolder, game: GameConfig) -> dict[str, Series]:
 
 
 def data_sources(
-    lab: Lab, run: RunFolder, game: GameConfig, prompts: Sequence[DataSource]
+    lab: Lab, run: RunFolder, pairs: PairsConfig, prompts: Sequence[DataSource]
 ) -> list[DataSource]:
     """Every data set of the run: what was left out of it, and what was cut."""
     sources = list(prompts)
-    for name, record_type, path in _data_sets(run, game):
+    for name, record_type, path in _data_sets(run, pairs):
         counts = run.stage(name).result
         left_out = [
             Incident(reason.replace("_", " "), counts[reason])
@@ -106,7 +106,7 @@ def _cuts(report: TokenizeReport) -> list[Incident]:
     ]
 
 
-def _data_sets(run: RunFolder, game: GameConfig):
+def _data_sets(run: RunFolder, pairs: PairsConfig):
     """(stage, kind of record, file) of everything the run wrote as JSON Lines."""
     for name in ("1-teacher", "1-teacher-plain"):
         if (path := run.path / name / "demonstrations.jsonl").exists():
@@ -114,7 +114,7 @@ def _data_sets(run: RunFolder, game: GameConfig):
     for name in (
         "3-pairs",
         "3-pairs-held-out",
-        *(f"{phase}-pairs" for phase in phases(game)[1:]),
+        *(f"{phase}-pairs" for phase in phases(pairs)[1:]),
     ):
         yield name, PreferenceRecord, run.path / name / "pairs.jsonl"
 

@@ -28,36 +28,53 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
-
 from experiments import judging, ledger
+from experiments.baselines import Dpo, DpoConfig
 from experiments.command import run_command
+from experiments.course import load_prompts, take_course
 from experiments.game import Game
+from experiments.judging import Judge, open_judge
 from experiments.lab import Lab, open_lab
-from experiments.rivals import train_dpo
-from experiments.sentiment_task import make_prompts
 from experiments.settings import (
-    DpoConfig,
+    ExperimentConfig,
+    FitConfig,
     GameConfig,
-    ModelConfig,
-    PairsConfig,
-    PolicyConfig,
-    QuickstartConfig,
-    SettingsError,
-    TaskConfig,
-    WarmStartConfig,
+    toy,
 )
-from experiments.stages import Desk, collect_pairs, teacher_corpus
-from experiments.warm_start import warm_start
-from rkd_jax.data.records import DemonstrationRecord, PromptRecord
-from rkd_jax.data.sources import read_jsonl
-from rkd_jax.evaluation.content import DataSource, Report
+from experiments.stages import Desk
+from rkd_jax.evaluation.content import (
+    Difference,
+    Policy,
+    Report,
+    Verdict,
+    quality_flags,
+)
 from rkd_jax.evaluation.report import summary_table, write_report
 from rkd_jax.interop import save_model
 from rkd_jax.training.progress import Progress
 from rkd_jax.training.run import RunFolder
 from rkd_jax.types import Params
+
+DPO, OFFLINE, ONLINE = "DPO", "PbKD offline", "PbKD online"
+COMPARED = (
+    (ONLINE, judging.START),
+    (ONLINE, DPO),
+    (ONLINE, OFFLINE),
+    (OFFLINE, judging.START),
+    (DPO, judging.START),
+    (judging.TEACHER, judging.START),
+    (judging.TEACHER, ONLINE),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class QuickstartConfig(ExperimentConfig):
+    """Distil a steered teacher into a smaller student, guided by an oracle's reward."""
+
+    out: str = "runs/quickstart"
+    """Output folder; the same command again resumes."""
+    game: GameConfig = GameConfig()
+    dpo: DpoConfig = DpoConfig()
 
 
 def config() -> QuickstartConfig:
@@ -69,42 +86,23 @@ def tiny() -> QuickstartConfig:
     """The same wiring with a random toy teacher: seconds on a CPU, no weights."""
     return QuickstartConfig(
         out="runs/tiny",
-        oracle="experiments.sentiment_task:letter_share",
-        models=ModelConfig(teacher="random", drop_layers=(1,), reward_layers=2),
-        task=TaskConfig(train_prompts=24, held_out_prompts=8),
-        policy=PolicyConfig(
-            temperature=1.0,
-            max_prompt=96,
-            max_teacher_prompt=320,
-            max_response=12,
-            batch_size=8,
-        ),
-        warm_start=WarmStartConfig(prompts=16, steps=3, batch_size=4, warmup_steps=1),
-        pairs=PairsConfig(
-            offline_prompts=8, round_prompts=4, held_out_prompts=2, ties="half"
-        ),
+        **toy(),
         game=GameConfig(
             offline_steps=2,
-            rounds=3,
             round_steps=1,
-            prompts_per_step=2,
-            samples_per_prompt=2,
             pairs_per_step=8,
             accumulation=1,
             critic_steps=2,
-            anchor_steps=60,
-            anchor_learning_rate=0.03,
-            l2=1e-3,
             epsilon=1e-3,
         ),
-        dpo=DpoConfig(pairs_per_step=4, accumulation=1),
+        dpo=DpoConfig(fit=FitConfig(batch_size=4, accumulation=1)),
     )
 
 
 def run(config: QuickstartConfig) -> Path:
     """All stages; returns the path of the report."""
     folder = RunFolder.open(
-        config.out, identity(config), name="quickstart", overwrite=config.fresh
+        config.out, config.identity(), name="quickstart", overwrite=config.fresh
     )
     with Progress() as progress:
         desk = Desk(folder, progress, config.checkpoint_every)
@@ -122,71 +120,30 @@ def distil(config: QuickstartConfig, desk: Desk) -> Report:
     """Stages 1 to 6."""
     started = time.monotonic()
     lab = open_lab(config)
-    keys = jax.random.split(jax.random.key(config.seed), 6)
     prompts, held_out, data = load_prompts(config.task, lab)
-    batch_size = config.policy.batch_size
+    course = take_course(lab, desk, config, prompts, seed=config.seed)
+    judge = open_judge(lab, desk, course, held_out, seed=config.seed)
 
-    def demonstrations_of(name: str, prompts, key):
-        return teacher_corpus(lab, desk, name, prompts, batch_size=batch_size, rng=key)
-
-    def pairs_of(name: str, student, demonstrations, key):
-        return collect_pairs(
-            lab,
-            desk,
-            name,
-            student,
-            demonstrations,
-            lesson,
-            ties=config.pairs.ties,
-            batch_size=config.game.prompts_per_step,
-            rng=key,
-        )
-
-    demonstrations = demonstrations_of("1-teacher", prompts, keys[0])
-    offline, fresh, unseen = divide(demonstrations, config.pairs, config.game)
-    lesson = demonstrations
-    if not config.warm_start.steered:
-        plain = [PromptRecord(p.prompt) for p in prompts[: config.warm_start.prompts]]
-        lesson = demonstrations_of("1-teacher-plain", plain, keys[1])
-    start = warm_start(lab, desk, config.warm_start, lesson, seed=config.seed)
-
-    pairs = pairs_of("3-pairs", start, offline, keys[2])
-    game = Game(
-        lab,
-        desk,
-        config.game,
-        demonstrations,
-        pairs_of("3-pairs-held-out", start, unseen, keys[5]),
-        temperature=config.policy.temperature,
-        seed=config.seed,
+    match = Game(lab, config.game, config.reward).open(desk, course, seed=config.seed)
+    pairs = list(course.pairs)
+    state = match.play(
+        "4-offline", match.begin(), pairs, steps=config.game.offline_steps
     )
-    state = game.play(
-        "4-offline", game.begin(start), pairs, steps=config.game.offline_steps
-    )
-    students = {judging.START: start, judging.OFFLINE: copied(state.student.params)}
-    for number, records in enumerate(fresh, start=1):
-        key = jax.random.fold_in(keys[3], number)
-        pairs = pairs + pairs_of(
-            f"5-round-{number}-pairs", state.student.params, records, key
-        )
-        state = game.play(
-            f"5-round-{number}", state, pairs, steps=config.game.round_steps
-        )
-    students[judging.ONLINE] = state.student.params
+    judge.student(OFFLINE, state.student.params)
+    for number in range(1, config.pairs.rounds + 1):
+        stage = f"5-round-{number}"
+        student = state.student.params
+        pairs += course.more_pairs(lab, desk, number, student, stage=f"{stage}-pairs")
+        state = match.play(stage, state, pairs, steps=config.game.round_steps)
+    judge.student(ONLINE, state.student.params)
     export(lab, desk, state.student.params)
     updates = int(state.step)
     del state  # the optimiser's moments; the baseline needs the room
-    students[judging.DPO] = train_dpo(
-        lab,
-        desk,
-        config.dpo,
-        start,
-        pairs,
-        steps=updates,
-        temperature=config.policy.temperature,
-        seed=config.seed,
+    rival = Dpo(lab, config.dpo).train(
+        desk, "6-dpo", course, steps=updates, seed=config.seed, pairs=pairs
     )
-    return conclude(config, desk, lab, students, held_out, data, keys[4], started)
+    judge.student(DPO, rival)
+    return conclude(config, desk, lab, judge, data, started)
 
 
 def export(lab: Lab, desk: Desk, params: Params) -> None:
@@ -200,41 +157,26 @@ def export(lab: Lab, desk: Desk, params: Params) -> None:
     )
 
 
-def conclude(config, desk, lab, students, held_out, data, key, started) -> Report:
-    """Stage 6: sample, measure, compare, and say what came out."""
-    heard = judging.listen(
-        lab,
-        desk,
-        students,
-        held_out,
-        batch_size=config.policy.batch_size,
-        rng=key,
-    )
-    folder = desk.run.stage("6-evaluation").path
-    judging.save_responses(folder / "responses.json", heard, held_out)
-    policies = judging.measure(
-        lab,
-        desk,
-        students,
-        heard,
-        held_out,
-        temperature=config.policy.temperature,
-        likelihood_prompts=config.evaluation.likelihood_prompts,
-    )
-    compared = judging.differences(heard)
+def conclude(config, desk, lab, judge: Judge, data, started: float) -> Report:
+    """What came out, compared, beside everything needed to check it."""
+    policies = judge.policies
+    compared = judging.differences(judge.judged, COMPARED)
+    phases = ledger.phases(config.pairs)
     return Report(
         title="Reward-guided distillation of SmolLM2-135M-Instruct (Q4_1)"
         if config.models.teacher == "smollm2"
         else f"Reward-guided distillation of {config.models.teacher}",
         created=datetime.now().strftime("%Y-%m-%d %H:%M"),
         command=f"python -m experiments.quickstart --out {config.out}",
-        summary=judging.verdicts(policies, compared, config.game.rounds),
+        summary=verdicts(policies, compared, config.pairs.rounds),
         policies=policies,
         differences=compared,
-        games={"PbKD": ledger.game_curves(desk.run, config.game)},
-        losses=ledger.loss_curves(desk.run, config.game),
-        samples=judging.side_by_side(heard, held_out, config.evaluation.samples_shown),
-        data=ledger.data_sources(lab, desk.run, config.game, data),
+        games={"PbKD": ledger.game_curves(desk.run, config.game, phases)},
+        losses=ledger.loss_curves(desk.run, config.pairs),
+        samples=judging.side_by_side(
+            judge.judged, judge.prompts, config.evaluation.samples_shown
+        ),
+        data=ledger.data_sources(lab, desk.run, config.pairs, data),
         settings=dataclasses.asdict(config),
         versions=ledger.library_versions(),
         assets=ledger.asset_hashes(config.models),
@@ -245,78 +187,40 @@ def conclude(config, desk, lab, students, held_out, data, key, started) -> Repor
     )
 
 
-def identity(config: QuickstartConfig) -> dict:
-    """What makes this run this run: every option but the output folder."""
-    options = dataclasses.asdict(config)
-    del options["out"], options["fresh"]
-    return options
-
-
-def load_prompts(
-    task: TaskConfig, lab: Lab
-) -> tuple[list[PromptRecord], list[PromptRecord], list[DataSource]]:
-    """Training and held-out prompts, and what was skipped or cut.
-
-    Raises:
-        SettingsError: one file is given and the other is not, or one has no prompts.
-        RecordError: a file cannot be read at all.
-    """
-    files = {"training": task.train_file, "held-out": task.held_out_file}
-    if all(files.values()):
-        counts = (task.train_prompts, task.held_out_prompts)
-        found = [read_jsonl(f, PromptRecord, on_error="skip") for f in files.values()]
-        sets = [
-            records[:count] for (records, _), count in zip(found, counts, strict=True)
-        ]
-        reports = [report for _, report in found]
-        surplus = [len(records) for records, _ in found]
-    elif any(files.values()):
-        raise SettingsError("give both --task.train-file and --task.held-out-file")
-    else:
-        sets = make_prompts(task.train_prompts, task.held_out_prompts, seed=task.seed)
-        reports = [None, None]
-        surplus = [len(records) for records in sets]
-    sources = []
-    for name, records, report, read in zip(files, sets, reports, surplus, strict=True):
-        if not records:
-            raise SettingsError(f"there are no {name} prompts: {report}")
-        title = f"{name} prompts ({files[name] or 'built in'})"
-        sources.append(ledger.prompt_source(title, records, lab, report, read))
-    return *sets, sources
-
-
-def divide(
-    demonstrations: Sequence[DemonstrationRecord], pairs: PairsConfig, game: GameConfig
-) -> tuple[
-    Sequence[DemonstrationRecord],
-    list[Sequence[DemonstrationRecord]],
-    Sequence[DemonstrationRecord],
-]:
-    """Prompts for the offline pairs, fresh ones for every round, and held-out ones.
-
-    Raises:
-        SettingsError: there are not enough.
-    """
-    trained = pairs.offline_prompts + game.rounds * pairs.round_prompts
-    needed = trained + pairs.held_out_prompts
-    if needed > len(demonstrations):
-        raise SettingsError(
-            f"{needed} training prompts are needed ({pairs.offline_prompts} offline, "
-            f"{game.rounds} rounds of {pairs.round_prompts}, "
-            f"{pairs.held_out_prompts} held out), the teacher answered "
-            f"{len(demonstrations)}; give more or lower --pairs.offline-prompts"
-        )
-    firsts = range(pairs.offline_prompts, trained, pairs.round_prompts)
-    return (
-        demonstrations[: pairs.offline_prompts],
-        [demonstrations[i : i + pairs.round_prompts] for i in firsts],
-        demonstrations[trained:needed],
-    )
-
-
-def copied(params):
-    """A copy that survives the donation of the original."""
-    return jax.tree.map(jnp.copy, params)
+def verdicts(
+    policies: Sequence[Policy], compared: Sequence[Difference], rounds: int
+) -> list[Verdict]:
+    """What the run shows, and what it does not."""
+    by_name = {policy.name: policy for policy in policies}
+    online = by_name[ONLINE]
+    gain = next(d for d in compared if (d.first, d.second) == (ONLINE, judging.START))
+    rival = next(d for d in compared if (d.first, d.second) == (ONLINE, DPO))
+    closed = online.gap_closed
+    flags = quality_flags(policies).get(ONLINE, ())
+    return [
+        Verdict(
+            f"Online PbKD ({rounds} rounds) against the warm start, "
+            f"{gain.difference.n} held-out prompts: reward "
+            f"{judging.signed(gain.difference)}, {gain.finding}.",
+            "pass" if gain.finding == "higher" else "fail",
+        ),
+        Verdict(
+            f"Share of the gap from warm start to teacher closed: {closed.note}"
+            if closed.note
+            else f"Share of the gap from warm start to teacher closed: "
+            f"{closed.value:.0%} [{closed.interval.low:.0%}, "
+            f"{closed.interval.high:.0%}]; the goal is 50%.",
+            "pass" if closed.value >= 0.5 else "fail",
+        ),
+        Verdict(
+            "Fluency: " + ("; ".join(flags) if flags else "no sign of collapse") + ".",
+            "fail" if flags else "pass",
+        ),
+        Verdict(
+            f"Online PbKD against DPO on the same pairs, with as many updates: reward "
+            f"{judging.signed(rival.difference)}, {rival.finding}."
+        ),
+    ]
 
 
 def main() -> None:

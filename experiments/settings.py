@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 
 class SettingsError(ValueError):
@@ -23,8 +23,6 @@ class ModelConfig:
     drop_layers: tuple[int, ...] = (17, 4, 5, 6, 26, 25, 14, 15, 16, 18)
     """Teacher layers the student lacks. The default is the order of greedy removal by
     held-in loss (`rkd_jax.models.surgery.greedy_depth_prune`)."""
-    reward_layers: int = 4
-    """The reward player reads the states of the teacher's first layers."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute dtype; parameters stay float32."""
     seed: int = 0
@@ -41,6 +39,12 @@ class TaskConfig:
     """JSON Lines of held-out prompts; needed with `train_file`."""
     train_prompts: int = 144
     held_out_prompts: int = 128
+    demonstrations_file: str | None = None
+    """JSON Lines of the teacher's answers (prompt, response, teacher_prompt), in place
+    of sampling them."""
+    pairs_file: str | None = None
+    """JSON Lines of preference pairs (prompt, chosen, rejected, chosen_reward,
+    rejected_reward), in place of sampling and labelling them."""
     seed: int = 0
 
 
@@ -55,6 +59,10 @@ class PolicyConfig:
     max_response: int = 32
     batch_size: int = 48
     """Prompts sampled at once."""
+    samples_per_prompt: int = 4
+    """Of a student, wherever several are compared."""
+    rollout_prompts: int = 8
+    """Prompts of one on-policy step, and of one batch of candidates."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +81,23 @@ class WarmStartConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class RewardConfig:
+    """Reward models: a linear head on the states of the teacher's first layers, fitted
+    to the pairs by maximum likelihood."""
+
+    layers: int = 4
+    """Of the teacher, frozen."""
+    bound: float = 1.0
+    """Largest reward of one token."""
+    l2: float = 10.0
+    """Penalty on the head, nats per pair."""
+    steps: int = 80
+    batch_size: int = 128
+    """Pairs."""
+    learning_rate: float = 1e-3
+
+
+@dataclasses.dataclass(frozen=True)
 class PairsConfig:
     """Stage 3, and each online round: pairs labelled by the oracle.
 
@@ -81,6 +106,8 @@ class PairsConfig:
     """
 
     offline_prompts: int = 64
+    rounds: int = 3
+    """Online rounds."""
     round_prompts: int = 16
     """Fresh prompts per online round."""
     held_out_prompts: int = 8
@@ -93,22 +120,13 @@ class GameConfig:
     """Stages 4 and 5: the min-max game. Names and defaults as `make_pbkd`."""
 
     offline_steps: int = 10
-    rounds: int = 3
     round_steps: int = 4
-    prompts_per_step: int = 8
-    samples_per_prompt: int = 4
     pairs_per_step: int = 128
     critic_steps: int = 5
     accumulation: int = 4
     """Micro-batches per step: less memory, the same numbers."""
     learning_rate: float = 1e-5
     critic_learning_rate: float = 3e-4
-    anchor_steps: int = 80
-    anchor_learning_rate: float = 1e-3
-    reward_bound: float = 1.0
-    """Largest reward of one token."""
-    l2: float = 10.0
-    """Penalty on the reward head, in the anchor's likelihood and in the set's."""
     epsilon: float = 0.05
     """Radius of the confidence set, nats per pair."""
     dual: float = 50.0
@@ -117,29 +135,32 @@ class GameConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class DpoConfig:
-    """The baseline: as many updates on as many sequences, all pairs of the game."""
+class FitConfig:
+    """One player trained by `fit`: how large a step, on how much."""
 
     learning_rate: float = 1e-5
-    beta: float = 0.1
-    pairs_per_step: int = 16
+    batch_size: int = 16
+    """Records per update."""
     accumulation: int = 4
+    """Micro-batches per update: less memory, the same numbers."""
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
     """Stage 6."""
 
-    likelihood_prompts: int = 64
+    likelihood_prompts: int = 40
     """Held-out prompts on whose answers KL and teacher NLL are measured."""
     samples_shown: int = 12
+    preferences: bool = False
+    """Whether to measure how well every student ranks the held-out pairs."""
 
 
 @dataclasses.dataclass(frozen=True)
-class QuickstartConfig:
-    """Distil a steered teacher into a smaller student, guided by an oracle's reward."""
+class ExperimentConfig:
+    """What every experiment has: models, task, data, evaluation."""
 
-    out: str = "runs/quickstart"
+    out: str = "runs/experiment"
     """Output folder; the same command again resumes."""
     fresh: bool = False
     """Discard the run the output folder holds."""
@@ -152,6 +173,38 @@ class QuickstartConfig:
     policy: PolicyConfig = PolicyConfig()
     warm_start: WarmStartConfig = WarmStartConfig()
     pairs: PairsConfig = PairsConfig()
-    game: GameConfig = GameConfig()
-    dpo: DpoConfig = DpoConfig()
+    reward: RewardConfig = RewardConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+
+    def identity(self) -> dict[str, Any]:
+        """What makes a run this run: every option but the output folder."""
+        options = dataclasses.asdict(self)
+        del options["out"], options["fresh"]
+        return options
+
+
+def toy() -> dict[str, Any]:
+    """What every ``tiny()`` shares: a random toy teacher, and seconds on a CPU."""
+    return {
+        "oracle": "experiments.sentiment_task:letter_share",
+        "models": ModelConfig(teacher="random", drop_layers=(1,)),
+        "task": TaskConfig(train_prompts=24, held_out_prompts=8),
+        "policy": PolicyConfig(
+            temperature=1.0,
+            max_prompt=96,
+            max_teacher_prompt=320,
+            max_response=12,
+            batch_size=8,
+            samples_per_prompt=2,
+            rollout_prompts=2,
+        ),
+        "warm_start": WarmStartConfig(
+            prompts=16, steps=3, batch_size=4, warmup_steps=1
+        ),
+        "pairs": PairsConfig(
+            offline_prompts=8, round_prompts=4, held_out_prompts=2, ties="half"
+        ),
+        "reward": RewardConfig(
+            layers=2, steps=60, batch_size=8, learning_rate=0.03, l2=1e-3
+        ),
+    }

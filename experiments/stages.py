@@ -32,7 +32,7 @@ from rkd_jax.training.checkpoint import Checkpoints
 from rkd_jax.training.loop import Update, fit
 from rkd_jax.training.metrics import MetricsWriter
 from rkd_jax.training.progress import Progress
-from rkd_jax.training.run import RunFolder
+from rkd_jax.training.run import RunFolder, write_json
 from rkd_jax.training.state import TrainState
 from rkd_jax.types import Params, Prompts
 
@@ -92,6 +92,38 @@ def teacher_corpus(
     rng: jax.Array,
 ) -> list[DemonstrationRecord]:
     """Stage 1: the teacher answers every prompt; empty answers are counted."""
+    voice = (lab.sample_teacher, lab.teacher_params)
+    return _corpus(
+        lab, desk, name, voice, prompts, as_teacher=True, batch_size=batch_size, rng=rng
+    )
+
+
+def student_corpus(
+    lab: Lab,
+    desk: Desk,
+    name: str,
+    params: Params,
+    demonstrations: Sequence[DemonstrationRecord],
+    *,
+    batch_size: int,
+    rng: jax.Array,
+) -> list[DemonstrationRecord]:
+    """A student answers the demonstrations' prompts; empty answers are counted."""
+    prompts = [to_prompt(record) for record in demonstrations]
+    voice = (lab.sample_student, params)
+    return _corpus(
+        lab,
+        desk,
+        name,
+        voice,
+        prompts,
+        as_teacher=False,
+        batch_size=batch_size,
+        rng=rng,
+    )
+
+
+def _corpus(lab, desk, name, voice, prompts, *, as_teacher, batch_size, rng):
     stage = desk.run.stage(name)
     path = stage.path / "demonstrations.jsonl"
     if not stage.done:
@@ -99,10 +131,9 @@ def teacher_corpus(
             lab,
             desk,
             name.replace("-", " "),
-            lab.sample_teacher,
-            lab.teacher_params,
+            *voice,
             prompts,
-            as_teacher=True,
+            as_teacher=as_teacher,
             batch_size=batch_size,
             rng=rng,
         )
@@ -200,7 +231,7 @@ def train(
         Checkpoints(folder / "checkpoints", config=config, keep=keep) as checkpoints,
         MetricsWriter(folder) as metrics,
     ):
-        return fit(
+        state = fit(
             state,
             update,
             batches,
@@ -214,3 +245,10 @@ def train(
             checkpoint_every=checkpoint_every or desk.checkpoint_every,
             name=title,
         )
+    if title in desk.progress.paces:  # steps were made in this start
+        cost = {
+            "seconds_per_step": desk.progress.paces[title],
+            "peak_bytes": desk.progress.peaks.get(title),
+        }
+        write_json(folder / "cost.json", cost)
+    return state

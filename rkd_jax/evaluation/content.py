@@ -46,6 +46,23 @@ class Policy:
     repetition: float | None = None  # share of repeated 4-grams
     length: Interval | None = None  # tokens per response, EOS included
     ended_share: float | None = None  # share of responses that ended with EOS
+    preference_accuracy: Interval | None = None  # share of held-out pairs ranked right
+    seconds_per_step: float | None = None  # of training
+    peak_gib: float | None = None  # of the compiled step, per device
+
+
+def policy_from_json(values: Mapping[str, Any]) -> Policy:
+    """The `Policy` whose ``dataclasses.asdict`` went through JSON."""
+
+    def cell_of(value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        if "interval" not in value:
+            return Interval(**value)
+        kind = WinRate if "rate" in value else GapClosed
+        return kind(**{**value, "interval": Interval(**value["interval"])})
+
+    return Policy(**{key: cell_of(value) for key, value in values.items()})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,6 +238,9 @@ COLUMNS = (
     Column("repetition", "repetition", "4-grams within a response", percent=True),
     Column("length", "length", "tokens"),
     Column("ended_share", "ended", "by EOS", percent=True),
+    Column("preference_accuracy", "pairs", "held-out, ranked right", percent=True),
+    Column("seconds_per_step", "s/step", "of training"),
+    Column("peak_gib", "memory", "GiB of a step"),
 )
 
 

@@ -188,6 +188,7 @@ def draw_game(game: GameCurves, title: str, theme: Theme):
         title, loc="left", fontsize=10, color=theme.text, pad=18, **_PLAIN
     )
     panels[-1].set_xlabel("step")
+    panels[-1].xaxis.get_major_locator().set_params(integer=True)
     figure.align_ylabels(panels)
     return figure
 
@@ -202,6 +203,7 @@ def draw_losses(losses: Mapping[str, Series], theme: Theme):
         axes = grid[index]
         _style(axes, theme, grid="y")
         _curve(axes, np.asarray(series.steps), series.values, theme.palette[0])
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_title(name, loc="left", fontsize=9.5, color=theme.text, **_PLAIN)
     for axes in grid[len(losses) :]:
         axes.set_axis_off()

@@ -35,6 +35,9 @@ _TERMINAL = {
     "distinct_2": "dist-2",
     "length": "length",
     "ended_share": "ended",
+    "preference_accuracy": "pairs",
+    "seconds_per_step": "s/step",
+    "peak_gib": "GiB",
 }
 
 

@@ -24,7 +24,7 @@ body {
     "Noto Sans", "DejaVu Sans", sans-serif;
   font-variant-numeric: tabular-nums;
 }
-header, main { max-width: 1180px; margin: 0 auto; }
+header, main { max-width: 1320px; margin: 0 auto; }
 h1 { font-size: 1.75rem; line-height: 1.2; font-weight: 650; letter-spacing: -.015em;
   margin: 0 0 .4rem; text-wrap: balance; }
 h2 { font-size: 1.1rem; font-weight: 650; margin: 0 0 .9rem; }
@@ -59,10 +59,11 @@ thead small { display: block; font-size: .7rem; line-height: 1.25; max-width: 9e
 tbody th { font-weight: 600; }
 tbody tr + tr > * { border-top: 1px solid var(--line); }
 td small { display: block; white-space: nowrap; }
+.policies th, .policies td { padding: .5rem .45rem; }
 .policies td, .policies thead th + th { text-align: right; }
 .policies thead th + th small { margin-left: auto; }
 .policies td { white-space: nowrap; }
-.policies tbody th { min-width: 10.5em; position: sticky; left: 0;
+.policies tbody th { min-width: 8.5em; position: sticky; left: 0;
   background: var(--panel); }
 .policies tr.teacher > *, .policies tr.start > * { background: var(--soft); }
 .policies tr.flagged > * { background: var(--warn-soft); }

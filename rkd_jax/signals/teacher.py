@@ -10,12 +10,18 @@ the batch's ``teacher_sequences``, whose targets are the same.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 
 from rkd_jax.losses import token_log_probs
 from rkd_jax.masking import fill_masked, sequence_sum
-from rkd_jax.models.api import CausalLM, action_hidden, response_logits
+from rkd_jax.models.api import (
+    CausalLM,
+    action_hidden,
+    response_hidden,
+    response_logits,
+)
 from rkd_jax.types import Params, Sequences
 
 Scorer = Callable[[Params, Sequences], jax.Array]
@@ -76,16 +82,29 @@ def make_sequence_scorer(model: CausalLM, *, temperature: float = 1.0) -> Scorer
     return sequence_scores
 
 
-def make_features(model: CausalLM) -> Scorer:
-    """States after each target of a frozen trunk, ``[*batch, T, D]``, 0 where masked.
+def make_features(
+    model: CausalLM, *, states: Literal["before", "after"] = "after"
+) -> Scorer:
+    """States of a frozen trunk around each target, ``[*batch, T, D]``, 0 where masked.
 
-    The input of a reward player that is only a head. Computing it once per text is what
-    makes several reward steps per student step cheap. Gradient: none.
+    The input of a player that is only a head. Computing it once per text is what makes
+    several steps of that player per student step cheap. Gradient: none.
+
+    Args:
+        model: the trunk.
+        states: ``"after"`` the target was consumed, for rewards; ``"before"`` it, for
+            action values.
+
+    Raises:
+        ValueError: neither of the two.
     """
+    if states not in ("before", "after"):
+        raise ValueError(f"states is before or after: {states!r}")
+    read = response_hidden if states == "before" else action_hidden
 
     @jax.jit
     def features(params: Params, sequences: Sequences) -> jax.Array:
-        hidden = action_hidden(model, jax.lax.stop_gradient(params), sequences)
+        hidden = read(model, jax.lax.stop_gradient(params), sequences)
         return fill_masked(hidden, sequences.response_mask)
 
     return features

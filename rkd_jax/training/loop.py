@@ -92,7 +92,7 @@ def fit(
             batch = _next(batches, step, steps)
             batch, signal = prepare(state, batch) if prepare else (batch, ())
             if progress and step == start and hasattr(update, "lower"):
-                progress.note(str(memory_report(update, state, frozen, batch, signal)))
+                progress.memory(memory_report(update, state, frozen, batch, signal))
             state, values = update(state, frozen, batch, signal)
             step += 1
             if probe is not None:

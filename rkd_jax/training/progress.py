@@ -8,6 +8,8 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TextIO
 
+from rkd_jax.training.memory import MemoryReport
+
 
 class Progress:
     """Shows stage, step, loss, tokens per second and time left.
@@ -28,6 +30,8 @@ class Progress:
 
     Attributes:
         timings: seconds by stage, until the next one began or `close`.
+        paces: seconds per step by stage, the first steps (which compile) left out.
+        peaks: bytes on one device by stage, of those that reported their `memory`.
     """
 
     def __init__(
@@ -43,6 +47,8 @@ class Progress:
         self._bar = _make_bar(self._stream) if self._stream.isatty() else None
         self._name = ""
         self.timings: dict[str, float] = {}
+        self.paces: dict[str, float] = {}
+        self.peaks: dict[str, int] = {}
 
     def stage(self, name: str, total: int, *, done: int = 0) -> None:
         """Begin a stage of ``total`` steps, ``done`` of which an earlier start did."""
@@ -50,6 +56,7 @@ class Progress:
         self._name, self._total, self._done = name, total, done
         self._start_done, self._tokens, self._loss = done, 0, None
         self._start = self._shown = self._clock()
+        self._first: tuple[int, float] | None = None
         if self._bar is not None:
             self._task = self._bar.add_task(name, total=total, completed=done, note="")
         elif done < total:
@@ -61,6 +68,11 @@ class Progress:
         self._tokens += tokens
         self._loss = self._loss if loss is None else loss
         now = self._clock()
+        if self._first is None:
+            self._first = (self._done, now)
+        elif self._done > self._first[0]:
+            done, then = self._first
+            self.paces[self._name] = (now - then) / (self._done - done)
         if self._bar is not None:
             note = "  ".join(self._facts(now))
             self._bar.update(self._task, completed=self._done, note=note)
@@ -69,6 +81,12 @@ class Progress:
             facts = [*self._facts(now), f"left {self._left(now)}"]
             steps = f"{self._done}/{self._total}"
             self._line(f"{self._name}: " + "  ".join([steps, *facts]))
+
+    def memory(self, report: MemoryReport) -> None:
+        """What the stage's step needs: noted, and kept in `peaks`."""
+        self.note(str(report))
+        if report.peak is not None:
+            self.peaks[self._name] = report.peak
 
     def note(self, text: str) -> None:
         """One line that stays."""
@@ -118,6 +136,9 @@ class Silent:
         """Nothing."""
 
     def advance(self, n: int = 1, *, loss: float | None = None, tokens: int = 0):
+        """Nothing."""
+
+    def memory(self, report: MemoryReport) -> None:
         """Nothing."""
 
     def note(self, text: str) -> None:

@@ -84,9 +84,9 @@ def test_the_report_names_every_policy_and_shows_the_game(tiny_run):
     ]
     config = quickstart.tiny()
     game = report["games"]["PbKD"]
-    steps = config.game.offline_steps + config.game.rounds * config.game.round_steps
+    steps = config.game.offline_steps + config.pairs.rounds * config.game.round_steps
     assert game["steps"] == list(range(1, steps + 1))
-    assert len(game["phases"]) == 1 + config.game.rounds
+    assert len(game["phases"]) == 1 + config.pairs.rounds
     assert all(isinstance(value, float) for value in game["gap"] + game["slack"])
     held_out = report["losses"]["reward player: held-out NLL, nats/pair"]
     assert held_out["steps"] == game["steps"]
@@ -152,7 +152,7 @@ def test_the_data_report_counts_what_was_dropped(tiny_run):
     dropped = sum(incident["count"] for incident in pairs["skipped"])
     config = quickstart.tiny()
     # Two answers of the teacher and the student's samples: every two are a pair.
-    candidates = 2 + config.game.samples_per_prompt
+    candidates = 2 + config.policy.samples_per_prompt
     duels = config.pairs.offline_prompts * math.comb(candidates, 2)
     assert pairs["used"] + dropped == duels
 

@@ -1,0 +1,106 @@
+"""One objective trained on one data set: what all methods without a game share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+
+from experiments.lab import Lab
+from experiments.settings import FitConfig, SettingsError
+from experiments.stages import Desk, train
+from rkd_jax.data.pipeline import make_batches
+from rkd_jax.data.records import DemonstrationRecord, PreferenceRecord
+from rkd_jax.training.optim import OptimConfig, make_optimizer
+from rkd_jax.training.state import init_state
+from rkd_jax.training.update import make_update
+from rkd_jax.types import Objective, Params
+
+Record = DemonstrationRecord | PreferenceRecord
+
+
+class Trainer:
+    """An objective with its optimiser, compiled once for any number of runs.
+
+    Example::
+
+        trainer = Trainer(lab, make_sft(lab.student), options)
+        params = trainer.train(desk, "4-sft", start, records, steps=20, seed=0)
+    """
+
+    def __init__(self, lab: Lab, objective: Objective, options: FitConfig):
+        self.lab, self.objective, self.options = lab, objective, options
+        self.optimizer = make_optimizer(
+            OptimConfig(learning_rate=options.learning_rate, weight_decay=0.0)
+        )
+        self.update = make_update(
+            objective,
+            student_optimizer=self.optimizer,
+            accumulation=options.accumulation,
+        )
+
+    def batches(self, records: Sequence[Record], seed: int):
+        """Shuffled batches of the records, for ever.
+
+        Raises:
+            SettingsError: fewer records than one batch.
+        """
+        if len(records) < self.options.batch_size:
+            raise SettingsError(
+                f"{self.objective.name}: {len(records)} records for batches of "
+                f"{self.options.batch_size}; lower the batch size or give more data"
+            )
+        return make_batches(
+            records,
+            self.lab.tokenizer,
+            self.lab.rows,
+            batch_size=self.options.batch_size,
+            seed=seed,
+        )
+
+    def train(
+        self,
+        desk: Desk,
+        stage: str,
+        start: Params,
+        records: Sequence[Record],
+        *,
+        steps: int,
+        seed: int,
+        prepare: Callable | None = None,
+        batches=None,
+    ) -> Params:
+        """``steps`` updates from ``start``; the trained parameters.
+
+        Args:
+            desk: where to write and show.
+            stage: folder of the checkpoints and the metrics.
+            start: parameters, copied.
+            records: the data.
+            steps: updates.
+            seed: of the order of the records and of everything drawn.
+            prepare: ``(state, batch) -> (batch, signal)``.
+            batches: in place of those of ``records``.
+        """
+        state = init_state(
+            start, student_optimizer=self.optimizer, rng=jax.random.key(seed)
+        )
+        config = {
+            "objective": self.objective.name,
+            "fit": dataclasses.asdict(self.options),
+            "steps": steps,
+            "seed": seed,
+        }
+        state = train(
+            desk,
+            stage.replace("-", " "),
+            desk.run.stage(stage).path,
+            state,
+            self.update,
+            self.batches(records, seed) if batches is None else batches,
+            steps=steps,
+            config=config,
+            prepare=prepare,
+        )
+        return state.student.params
