@@ -18,6 +18,7 @@ hyper-parameters are not published in what we have.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import jax
@@ -106,6 +107,7 @@ def make_pbkd(
     References:
         PbKD, 2505.18952. Reconstruction: see the module's docstring.
     """
+    policy_log_probs = partial(target_log_probs, model, temperature=temperature)
     if baseline not in ("loo_per_step", "loo_return", "none"):
         raise ValueError(f"baseline is loo_per_step, loo_return or none: {baseline!r}")
     if constraint not in ("dual", "fixed_lambda"):
@@ -113,13 +115,7 @@ def make_pbkd(
 
     def critic_loss(critic, params, dual, frozen, batch, signal, rng):
         terms = _reward_player_terms(
-            token_rewards,
-            critic,
-            batch,
-            signal,
-            gamma=gamma,
-            epsilon=epsilon,
-            l2=l2,
+            token_rewards, critic, batch, signal, gamma=gamma, epsilon=epsilon, l2=l2
         )
         loss = reward_player_loss(
             terms["critic/gap"], terms["critic/slack"], dual, hinge=hinge
@@ -131,9 +127,7 @@ def make_pbkd(
             token_rewards(critic, batch.rollouts, signal.rollouts)
         )
         mask = batch.rollouts.response_mask
-        log_probs = target_log_probs(
-            model, params, batch.rollouts, temperature=temperature
-        )
+        log_probs = policy_log_probs(params, batch.rollouts)
         steps = reinforce(
             log_probs,
             _advantages(rewards, mask, gamma, baseline),
