@@ -148,15 +148,16 @@ class GameBatch:
     """What one step of the min-max game looks at.
 
     Demonstrations and rollouts have B rows; the number of pairs is any multiple of B,
-    so that the batch still splits evenly into micro-batches.
+    so that the batch still splits evenly into micro-batches. What a method does not
+    read is None.
 
     Example: ``GameBatch(demonstrations=..., rollouts=Sequences [B, G, P + T],
     preferences=...)``.
     """
 
     demonstrations: DemonstrationBatch  # the teacher's responses
-    rollouts: Sequences  # [B, G, P + T], sampled from the current student
-    preferences: PreferenceBatch
+    rollouts: Sequences | None  # [B, G, P + T], sampled from the current student
+    preferences: PreferenceBatch | None = None
 
 
 @struct
@@ -183,6 +184,24 @@ class AnchoredPairs:
 
     pairs: PreferenceBatch  # [B, 2]
     samples: DemonstrationBatch | None = None  # [B], sampled from the reference
+
+
+@struct
+class TrajectoryBatch:
+    """Demonstrated trajectories of a control problem, padded on the right.
+
+    Example, one trajectory of two steps in T = 3 columns, states of two numbers::
+
+        TrajectoryBatch(
+            states=[[[0.1, 0.0], [0.1, 0.2], [0.0, 0.0]]],
+            actions=[[1, 0, 0]],
+            mask=[[True, True, False]],
+        )
+    """
+
+    states: jax.Array  # float[B, T, S], before each action; or int32[B, T] of a table
+    actions: jax.Array  # int32[B, T]
+    mask: jax.Array  # bool[B, T], True on real steps
 
 
 @struct
@@ -241,8 +260,23 @@ class ShapingSignal:
     Example: ``ShapingSignal(log_probs=[[-3.0, -2.3]], shaping=[[-0.40, -0.34]])``.
     """
 
-    log_probs: jax.Array  # float32[B, 2], summed, of the reference
+    log_probs: jax.Array | None  # float32[B, 2], summed, of the reference; None: none
     shaping: jax.Array  # float32[B, 2], summed potential differences, nats
+
+
+@struct
+class ReleaseSignal:
+    """What the losses released with TVKD read of frozen models, summed per response.
+
+    Example: ``ReleaseSignal(topk_ids=int32[1, 2, T, 50], next_values=[[1.9, 1.4]])``
+    for the variant that reads no more than that.
+    """
+
+    topk_ids: jax.Array | None = None  # int32[B, 2, T, K], the teacher's likely tokens
+    teacher: jax.Array | None = None  # float32[B, 2], log-probs of the targets' buckets
+    reference: jax.Array | None = None  # float32[B, 2], log-probs of the targets
+    values: jax.Array | None = None  # float32[B, 2], of the states before each target
+    next_values: jax.Array | None = None  # float32[B, 2], of the states after each
 
 
 @struct
@@ -261,15 +295,16 @@ class WhiteBoxSignal:
     """The frozen quantities of the game with a teacher whose distribution is known.
 
     The features are a frozen trunk's states *before* each target, for critics that are
-    a head on them; None when the critic has a trunk of its own.
+    a head on them; None when the critic has a trunk of its own. What a method does not
+    require may be None.
 
     Example: ``WhiteBoxSignal(anchor_nll=[0.41], rollouts=float32[B, G, T, V],
     preferences=float32[pairs, 2, T, V])``.
     """
 
-    anchor_nll: jax.Array  # float32[pairs] or [pairs, critics]
-    rollouts: jax.Array  # float[B, G, T, V], the teacher's log-probs
-    preferences: jax.Array  # float[pairs, 2, T, V]
+    anchor_nll: jax.Array | None = None  # float32[pairs] or [pairs, critics]
+    rollouts: jax.Array | None = None  # float[B, G, T, V], the teacher's log-probs
+    preferences: jax.Array | None = None  # float[pairs, 2, T, V]
     demonstrations: jax.Array | None = None  # float[B, T, V], for the off-policy gap
     rollout_features: jax.Array | None = None  # float[B, G, T, D]
     preference_features: jax.Array | None = None  # float[pairs, 2, T, D]
@@ -278,12 +313,16 @@ class WhiteBoxSignal:
 
 @struct
 class PreferenceSignal:
-    """Frozen-trunk features of both responses of a pair; see `GameSignal`.
+    """Frozen-trunk features of both responses of a pair, and how much each pair counts.
 
-    Example: ``PreferenceSignal(features=float32[B, 2, T, D])``.
+    For the features see `GameSignal`. Weights have mean 1 over the data set; those of
+    an ensemble resample it for each member (`rkd_jax.signals.resampling`).
+
+    Example: ``PreferenceSignal(features=float32[B, 2, T, D], weights=None)``.
     """
 
     features: jax.Array | None = None  # float[B, 2, T, D]
+    weights: jax.Array | None = None  # float32[B], or [B, K] for an ensemble
 
 
 class Mean(NamedTuple):

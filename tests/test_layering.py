@@ -64,7 +64,10 @@ OUTSIDE = {
 
 FILE_LINES = 400
 FUNCTION_LINES = 60  # without the docstring
-LONGER = {"training/loop.py:fit": 100}  # the host loop
+LONGER = {
+    "training/loop.py:fit": 100,  # the host loop
+    "objectives/pbkd.py:make_pbkd": 100,  # both players, and every argument checked
+}
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 SOURCES = {path: path.read_text(encoding="utf-8") for path in FILES}

@@ -10,13 +10,43 @@ NAMES = {
     "rkd_jax.losses": "token_log_probs forward_kl reverse_kl generalized_jsd "
     "skew_forward_kl skew_reverse_kl total_variation topk_forward_kl dpo ipo simpo "
     "bradley_terry confidence_slack trajectory_return reward_to_go reward_gap "
-    "dual_update leave_one_out reinforce on_policy_distillation",
+    "triviality_threshold reward_player_loss leave_one_out_per_step next_value_sum "
+    "dual_update leave_one_out reinforce on_policy_distillation "
+    "soft_value potential_shaping tvkd check_shaping release_return bucket_log_probs "
+    "drdo reward_distillation pessimistic_reduce reward_scale check_rewards "
+    "gaussian_kl gaussian_log_prob avril ava_demonstration ava_preference log1mexp "
+    "experiential_regularizer temporal_difference",
+    "rkd_jax.losses.variational": "avril experiential_regularizer gaussian_kl "
+    "gaussian_log_prob ava_demonstration ava_preference",
+    "rkd_jax.models.mlp": "avril_networks AvrilNetworks MLP",
+    "rkd_jax.models.attention_weights": "response_attention",
+    "rkd_jax.objectives.avril": "make_avril",
+    "rkd_jax.objectives.ava": "make_ava_d make_ava_p ava_token_rewards",
     "rkd_jax.losses.divergences": "forward_kl reverse_kl generalized_jsd "
     "skew_forward_kl skew_reverse_kl total_variation topk_forward_kl",
     "rkd_jax.losses.preference": "dpo ipo simpo",
-    "rkd_jax.losses.reward": "bradley_terry confidence_slack check_epsilon",
-    "rkd_jax.losses.minmax": "trajectory_return reward_to_go reward_gap dual_update",
-    "rkd_jax.losses.policy_gradient": "leave_one_out reinforce on_policy_distillation",
+    "rkd_jax.losses.reward": "bradley_terry confidence_slack check_epsilon drdo "
+    "reward_distillation pessimistic_reduce",
+    "rkd_jax.losses.reward_distillation": "drdo reward_distillation pessimistic_reduce "
+    "running_mean_loss reward_scale check_rewards",
+    "rkd_jax.objectives.sft": "make_sft make_seqkd",
+    "rkd_jax.objectives.kd": "make_kd",
+    "rkd_jax.objectives.dpo": "make_dpo",
+    "rkd_jax.signals.teacher": "make_teacher_log_probs make_token_scorer "
+    "make_sequence_scorer make_features",
+    "rkd_jax.objectives.drdo": "make_drdo make_drdo_oracle",
+    "rkd_jax.objectives.edpo": "make_ddpo make_pdpo make_dpdpo make_edpo",
+    "rkd_jax.losses.minmax": "trajectory_return reward_to_go reward_gap dual_update "
+    "moment_gap advantage_sum anchored_advantages",
+    "rkd_jax.losses.moments": "centered_q spread_topk one_step one_step_plus_long "
+    "on_policy_moment off_policy_moment bounded_moment_distance gradient_penalty",
+    "rkd_jax.losses.returns": "discount_weights trajectory_return reward_to_go",
+    "rkd_jax.objectives.mm_pbkd": "make_mm_pbkd",
+    "rkd_jax.objectives.mmkd": "make_mmkd",
+    "rkd_jax.objectives.q_anchor": "make_q_anchor QFunction pair_advantages",
+    "rkd_jax.losses.policy_gradient": "leave_one_out reinforce on_policy_distillation "
+    "sequence_reverse_kl",
+    "rkd_jax.losses.value": "soft_value potential_shaping tvkd",
     "rkd_jax.types": "Pair Sequences LossOutput Objective",
     "rkd_jax.models.api": "CausalLM",
     "rkd_jax.models.decoder": "Decoder DecoderConfig",
@@ -26,6 +56,20 @@ NAMES = {
     "rkd_jax.interop": "load_model save_model",
     "rkd_jax.data.records": "PromptRecord PreferenceRecord DemonstrationRecord",
     "rkd_jax.signals.oracles": "VaderOracle label_preferences load_oracle",
+    "rkd_jax.signals.reward_oracle": "RewardModelOracle make_return_scorer",
+    "rkd_jax.signals.resampling": "bootstrap_weights length_bias_weights",
+    "rkd_jax.models.heads": "RewardModel ScalarHead head_token_rewards "
+    "head_sequence_rewards QHead head_q_values",
+    "rkd_jax.objectives.pbkd": "make_pbkd",
+    "rkd_jax.objectives.reward_model": "make_reward_model make_reward_ensemble "
+    "init_members",
+    "rkd_jax.signals.values": "make_shaping make_state_values make_release_signal "
+    "mean_value length_correlation",
+    "rkd_jax.objectives.tvkd": "make_tvkd make_tvkd_release",
+    "rkd_jax.objectives.gkd": "make_gkd mix_rows imitated_responses",
+    "rkd_jax.objectives.minillm": "make_minillm",
+    "rkd_jax.objectives.xkd": "make_xkd_sequence make_xkd_gkd make_xkd_minillm",
+    "rkd_jax.objectives.reward_inference": "RewardInference reward_regularizer",
     "rkd_jax.training": "init_state make_update fit",
     "rkd_jax.training.checkpoint": "Checkpoints",
     "rkd_jax.evaluation.report": "write_report",

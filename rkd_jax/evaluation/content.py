@@ -193,6 +193,7 @@ class Report:
     command: str = ""  # what produces this report
     summary: Sequence[Verdict] = ()
     policies: Sequence[Policy] = ()
+    unit: Literal["prompts", "seeds"] = "prompts"  # what intervals are over
     differences: Sequence[Difference] = ()
     games: Mapping[str, GameCurves] = dataclasses.field(default_factory=dict)
     losses: Mapping[str, Series] = dataclasses.field(default_factory=dict)

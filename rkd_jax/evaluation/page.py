@@ -64,7 +64,7 @@ def render_page(
     sections = (
         ("", _verdicts(report)),
         ("Policies", _policies(report, flags)),
-        ("Paired differences", _differences(report.differences)),
+        ("Paired differences", _differences(report.differences, report.unit)),
         ("Figures", _figures(plots)),
         ("Samples", _samples(report.samples, flags)),
         ("Data", _data(report.data)),
@@ -134,14 +134,17 @@ def _policies(report: Report, flags: Mapping[str, Sequence[str]]) -> str:
                 f'<tr class="flagged why"><td colspan="{len(columns) + 1}">'
                 f'<div class="flags">{marks}</div></td></tr>'
             )
+    without: dict[str, list[str]] = {}
+    for policy in report.policies:
+        if policy.gap_closed and policy.gap_closed.note:
+            without.setdefault(policy.gap_closed.note, []).append(policy.name)
     notes = [
-        f"{p.name}: gap closed is not reported, {p.gap_closed.note}."
-        for p in report.policies
-        if p.gap_closed and p.gap_closed.note
+        f"{', '.join(names)}: gap closed is not reported, {note}."
+        for note, names in without.items()
     ]
     legend = (
-        "Intervals: 95%, over prompts. Bold green: the best student of the column; "
-        "students flagged for collapsed text do not compete."
+        f"Intervals: 95%, over {report.unit}. Bold green: the best student of the "
+        "column; students flagged for collapsed text do not compete."
     )
     below = "".join(f'<p class="legend">{escape(t)}</p>' for t in (legend, *notes))
     return (
@@ -167,7 +170,7 @@ def _value(interval, places: int, percent: bool, best: bool) -> str:
     return f"<td{mark}>{_typographic(shown)}{small}</td>"
 
 
-def _differences(differences: Sequence[Difference]) -> str:
+def _differences(differences: Sequence[Difference], unit: str) -> str:
     if not differences:
         return ""
     places = decimals([d.difference for d in differences])
@@ -181,7 +184,7 @@ def _differences(differences: Sequence[Difference]) -> str:
     )
     return (
         '<div class="scroll"><table class="differences"><thead><tr><th>comparison</th>'
-        "<th>of</th><th>difference [95%]</th><th>prompts</th><th>finding</th></tr>"
+        f"<th>of</th><th>difference [95%]</th><th>{unit}</th><th>finding</th></tr>"
         f"</thead><tbody>{rows}</tbody></table></div>"
     )
 

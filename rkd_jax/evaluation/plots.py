@@ -15,10 +15,11 @@ import numpy as np
 
 from rkd_jax.evaluation.content import GameCurves, Policy, Report, Series
 from rkd_jax.evaluation.formatting import decimals, number
+from rkd_jax.evaluation.labels import PLAIN, place_labels
 
 _DPI = 180
 _SMOOTH_FROM = 40  # points; shorter series are drawn as they are
-_PLAIN = {"parse_math": False}  # a dollar sign in a name is a dollar sign
+_NAMED_POINTS = 8  # points; more are numbered
 _DASHED, _DOTTED = (0, (5, 3)), (0, (1.5, 2))
 
 
@@ -135,7 +136,7 @@ def draw_rewards(policies: Sequence[Policy], flags, theme: Theme):
             fontsize=8.5,
             color=theme.text,
         )
-    axes.set_yticks(range(len(policies)), [p.name for p in policies], **_PLAIN)
+    axes.set_yticks(range(len(policies)), [p.name for p in policies], **PLAIN)
     axes.tick_params(axis="y", labelcolor=theme.text, labelsize=9)
     axes.set_ylim(len(policies) - 0.4, -0.6)
     axes.set_xlabel("reward")
@@ -143,8 +144,11 @@ def draw_rewards(policies: Sequence[Policy], flags, theme: Theme):
 
 
 def draw_tradeoff(policies: Sequence[Policy], flags, theme: Theme):
-    """Reward over reverse KL, every policy labelled."""
-    figure = _figure(theme, 5.6, max(3.8, _row_height(policies)))
+    """Reward over reverse KL, every policy labelled; many by numbers and a key."""
+    placed = [p for p in policies if p.reverse_kl is not None]
+    many = len(placed) > _NAMED_POINTS
+    height = max(3.8, (0.6 if many else 1.0) * _row_height(policies))
+    figure = _figure(theme, 7.4 if many else 5.6, height)
     axes = figure.add_subplot()
     _style(axes, theme, grid="both")
     colours = _colours(policies, theme)
@@ -152,7 +156,6 @@ def draw_tradeoff(policies: Sequence[Policy], flags, theme: Theme):
     _reference_lines(axes.axhline, teachers, theme)
     for policy in teachers:
         _edge_label(axes, policy.name, policy.reward.mean, theme.muted)
-    placed = [p for p in policies if p.reverse_kl is not None]
     for policy in placed:
         x, y, colour = policy.reverse_kl, policy.reward, colours[policy.name]
         axes.plot([x.low, x.high], [y.mean, y.mean], color=colour, lw=1.6, alpha=0.45)
@@ -162,7 +165,12 @@ def draw_tradeoff(policies: Sequence[Policy], flags, theme: Theme):
     axes.set_xlabel("reverse KL to the teacher, nats per token")
     axes.set_ylabel("reward")
     points = [(p.reverse_kl.mean, p.reward.mean) for p in placed]
-    _label_points(figure, axes, points, placed, colours)
+    labels = [p.name for p in placed]
+    if many:
+        _key(axes, placed, colours)
+        labels = [str(number) for number in range(1, len(placed) + 1)]
+    shades = [colours[p.name] for p in placed]
+    place_labels(figure, axes, points, labels, shades)
     return figure
 
 
@@ -185,7 +193,7 @@ def draw_game(game: GameCurves, title: str, theme: Theme):
     panels[1].axhline(game.epsilon, color=theme.warning, lw=1.2, ls=_DASHED)
     _edge_label(panels[1], f"ε = {game.epsilon:g}", game.epsilon, theme.warning)
     panels[0].set_title(
-        title, loc="left", fontsize=10, color=theme.text, pad=18, **_PLAIN
+        title, loc="left", fontsize=10, color=theme.text, pad=18, **PLAIN
     )
     panels[-1].set_xlabel("step")
     panels[-1].xaxis.get_major_locator().set_params(integer=True)
@@ -204,7 +212,7 @@ def draw_losses(losses: Mapping[str, Series], theme: Theme):
         _style(axes, theme, grid="y")
         _curve(axes, np.asarray(series.steps), series.values, theme.palette[0])
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.set_title(name, loc="left", fontsize=9.5, color=theme.text, **_PLAIN)
+        axes.set_title(name, loc="left", fontsize=9.5, color=theme.text, **PLAIN)
     for axes in grid[len(losses) :]:
         axes.set_axis_off()
     return figure
@@ -287,7 +295,7 @@ def _edge_label(axes, text: str, height: float, colour: str) -> None:
         va="bottom",
         fontsize=8,
         color=colour,
-        **_PLAIN,
+        **PLAIN,
     )
 
 
@@ -331,53 +339,21 @@ def _phase_bands(axes, game: GameCurves, steps, theme: Theme) -> None:
                 ha="center",
                 fontsize=8,
                 color=theme.muted,
-                **_PLAIN,
+                **PLAIN,
             )
 
 
-def _label_points(figure, axes, points, policies, colours) -> None:
-    """A name beside each point, on the first side where it covers nothing."""
-    figure.canvas.draw()  # lays the axes out, so that points have pixel positions
-    renderer = figure.canvas.get_renderer()
-    frame = axes.get_window_extent(renderer)
-    pixels = axes.transData.transform(points)
-    margin = 6 * figure.dpi / 72
-    taken = []
-    for point, policy in zip(points, policies, strict=True):
-        for dx, dy, ha, va in _SIDES:
-            label = axes.annotate(
-                policy.name,
-                point,
-                xytext=(dx, dy),
-                textcoords="offset points",
-                ha=ha,
-                va=va,
-                fontsize=8.5,
-                color=colours[policy.name],
-                **_PLAIN,
-            )
-            box = label.get_window_extent(renderer)
-            clear = not any(box.overlaps(other) for other in taken) and not any(
-                box.x0 - margin < x < box.x1 + margin
-                and box.y0 - margin < y < box.y1 + margin
-                for x, y in pixels
-                if (x, y) != tuple(axes.transData.transform(point))
-            )
-            inside = frame.x0 <= box.x0 and box.x1 <= frame.x1
-            if (clear and inside) or (dx, dy, ha, va) == _SIDES[-1]:
-                taken.append(box)
-                break
-            label.remove()
-
-
-_SIDES = (
-    (8, 5, "left", "bottom"),
-    (8, -5, "left", "top"),
-    (-8, 5, "right", "bottom"),
-    (-8, -5, "right", "top"),
-    (0, 11, "center", "bottom"),
-    (0, -11, "center", "top"),
-    (8, 16, "left", "bottom"),
-    (8, -16, "left", "top"),
-    (-8, 16, "right", "bottom"),
-)
+def _key(axes, policies: Sequence[Policy], colours) -> None:
+    """What the numbers stand for, in a column to the right."""
+    for row, policy in enumerate(policies):
+        axes.annotate(
+            f"{row + 1}  {policy.name}",
+            (1.0, 1.0 - (row + 0.5) / len(policies)),
+            xycoords="axes fraction",
+            xytext=(14, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8.5,
+            color=colours[policy.name],
+            **PLAIN,
+        )

@@ -23,3 +23,15 @@ def check_domain(name: str, value: Any, interval: str) -> None:
     below = value <= high if interval[-1] == "]" else value < high
     if not (above and below):
         raise ValueError(f"{name} must lie in {interval}, got {value}")
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise ValueError unless the switch ``value`` is one of ``choices``.
+
+    >>> check_choice("terminal", "absorb", ("drop", "anchor"))
+    Traceback (most recent call last):
+    ...
+    ValueError: terminal must be one of drop, anchor, got 'absorb'
+    """
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")

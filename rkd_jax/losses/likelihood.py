@@ -66,3 +66,31 @@ def take_tokens(values: jax.Array, ids: jax.Array) -> jax.Array:
     # Indexing counts negative ids from the end: a stray -100 would be a real token.
     ids = jnp.where(ids < 0, jnp.asarray(vocabulary, ids.dtype), ids)
     return jnp.take_along_axis(values, ids, axis=-1, mode="fill")
+
+
+def log1mexp(log_prob: jax.Array) -> jax.Array:
+    r"""Log-probability of the complement of an event, in nats.
+
+    .. math:: \log(1 - e^z)
+
+    Args:
+        log_prob: float[*batch], z, at most 0; -inf is an impossible event. Accurate for
+            probabilities near 0 and near 1, up to 1 - 1e-6; those beyond count as that.
+
+    Returns:
+        float32[*batch], from 0 (an impossible event) down to -13.8: always finite.
+        Neither masked nor reduced.
+
+    Gradient:
+        ``-exp(z) / (1 - exp(z))``; 0 above -1e-6: an event that certain is out of
+        reach.
+
+    References:
+        Maechler, Accurately computing log(1 - exp(-|a|)), 2012. Deviation: the clip.
+    """
+    z = jnp.minimum(log_prob.astype(accumulator(log_prob)), -1e-6)
+    # Each form loses its digits where the other is used; they meet at half. Both are
+    # finite everywhere, so neither spoils the other's gradient.
+    near_one = jnp.log(-jnp.expm1(z))
+    near_zero = jnp.log1p(-jnp.exp(z))
+    return jnp.where(z > -0.6931472, near_one, near_zero)

@@ -24,16 +24,22 @@ gradient is that of
     \mathrm{sg}[\hat G_h - b_h] \log\pi_\theta(a_h | s_h), \qquad
     w_h \in \{1, \gamma^h\}
 
-with :math:`\hat G` from `reward_to_go` and :math:`b` a leave-one-out baseline. Source:
-PbKD, 2505.18952, for the game; the solver is a reconstruction.
+with :math:`\hat G` from `reward_to_go` and :math:`b` a leave-one-out baseline.
+
+**With a teacher whose distribution is known**, the reward may be written through any
+function Q and an anchor policy :math:`\rho`, with :math:`V_\rho(s) = \sum_a
+\rho(a|s) Q(s, a)`, as :math:`r(s, a) = Q(s, a) - \gamma V_\rho(s')`. The gap is then a
+moment gap, taken by the student's responses if the teacher is the anchor and by the
+teacher's if the student is (`moment_gap`), and a response's reward the prompt's
+:math:`V_\rho` plus its `advantage_sum`.
+
+Source: PbKD, 2505.18952, for the game; the solver and the form through Q are
+reconstructions.
 
 >>> import jax.numpy as jnp
->>> rewards = jnp.array([1.0, 2.0, jnp.nan])
->>> mask = jnp.array([True, True, False])
->>> print(trajectory_return(rewards, mask, gamma=0.5))
-2.0
->>> print(reward_to_go(rewards, mask, gamma=0.5))
-[2. 2. 0.]
+>>> teacher, student = jnp.log(jnp.array([[[0.5, 0.5]], [[0.25, 0.75]]]))
+>>> print(moment_gap(jnp.array([[4.0, 0.0]]), student, teacher, jnp.array([True])))
+[1.]
 """
 
 from __future__ import annotations
@@ -43,108 +49,21 @@ import jax
 import jax.numpy as jnp
 
 from rkd_jax.losses.domain import check_domain
-from rkd_jax.masking import accumulator, fill_masked, sequence_sum
+from rkd_jax.losses.likelihood import take_tokens
+from rkd_jax.losses.returns import discount_weights, reward_to_go, trajectory_return
+from rkd_jax.masking import accumulator, fill_masked
 
-
-def discount_weights(mask: jax.Array, *, gamma: float) -> jax.Array:
-    r"""The discount of each step, :math:`\gamma^h`, h counting response tokens from 0.
-
-    Args:
-        mask: bool or 0/1 numbers, [*batch, T].
-        gamma: in [0, 1].
-
-    Returns:
-        float32[*batch, T]; 1 at the first set entry, 0 where the mask is not set.
-
-    Gradient:
-        None: hyper-parameters only.
-
-    Raises:
-        ValueError: gamma out of range (Python numbers; traced ones are not checked).
-
-    References:
-        Textbook. Deviation: none.
-    """
-    check_domain("gamma", gamma, "[0, 1]")
-    kept = mask.astype(bool)
-    step = jnp.maximum(jnp.cumsum(kept, axis=-1) - 1, 0)
-    dtype = jnp.result_type(float)
-    weights = jnp.power(jnp.asarray(gamma, dtype), step.astype(dtype))
-    return jnp.where(kept, weights, 0.0)
-
-
-def trajectory_return(
-    rewards: jax.Array, mask: jax.Array, *, gamma: float = 1.0
-) -> jax.Array:
-    r"""Discounted return of a response, in the unit of the rewards.
-
-    .. math:: R = \sum_h \gamma^h r_h
-
-    Args:
-        rewards: float[*batch, T], reward of each target; padding may hold anything.
-        mask: bool or 0/1 numbers, [*batch, T].
-        gamma: in [0, 1].
-
-    Returns:
-        float32[*batch], a sum that is not divided by length; 0 where no entry is set.
-
-    Gradient:
-        Flows to set rewards, with weight gamma**h; exactly 0 elsewhere.
-
-    Raises:
-        ValueError: gamma out of range (Python numbers; traced ones are not checked).
-        AssertionError: shapes differ.
-
-    References:
-        PbKD, 2505.18952: trajectory reward. Deviation: none.
-    """
-    rewards = fill_masked(rewards.astype(accumulator(rewards)), mask)
-    discounts = discount_weights(mask, gamma=gamma).astype(rewards.dtype)
-    return sequence_sum(discounts * rewards, mask)
-
-
-def reward_to_go(
-    rewards: jax.Array, mask: jax.Array, *, gamma: float = 1.0
-) -> jax.Array:
-    r"""Discounted sum of the rewards from each step on.
-
-    .. math:: G_t = r_t + \gamma G_{t+1}
-
-    over set entries; an entry that is not set is skipped, without a discount.
-
-    Args:
-        rewards: float[*batch, T], reward of each target; padding may hold anything.
-        mask: bool or 0/1 numbers, [*batch, T].
-        gamma: in [0, 1].
-
-    Returns:
-        float32[*batch, T], unit of the rewards; 0 where the mask is not set. The first
-        set entry equals `trajectory_return`.
-
-    Gradient:
-        Flows to set rewards only.
-
-    Raises:
-        ValueError: gamma out of range (Python numbers; traced ones are not checked).
-        AssertionError: shapes differ.
-
-    References:
-        Textbook. Deviation: none.
-    """
-    check_domain("gamma", gamma, "[0, 1]")
-    chex.assert_equal_shape([rewards, mask])
-    rewards = fill_masked(rewards.astype(accumulator(rewards)), mask)
-    gamma = jnp.asarray(gamma, rewards.dtype)
-    discounts = jnp.where(mask.astype(bool), gamma, jnp.ones_like(gamma))
-
-    # Each step is the affine map G -> reward + discount * G; a scan composes them.
-    def after(later, now):
-        return later[0] * now[0], now[1] + now[0] * later[1]
-
-    _, to_go = jax.lax.associative_scan(
-        after, (discounts, rewards), reverse=True, axis=rewards.ndim - 1
-    )
-    return fill_masked(to_go, mask)
+__all__ = [
+    "advantage_sum",
+    "anchored_advantages",
+    "discount_weights",
+    "dual_update",
+    "moment_gap",
+    "reward_gap",
+    "reward_player_loss",
+    "reward_to_go",
+    "trajectory_return",
+]
 
 
 def reward_gap(teacher_returns: jax.Array, student_returns: jax.Array) -> jax.Array:
@@ -174,6 +93,140 @@ def reward_gap(teacher_returns: jax.Array, student_returns: jax.Array) -> jax.Ar
     chex.assert_equal_shape([teacher_returns, student_returns])
     dtype = accumulator(teacher_returns)
     return teacher_returns.astype(dtype) - student_returns.astype(dtype)
+
+
+def moment_gap(
+    q_values: jax.Array,
+    student_log_probs: jax.Array,
+    teacher_log_probs: jax.Array,
+    mask: jax.Array,
+    *,
+    gamma: float = 1.0,
+) -> jax.Array:
+    r"""How far the teacher's actions are ahead of the student's, per position.
+
+    .. math:: \gamma^h \sum_a (\pi_E - \pi_\theta)(a | s_h)\, Q(s_h, a)
+
+    Summed over a response and averaged over the *student's* responses, this is
+    J(teacher) - J(student) under the reward that Q and the teacher as anchor define;
+    over the *teacher's* responses, under the one with the student as anchor.
+
+    Args:
+        q_values: float[*batch, T, V], Q of every action, in nats.
+        student_log_probs: float[*batch, T, V], normalised. They and ``q_values`` may
+            hold anything where the mask is not set.
+        teacher_log_probs: float[*batch, T, V], normalised; -inf marks impossible
+            tokens.
+        mask: bool or 0/1 numbers, [*batch, T].
+        gamma: in [0, 1].
+
+    Returns:
+        float32[*batch, T], in the unit of Q; 0 where the mask is not set, and exactly 0
+        where both policies are the same numbers. Adding c(s) to Q changes nothing.
+
+    Gradient:
+        Flows to ``q_values`` and ``student_log_probs``; the teacher is data.
+
+    Raises:
+        ValueError: gamma out of range (Python numbers; traced ones are not checked), or
+            vocabularies of different size.
+        AssertionError: leading shapes differ.
+
+    References:
+        MM-PbKD, 2505.18952; MMKD, 2406.02959. Reconstruction: the equations are not
+        published; derived from the performance difference of the reward above.
+    """
+    check_vocabularies(q_values, student_log_probs, teacher_log_probs)
+    teacher_log_probs = jax.lax.stop_gradient(teacher_log_probs)
+    student, teacher = (
+        _probabilities(log_probs, q_values, mask)
+        for log_probs in (student_log_probs, teacher_log_probs)
+    )
+    # Differences first: policies that agree cancel exactly, whatever Q is.
+    moments = jnp.sum((teacher - student) * _filled(q_values, mask), axis=-1)
+    return discount_weights(mask, gamma=gamma).astype(moments.dtype) * moments
+
+
+def anchored_advantages(
+    q_values: jax.Array,
+    teacher_log_probs: jax.Array,
+    actions: jax.Array,
+    mask: jax.Array,
+) -> jax.Array:
+    r"""Advantage of each action over the anchor's average action, per position.
+
+    .. math:: A_h = Q(s_h, a_h) - \sum_a \rho(a | s_h)\, Q(s_h, a)
+
+    Minus this is the per-step cost of the student's step. It also serves as a reward:
+    its discounted sum ranks the responses of a prompt as the implied reward does.
+
+    Args:
+        q_values: float[*batch, T, V], Q of every action, in nats.
+        teacher_log_probs: float[*batch, T, V], normalised log-probs of the anchor, the
+            teacher or any other policy; -inf allowed.
+        actions: int[*batch, T], in [0, V). All three may hold anything where the mask
+            is not set.
+        mask: bool or 0/1 numbers, [*batch, T].
+
+    Returns:
+        float32[*batch, T], in the unit of Q; 0 where the mask is not set.
+
+    Gradient:
+        Flows to ``q_values``: one-hot minus the anchor's probabilities. The anchor is
+        data.
+
+    Raises:
+        ValueError: vocabularies of different size.
+        AssertionError: leading shapes differ.
+
+    References:
+        As `advantage_sum`. Reconstruction: see there.
+    """
+    chex.assert_equal_shape([actions, mask])
+    value = expected_q(q_values, jax.lax.stop_gradient(teacher_log_probs), mask)
+    return fill_masked(taken_values(q_values, actions, mask) - value, mask)
+
+
+def advantage_sum(
+    q_values: jax.Array,
+    teacher_log_probs: jax.Array,
+    actions: jax.Array,
+    mask: jax.Array,
+    *,
+    gamma: float = 1.0,
+) -> jax.Array:
+    r"""What a response is worth beyond its prompt, under the reward implied by Q.
+
+    .. math:: A_\rho(\tau) = \sum_h \gamma^h \big(Q(s_h, a_h) - V_\rho(s_h)\big)
+
+    The difference of two responses to one prompt is their Bradley-Terry logit: the
+    prompt's :math:`V_\rho(x)` cancels.
+
+    Args:
+        q_values: float[*batch, T, V], Q of every action, in nats.
+        teacher_log_probs: float[*batch, T, V], of the anchor; see
+            `anchored_advantages`.
+        actions: int[*batch, T], the response.
+        mask: bool or 0/1 numbers, [*batch, T].
+        gamma: in [0, 1].
+
+    Returns:
+        float32[*batch], in the unit of Q; 0 where no entry is set.
+
+    Gradient:
+        Flows to ``q_values`` only.
+
+    Raises:
+        ValueError: gamma out of range (Python numbers; traced ones are not checked), or
+            vocabularies of different size.
+        AssertionError: leading shapes differ.
+
+    References:
+        MM-PbKD, 2505.18952. Reconstruction: the preference logit through Q is not
+        published; derived from r(s, a) = Q(s, a) - gamma V(s').
+    """
+    advantages = anchored_advantages(q_values, teacher_log_probs, actions, mask)
+    return trajectory_return(advantages, mask, gamma=gamma)
 
 
 def reward_player_loss(
@@ -259,3 +312,39 @@ def dual_update(
     chex.assert_rank([dual, slack], 0)
     relative = jnp.clip(slack / epsilon, -clip, clip)
     return jnp.maximum(dual + step_size * relative, 0.0)
+
+
+def expected_q(q_values: jax.Array, log_probs: jax.Array, mask: jax.Array) -> jax.Array:
+    """Mean of Q under a policy, ``[.., T, V] -> [.., T]``, 0 where masked."""
+    check_vocabularies(q_values, log_probs)
+    probs = _probabilities(log_probs, q_values, mask)
+    return jnp.sum(probs * _filled(q_values, mask), axis=-1)
+
+
+def taken_values(values: jax.Array, actions: jax.Array, mask: jax.Array) -> jax.Array:
+    """Entries of the given actions, ``[.., T, V] -> [.., T]``, 0 where masked."""
+    actions = jnp.expand_dims(fill_masked(actions, mask), -1)
+    # Masked after the lookup: before, it would write a second array of size V.
+    taken = take_tokens(values, actions)[..., 0]
+    return fill_masked(taken.astype(accumulator(values)), mask)
+
+
+def check_vocabularies(q_values: jax.Array, *policies: jax.Array) -> None:
+    """Raise where Q and the policies are not about the same tokens or positions."""
+    for policy in policies:
+        if policy.shape[-1] != q_values.shape[-1]:
+            raise ValueError(
+                f"Q has {q_values.shape[-1]} vocabulary entries, a policy has "
+                f"{policy.shape[-1]}: align them first "
+                "(rkd_jax.models.surgery.align_vocab)"
+            )
+    chex.assert_equal_shape([q_values, *policies])
+
+
+def _filled(q_values: jax.Array, mask: jax.Array) -> jax.Array:
+    return fill_masked(q_values.astype(accumulator(q_values)), mask)
+
+
+def _probabilities(log_probs: jax.Array, q_values: jax.Array, mask: jax.Array):
+    """In the dtype Q is summed in; 1 everywhere in padding."""
+    return jnp.exp(fill_masked(log_probs.astype(accumulator(q_values)), mask))

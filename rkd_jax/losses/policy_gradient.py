@@ -11,13 +11,19 @@ is inside.
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import chex
 import jax
 import jax.numpy as jnp
 
-from rkd_jax.losses.domain import check_domain
-from rkd_jax.losses.minmax import discount_weights, reward_to_go
+from rkd_jax.losses.divergences import reverse_kl
+from rkd_jax.losses.domain import check_choice, check_domain
+from rkd_jax.losses.likelihood import token_log_probs
+from rkd_jax.losses.returns import discount_weights, reward_to_go
 from rkd_jax.masking import accumulator, fill_masked
+
+LongPart = Literal["following", "inclusive"]
 
 
 def leave_one_out(returns: jax.Array) -> jax.Array:
@@ -180,6 +186,78 @@ def on_policy_distillation(
         check_domain("clip", clip, "(0, inf)")
         log_ratio = jnp.clip(log_ratio, -clip, clip)
     return reinforce(student, reward_to_go(log_ratio, mask, gamma=gamma), mask)
+
+
+def sequence_reverse_kl(
+    student_logits: jax.Array,
+    teacher_logits: jax.Array,
+    targets: jax.Array,
+    mask: jax.Array,
+    *,
+    gamma: float = 1.0,
+    long_part: LongPart = "following",
+    length_normalised: bool = False,
+) -> jax.Array:
+    r"""Sequence-level reverse KL on student samples, per token; MiniLLM's loss.
+
+    .. math:: m_t \Big(\mathrm{KL}(\pi_\theta\|\pi_E)(s_t) + \mathrm{sg}[C_t]
+        \big(\log\pi_\theta(y_t|s_t) - \mathrm{sg}[\log\pi_\theta(y_t|s_t)]\big)\Big),
+        \qquad C_t = \sum_{t' > t} \gamma^{t' - t}
+        \log\frac{\pi_\theta(y_{t'}|s_{t'})}{\pi_E(y_{t'}|s_{t'})}
+
+    The single-step term averages over the next token exactly, the long part credits a
+    token with what it led to. The second bracket is 0: the value is the single-step
+    term, whose sum over a response is an unbiased estimate of the divergence.
+
+    Args:
+        student_logits: float[*batch, T, V], unnormalised, along its own samples.
+        teacher_logits: float[*batch, T, V]; log-probs are as good. -inf marks
+            impossible tokens.
+        targets: int[*batch, T], the sampled tokens.
+        mask: bool or 0/1 numbers, [*batch, T]. All inputs may hold anything elsewhere.
+        gamma: in [0, 1]. 1 gives the gradient of the sequence-level divergence, 0 drops
+            the long part: `reverse_kl` at fixed states.
+        long_part: which log-ratios C_t holds. "inclusive" adds the token's own, as the
+            released code does; the single-step term is then counted twice.
+        length_normalised: divide C_t by the number of log-ratios it sums, so that early
+            tokens do not weigh more for having more behind them. Biased.
+
+    Returns:
+        float32[*batch, T]; 0 where the mask is not set. +inf or NaN, honestly, where
+        the teacher is -inf at a token the student allows, as in `reverse_kl`.
+
+    Gradient:
+        Flows to set ``student_logits`` only. It is not the derivative of the value.
+
+    Raises:
+        ValueError: gamma out of range (Python numbers; traced ones are not checked),
+            unknown long_part, or vocabularies of different size.
+        AssertionError: other shapes disagree.
+
+    References:
+        Gu et al., MiniLLM, 2306.08543, single and long part of the gradient. Deviation:
+        no importance weights, no clipping. Reconstruction: the divisor of the length
+        normalisation.
+    """
+    check_domain("gamma", gamma, "[0, 1]")
+    check_choice("long_part", long_part, get_args(LongPart))
+    chex.assert_equal_shape([targets, mask])
+    student = fill_masked(student_logits.astype(accumulator(student_logits)), mask)
+    teacher = jax.lax.stop_gradient(fill_masked(teacher_logits, mask))
+    teacher, targets = teacher.astype(student.dtype), fill_masked(targets, mask)
+    single_step = reverse_kl(student, teacher)
+
+    taken = token_log_probs(student, targets)
+    own = jax.lax.stop_gradient(taken) - token_log_probs(teacher, targets)
+    credit = reward_to_go(own, mask, gamma=gamma)
+    summed = reward_to_go(jnp.ones_like(own), mask)  # how many log-ratios
+    if long_part == "following":
+        credit, summed = credit - own, summed - 1.0
+    if length_normalised:
+        credit = credit / jnp.maximum(summed, 1.0)
+    return fill_masked(
+        single_step + credit * (taken - jax.lax.stop_gradient(taken)), mask
+    )
 
 
 def _check_group(samples: int) -> None:

@@ -12,14 +12,13 @@ Every function takes `Pair`s that are already reduced over the tokens, by
 
 from __future__ import annotations
 
-import chex
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from rkd_jax.losses.domain import check_domain
-from rkd_jax.losses.reward import bradley_terry, pair_difference
-from rkd_jax.masking import accumulator
+from rkd_jax.losses.pairs import log_ratio, pair_difference, scaled
+from rkd_jax.losses.reward import bradley_terry
 from rkd_jax.types import Pair
 
 
@@ -64,7 +63,7 @@ def dpo(
     """
     check_domain("beta", beta, "(0, inf)")
     check_domain("label_smoothing", label_smoothing, "[0, 0.5]")
-    rewards = _scale(_log_ratio(student, reference), beta)
+    rewards = scaled(log_ratio(student, reference), beta)
     smoothing = jnp.asarray(label_smoothing, rewards.chosen.dtype)
     return bradley_terry(rewards, label=1.0 - smoothing)
 
@@ -97,7 +96,7 @@ def ipo(student_mean: Pair, reference_mean: Pair, *, tau: float = 0.1) -> jax.Ar
         Hugging Face TRL; feed summed log-probs for the paper's form.
     """
     check_domain("tau", tau, "(0, inf)")
-    margin = pair_difference(_log_ratio(student_mean, reference_mean))
+    margin = pair_difference(log_ratio(student_mean, reference_mean))
     return jnp.square(margin - 1.0 / (2.0 * tau))
 
 
@@ -127,20 +126,4 @@ def simpo(student_mean: Pair, *, beta: float = 2.0, gamma: float = 1.0) -> jax.A
     """
     check_domain("beta", beta, "(0, inf)")
     check_domain("gamma", gamma, "[0, inf)")
-    return bradley_terry(_scale(student_mean, beta), margin=gamma)
-
-
-def _log_ratio(student: Pair, reference: Pair) -> Pair:
-    """Log-ratio to the frozen reference, of both responses."""
-    chex.assert_equal_shape([*student, *reference])
-    dtype = accumulator(student.chosen)
-
-    def ratio(own, frozen):
-        return own.astype(dtype) - jax.lax.stop_gradient(frozen).astype(dtype)
-
-    return Pair(*map(ratio, student, reference))
-
-
-def _scale(pair: Pair, factor: float) -> Pair:
-    """The pair times a number, in float32 (float64 stays float64)."""
-    return Pair(*(factor * member.astype(accumulator(member)) for member in pair))
+    return bradley_terry(scaled(student_mean, beta), margin=gamma)

@@ -1,5 +1,8 @@
 r"""Rewards from comparisons, and the confidence set they span.
 
+Losses that distil a reward's differences into a policy are at home in
+`rkd_jax.losses.reward_distillation`; the three main ones can be imported from here.
+
 >>> import jax.numpy as jnp
 >>> tie = Pair(jnp.array([0.3]), jnp.array([0.3]))
 >>> print(jnp.exp(-bradley_terry(tie)))
@@ -17,8 +20,25 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from rkd_jax.losses.domain import check_domain
+from rkd_jax.losses.pairs import pair_difference
+from rkd_jax.losses.reward_distillation import (
+    drdo,
+    pessimistic_reduce,
+    reward_distillation,
+)
 from rkd_jax.masking import accumulator
 from rkd_jax.types import Pair
+
+__all__ = [
+    "bradley_terry",
+    "check_epsilon",
+    "confidence_slack",
+    "drdo",
+    "pair_difference",
+    "pessimistic_reduce",
+    "reward_distillation",
+    "triviality_threshold",
+]
 
 
 def bradley_terry(
@@ -154,10 +174,3 @@ def check_epsilon(epsilon: float, anchor_nll: ArrayLike) -> None:
         f"{mean:.6g} (anchor NLL) = {threshold:.6g} nats: the zero reward is in the "
         f"confidence set and the game has value 0; {remedy}"
     )
-
-
-def pair_difference(pair: Pair) -> jax.Array:
-    """Chosen minus rejected, in float32 (float64 stays float64)."""
-    chex.assert_equal_shape(list(pair))
-    dtype = accumulator(pair.chosen)
-    return pair.chosen.astype(dtype) - pair.rejected.astype(dtype)

@@ -14,14 +14,22 @@ Heads compute in float32 whatever the dtype of the states.
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from typing import Literal, NamedTuple, get_args
 
+import chex
 import jax
 import jax.numpy as jnp
 
 from rkd_jax.masking import accumulator, fill_masked
 from rkd_jax.models.api import CausalLM, action_hidden
 from rkd_jax.types import Params, Sequences
+
+
+def _check_positive(**settings: float | None) -> None:
+    for name, value in settings.items():
+        if value is not None and not value > 0:
+            raise ValueError(f"{name}={value} must be positive")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +82,9 @@ class QHead:
         return _bounded(_readout(params, hidden), self.bound)
 
 
+LogStdLimit = Literal["smooth", "clip", "none"]
+
+
 class Gaussian(NamedTuple):
     """Mean and natural logarithm of the standard deviation, equal shapes."""
 
@@ -96,14 +107,11 @@ class GaussianHead:
 
     width: int | None = None  # units of the hidden layer; None is linear
     log_std_range: tuple[float, float] = (-3.0, 2.0)
-    limit: Literal["smooth", "clip", "none"] = "smooth"  # lo + (hi - lo) * sigmoid(raw)
+    limit: LogStdLimit = "smooth"  # low + (high - low) * sigmoid(raw)
 
     def __post_init__(self) -> None:
         _check_positive(width=self.width)
-        if not self.log_std_range[0] < self.log_std_range[1]:
-            raise ValueError(f"log_std_range={self.log_std_range} must be (low, high)")
-        if self.limit not in ("smooth", "clip", "none"):
-            raise ValueError(f"limit={self.limit!r} is not smooth, clip or none")
+        check_log_std_limit(self.log_std_range, self.limit)
 
     def init(self, rng: jax.Array, dim: int) -> Params:
         """Float32 parameters for states of width ``dim``; mean and raw output are 0."""
@@ -112,12 +120,37 @@ class GaussianHead:
     def apply(self, params: Params, hidden: jax.Array) -> Gaussian:
         """``[..., D] -> float32[...]`` each; gradient flows to both arguments."""
         out = _readout(params, hidden)
-        raw, (low, high) = out[..., 1], self.log_std_range
-        if self.limit == "smooth":
-            raw = low + (high - low) * jax.nn.sigmoid(raw)
-        elif self.limit == "clip":
-            raw = jnp.clip(raw, low, high)
-        return Gaussian(out[..., 0], raw)
+        log_std = limit_log_std(out[..., 1], self.log_std_range, self.limit)
+        return Gaussian(out[..., 0], log_std)
+
+
+def check_log_std_limit(log_std_range: tuple[float, float], limit: LogStdLimit) -> None:
+    """Raise ValueError for an empty range or an unknown limit."""
+    if not log_std_range[0] < log_std_range[1]:
+        raise ValueError(f"{log_std_range=} must be (low, high)")
+    if limit not in get_args(LogStdLimit):
+        raise ValueError(f"{limit=} is not smooth, clip or none")
+
+
+def limit_log_std(
+    raw: jax.Array, log_std_range: tuple[float, float], limit: LogStdLimit
+) -> jax.Array:
+    """``raw`` [...] within the range as `GaussianHead` says; gradient flows to it."""
+    low, high = log_std_range
+    if limit == "smooth":
+        return low + (high - low) * jax.nn.sigmoid(raw)
+    return jnp.clip(raw, low, high) if limit == "clip" else raw
+
+
+TOKEN_HEAD = ScalarHead(bound=1.0)
+"""The default of a reward for every target: linear, each in (-1, 1)."""
+SEQUENCE_HEAD = ScalarHead(bound=5.0)
+"""The default of one reward for the whole response: linear, in (-5, 5)."""
+
+HeadRewards = Callable[[Params, Sequences, jax.Array | None], jax.Array]
+"""``(head parameters, sequences [*batch], features [*batch, T, D]) -> [*batch, T]``."""
+HeadQValues = Callable[[Params, Sequences, jax.Array | None], jax.Array]
+"""As `HeadRewards`, of features before each target: ``-> [*batch, T, actions]``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,9 +159,12 @@ class RewardModel:
 
     Parameters are ``{"trunk": ..., "head": ...}``. To start from a fine-tuned model,
     replace "trunk" by a copy of its parameters. Both readings return one number per
-    target, so that a return is the same masked sum for either.
+    target, so that a return is the same masked sum for either. For a head on the states
+    of a frozen trunk see `head_token_rewards` and `head_sequence_rewards`; all four
+    have the signature that the objectives ask of a reward player.
 
-    Example: ``RewardModel(Decoder(config), ScalarHead(bound=1.0))``.
+    Example: ``RewardModel(Decoder(config), TOKEN_HEAD).token_rewards``, or
+    ``RewardModel(Decoder(config), SEQUENCE_HEAD).sequence_rewards``.
     """
 
     trunk: CausalLM
@@ -142,37 +178,136 @@ class RewardModel:
             "head": self.head.init(head_rng, self.trunk.config.hidden_size),
         }
 
-    def token_rewards(self, params: Params, sequences: Sequences) -> jax.Array:
+    def token_rewards(
+        self, params: Params, sequences: Sequences, features: None = None
+    ) -> jax.Array:
         """The reward of every target token, read after consuming it.
 
         Args:
             params: of this reward model; gradient flows to trunk and head.
             sequences: [*batch]; the end-of-text token is a target like any other and
                 has a reward of its own.
+            features: None: the trunk computes its own.
 
         Returns:
             float32[*batch, T], exactly 0 where the response mask is not set.
-        """
-        rewards = self._rewards(params, sequences)
-        return fill_masked(rewards, sequences.response_mask)
 
-    def sequence_rewards(self, params: Params, sequences: Sequences) -> jax.Array:
+        Raises:
+            ValueError: features were given.
+        """
+        return self._rewards(params, sequences, features, sequences.response_mask)
+
+    def sequence_rewards(
+        self, params: Params, sequences: Sequences, features: None = None
+    ) -> jax.Array:
         """One reward per response, credited to its last target; 0 at every other.
 
-        The last target is found by the mask, never by comparing ids. Arguments and
-        gradient as `token_rewards`.
+        The last target is found by the mask, never by comparing ids. Arguments,
+        gradient and errors as `token_rewards`.
 
         Returns:
             float32[*batch, T]; an empty response has no last target and gives zeros.
         """
-        mask = sequences.response_mask.astype(jnp.int32)
-        remaining = jnp.flip(jnp.cumsum(jnp.flip(mask, -1), axis=-1), -1)
-        last = (mask == 1) & (remaining == 1)
-        return fill_masked(self._rewards(params, sequences), last)
+        last = _last_target(sequences.response_mask)
+        return self._rewards(params, sequences, features, last)
 
-    def _rewards(self, params: Params, sequences: Sequences) -> jax.Array:
+    def _rewards(self, params, sequences, features, credited) -> jax.Array:
+        if features is not None:
+            raise ValueError(
+                "this reward model has a trunk of its own and reads no features; give "
+                "None, or use head_token_rewards for a head on them"
+            )
         hidden = action_hidden(self.trunk, params["trunk"], sequences)
-        return self.head.apply(params["head"], hidden)
+        return fill_masked(self.head.apply(params["head"], hidden), credited)
+
+
+def head_token_rewards(head: ScalarHead) -> HeadRewards:
+    """A reward player that is only a head: one reward for every target.
+
+    Args:
+        head: read on a frozen trunk's states after each target
+            (`rkd_jax.signals.teacher.make_features`); its parameters are all there is
+            to train.
+
+    Returns:
+        `HeadRewards`: float32[*batch, T], exactly 0 where the response mask is not set.
+        It raises ValueError without features, AssertionError for ones of other rows.
+
+    Gradient:
+        Flows to the head's parameters only; the features are data and may hold NaN in
+        padding.
+    """
+
+    def token_rewards(params, sequences, features):
+        return _read_features(head, params, features, sequences.response_mask)
+
+    return token_rewards
+
+
+def head_sequence_rewards(head: ScalarHead) -> HeadRewards:
+    """A reward player that is only a head: one reward, credited to the last target.
+
+    The head is read after the last target, which the mask tells. Arguments, gradient
+    and errors as `head_token_rewards`.
+
+    Returns:
+        `HeadRewards`: float32[*batch, T], 0 but for the last target of each response.
+    """
+
+    def sequence_rewards(params, sequences, features):
+        last = _last_target(sequences.response_mask)
+        return _read_features(head, params, features, last)
+
+    return sequence_rewards
+
+
+def head_q_values(head: QHead) -> HeadQValues:
+    """A critic that is only a head: the value of every action before each target.
+
+    Args:
+        head: read on a frozen trunk's states before each target
+            (`rkd_jax.signals.teacher.make_features` with ``states="before"``); its
+            parameters are all there is to train. Leave it unbounded: the objectives
+            that take it bound its values, if asked after centring them.
+
+    Returns:
+        `HeadQValues`: float32[*batch, T, actions], 0 where the response mask is not
+        set. It raises ValueError without features, AssertionError for ones of other
+        rows.
+
+    Gradient:
+        Flows to the head's parameters and, for penalties on a critic's slope, to the
+        features, which may hold NaN in padding.
+    """
+
+    def q_values(params, sequences, features):
+        mask = sequences.response_mask
+        states = _given_states(features, mask)
+        return fill_masked(head.apply(params, states), mask)
+
+    return q_values
+
+
+def _read_features(head: ScalarHead, params, features, credited) -> jax.Array:
+    """The head where ``credited`` [*batch, T] is set, 0 elsewhere."""
+    states = jax.lax.stop_gradient(_given_states(features, credited))
+    return fill_masked(head.apply(params, states), credited)
+
+
+def _given_states(features: jax.Array | None, mask: jax.Array) -> jax.Array:
+    if features is None:
+        raise ValueError(
+            "a head on frozen states needs features; give the signal those of "
+            "rkd_jax.signals.teacher.make_features, or use a model with its own trunk"
+        )
+    chex.assert_rank(features, mask.ndim + 1)
+    return fill_masked(features, mask)
+
+
+def _last_target(mask: jax.Array) -> jax.Array:
+    """bool[..., T]: set on the last set entry of each row."""
+    following = jnp.flip(jnp.cumsum(jnp.flip(mask.astype(jnp.int32), -1), axis=-1), -1)
+    return mask.astype(bool) & (following == 1)
 
 
 def _init_readout(rng: jax.Array, dim: int, width: int | None, outputs: int) -> Params:
@@ -203,9 +338,3 @@ def _affine(layer: Params, x: jax.Array) -> jax.Array:
 
 def _bounded(value: jax.Array, bound: float | None) -> jax.Array:
     return value if bound is None else bound * jnp.tanh(value / bound)
-
-
-def _check_positive(**settings: float | None) -> None:
-    for name, value in settings.items():
-        if value is not None and not value > 0:
-            raise ValueError(f"{name}={value} must be positive")

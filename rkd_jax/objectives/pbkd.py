@@ -18,38 +18,42 @@ hyper-parameters are not published in what we have.
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
-import jax.numpy as jnp
 
 from rkd_jax.losses import (
-    bradley_terry,
     confidence_slack,
     dual_update,
-    leave_one_out,
-    leave_one_out_per_step,
     reinforce,
     reward_gap,
     reward_player_loss,
     reward_to_go,
     trajectory_return,
 )
-from rkd_jax.masking import sequence_mean, sequence_sum
+from rkd_jax.losses.domain import check_choice, check_domain
+from rkd_jax.masking import masked_sum, sequence_mean, sequence_sum
 from rkd_jax.models.api import CausalLM
-from rkd_jax.objectives.policy import target_log_probs
-from rkd_jax.objectives.reward_model import TokenRewards, l2_penalty, pair_returns
-from rkd_jax.types import (
-    GameBatch,
-    GameSignal,
-    LossOutput,
-    Mean,
-    Objective,
-    Sequences,
+from rkd_jax.objectives.game import (
+    LESS_BASELINE,
+    Baseline,
+    length,
+    prompt_mean,
+    sft_nll,
+    value_of,
+    weighted,
 )
+from rkd_jax.objectives.policy import target_log_probs
+from rkd_jax.objectives.reward_model import (
+    TokenRewards,
+    l2_penalty,
+    pair_losses,
+    pair_returns,
+)
+from rkd_jax.types import GameBatch, GameSignal, Mean, Objective, Params, Sequences
 
-Baseline = Literal["loo_per_step", "loo_return", "none"]
+Constraint = Literal["dual", "fixed_lambda"]
+DualScale = Literal["relative", "raw"]
 
 
 def make_pbkd(
@@ -61,8 +65,9 @@ def make_pbkd(
     temperature: float = 1.0,
     baseline: Baseline = "loo_per_step",
     discount_weighting: bool = False,
-    constraint: Literal["dual", "fixed_lambda"] = "dual",
+    constraint: Constraint = "dual",
     hinge: bool = False,
+    dual_scale: DualScale = "relative",
     dual_step_size: float = 0.5,
     slack_clip: float = 10.0,
     l2: float = 0.0,
@@ -73,6 +78,10 @@ def make_pbkd(
     Args:
         model: the student.
         token_rewards: the reward player, ``(params, sequences, features) -> [.., T]``.
+            A reward for every target: ``RewardModel.token_rewards``, or
+            `rkd_jax.models.heads.head_token_rewards` on frozen features. One reward for
+            the response, credited to its last target: ``RewardModel.sequence_rewards``,
+            or `rkd_jax.models.heads.head_sequence_rewards`.
         epsilon: radius of the confidence set, nats per pair above the anchor.
         gamma: discount in (0, 1].
         temperature: the policy is ``softmax(logits / temperature)``; the rollouts have
@@ -80,77 +89,107 @@ def make_pbkd(
         baseline: other samples' return-to-go at the same step (default), their total
             return, or none. All unbiased; the first two need G >= 2.
         discount_weighting: weight step h by gamma**h, the exact gradient for gamma < 1.
-        constraint: ``"dual"`` ascends the multiplier; ``"fixed_lambda"`` keeps the
-            state's initial one.
+        constraint: ``"dual"`` ascends the multiplier from the state's initial one;
+            ``"fixed_lambda"`` keeps that.
         hinge: the reward player pays only outside the set; see `reward_player_loss`.
-        dual_step_size, slack_clip: see `dual_update`.
+            Decided on the mean of each micro-batch.
+        dual_scale: the multiplier climbs on slack / epsilon, or on the ``"raw"`` slack.
+            A trap, kept to be shown: raw slacks are so small that thousands of steps
+            do not find the multiplier, and meanwhile the reward leaves the set.
+        dual_step_size, slack_clip: see `dual_update`; the clip is on the scaled slack.
         l2: weight of `l2_penalty` in the likelihood that defines the set, nats per
             pair. `GameSignal.anchor_nll` has to contain the anchor's own penalty.
         sft_weight: weight of the mean NLL of the teacher's responses in the student's
-            loss, nats per token.
+            loss, nats per token, under the policy at its temperature.
 
     Returns:
         `Objective` over a `GameBatch` that requires `GameSignal.anchor_nll`. Both
-        losses are normalised by the number of prompts B. Metrics: ``critic/gap``,
-        ``critic/nll``, ``critic/slack`` (against epsilon: positive is outside the
-        set), ``critic/teacher_length``, ``critic/student_length`` (a reward player can
-        win on length alone), ``student/return``, ``student/entropy_bound`` (mean NLL
-        of the student's own samples, nats per token), ``student/sft`` if weighted.
+        losses are normalised by the number of prompts that are not padding; that is
+        exact over micro-batches with equally many of them and of pairs. Metrics:
+        ``critic/gap``, ``critic/nll``, ``critic/slack`` (against epsilon: positive is
+        outside the set), ``critic/teacher_length``, ``critic/student_length`` (a reward
+        player can win on length alone), ``student/return``, ``student/entropy_bound``
+        (mean NLL of the student's own samples, nats per token), ``student/sft`` if
+        weighted.
 
     Gradient:
         ``student_loss`` reaches the student only, ``critic_loss`` the reward player
         only; the cross-gradients are exactly zero.
 
     Raises:
-        ValueError: unknown baseline or constraint.
+        ValueError: unknown baseline, constraint or dual scale, or a number out of its
+            range.
 
     References:
         PbKD, 2505.18952. Reconstruction: see the module's docstring.
     """
-    policy_log_probs = partial(target_log_probs, model, temperature=temperature)
-    if baseline not in ("loo_per_step", "loo_return", "none"):
-        raise ValueError(f"baseline is loo_per_step, loo_return or none: {baseline!r}")
-    if constraint not in ("dual", "fixed_lambda"):
-        raise ValueError(f"constraint is dual or fixed_lambda: {constraint!r}")
+    for name, choice, choices in (
+        ("baseline", baseline, LESS_BASELINE),
+        ("constraint", constraint, get_args(Constraint)),
+        ("dual_scale", dual_scale, get_args(DualScale)),
+    ):
+        check_choice(name, choice, tuple(choices))
+    for name, number, interval in (
+        ("epsilon", epsilon, "(0, inf)"),
+        ("gamma", gamma, "(0, 1]"),
+        ("temperature", temperature, "(0, inf)"),
+        ("dual_step_size", dual_step_size, "(0, inf)"),
+        ("slack_clip", slack_clip, "(0, inf]"),
+        ("l2", l2, "[0, inf)"),
+        ("sft_weight", sft_weight, "[0, inf)"),
+    ):
+        check_domain(name, number, interval)
 
     def critic_loss(critic, params, dual, frozen, batch, signal, rng):
-        terms = _reward_player_terms(
+        del params, frozen, rng
+        gap = _imitation_gap(token_rewards, critic, batch, signal, gamma)
+        preferences = _preference_terms(
             token_rewards, critic, batch, signal, gamma=gamma, epsilon=epsilon, l2=l2
         )
         loss = reward_player_loss(
-            terms["critic/gap"], terms["critic/slack"], dual, hinge=hinge
+            value_of(gap), value_of(preferences["critic/slack"]), dual, hinge=hinge
         )
-        return _per_prompt(loss, terms, batch)
+        lengths = {
+            "critic/teacher_length": length(batch.demonstrations.sequences),
+            "critic/student_length": length(batch.rollouts),
+        }
+        return weighted(loss, gap.weight, {"critic/gap": gap} | preferences | lengths)
 
     def student_loss(params, critic, frozen, batch, signal, rng):
+        del frozen, rng
+        mask = batch.rollouts.response_mask
         rewards = jax.lax.stop_gradient(
             token_rewards(critic, batch.rollouts, signal.rollouts)
         )
-        mask = batch.rollouts.response_mask
-        log_probs = policy_log_probs(params, batch.rollouts)
+        returns = trajectory_return(rewards, mask, gamma=gamma)
+        to_go = reward_to_go(rewards, mask, gamma=gamma)
+        log_probs = target_log_probs(
+            model, params, batch.rollouts, temperature=temperature
+        )
         steps = reinforce(
             log_probs,
-            _advantages(rewards, mask, gamma, baseline),
+            LESS_BASELINE[baseline](to_go, returns, mask),
             mask,
             gamma=gamma if discount_weighting else 1.0,
         )
-        loss = sequence_sum(steps, mask).mean()
+        surrogate = prompt_mean(sequence_sum(steps, mask), mask)
+        loss = value_of(surrogate)
         metrics = {
-            "student/return": trajectory_return(rewards, mask, gamma=gamma).mean(),
-            "student/entropy_bound": sequence_mean(-log_probs, mask).mean(),
+            "student/return": prompt_mean(returns, mask),
+            "student/entropy_bound": prompt_mean(sequence_mean(-log_probs, mask), mask),
         }
         if sft_weight:
-            taught = batch.demonstrations.sequences
-            nll = -target_log_probs(model, params, taught)
-            metrics["student/sft"] = sequence_mean(nll, taught.response_mask).mean()
-            loss = loss + sft_weight * metrics["student/sft"]
-        return _per_prompt(loss, metrics, batch)
+            metrics["student/sft"] = sft_nll(
+                model, params, batch.demonstrations, temperature=temperature
+            )
+            loss = loss + sft_weight * value_of(metrics["student/sft"])
+        return weighted(loss, surrogate.weight, metrics)
 
     def dual_step(dual, metrics):
         return dual_update(
             dual,
             metrics["critic/slack"],
-            epsilon=epsilon,
+            epsilon=epsilon if dual_scale == "relative" else 1.0,
             step_size=dual_step_size,
             clip=slack_clip,
         )
@@ -164,63 +203,44 @@ def make_pbkd(
     )
 
 
-def _reward_player_terms(
+def _imitation_gap(
     token_rewards: TokenRewards,
-    critic,
+    critic: Params,
+    batch: GameBatch,
+    signal: GameSignal,
+    gamma: float,
+) -> Mean:
+    """By how much the teacher beats the student on average, counted in prompts."""
+
+    def mean_return(sequences: Sequences, features: jax.Array | None) -> Mean:
+        mask = sequences.response_mask
+        rewards = token_rewards(critic, sequences, features)
+        return prompt_mean(trajectory_return(rewards, mask, gamma=gamma), mask)
+
+    teacher = mean_return(batch.demonstrations.sequences, signal.demonstrations)
+    student = mean_return(batch.rollouts, signal.rollouts)
+    gap = reward_gap(value_of(teacher), value_of(student))
+    return Mean(gap * student.weight, student.weight)
+
+
+def _preference_terms(
+    token_rewards: TokenRewards,
+    critic: Params,
     batch: GameBatch,
     signal: GameSignal,
     *,
     gamma: float,
     epsilon: float,
     l2: float,
-) -> dict[str, jax.Array]:
-    """Gap, slack and what to watch beside them, means over the batch."""
-    teacher, student = batch.demonstrations.sequences, batch.rollouts
-
-    def returns(sequences: Sequences, features):
-        rewards = token_rewards(critic, sequences, features)
-        return trajectory_return(rewards, sequences.response_mask, gamma=gamma)
-
-    gap = reward_gap(
-        returns(teacher, signal.demonstrations).mean(),
-        returns(student, signal.rollouts).mean(),
-    )
+) -> dict[str, Mean]:
+    """What the pairs say about a reward; pairs without any token do not count."""
     pairs = batch.preferences
-    nll = bradley_terry(
-        pair_returns(token_rewards, critic, pairs.sequences, signal.preferences, gamma),
-        label=pairs.label,
+    returns = pair_returns(
+        token_rewards, critic, pairs.sequences, signal.preferences, gamma
     )
+    nll, real = pair_losses(returns, pairs)
     penalised = nll + l2 * l2_penalty(critic) if l2 else nll
-    slack = confidence_slack(penalised, signal.anchor_nll, epsilon=epsilon).mean()
-    return {
-        "critic/gap": gap,
-        "critic/nll": nll.mean(),
-        "critic/slack": slack,
-        "critic/teacher_length": _mean_length(teacher, gap.dtype),
-        "critic/student_length": _mean_length(student, gap.dtype),
-    }
-
-
-def _advantages(rewards, mask, gamma: float, baseline: Baseline) -> jax.Array:
-    """Return-to-go minus the baseline, ``[B, G, T]``."""
-    to_go = reward_to_go(rewards, mask, gamma=gamma)
-    if baseline == "none":
-        return to_go
-    if baseline == "loo_per_step":
-        return leave_one_out_per_step(to_go, mask)
-    # The other samples' return, recovered from R - leave_one_out(R).
-    returns = trajectory_return(rewards, mask, gamma=gamma)
-    others = returns - leave_one_out(returns)
-    return to_go - jnp.expand_dims(others, -1)
-
-
-def _per_prompt(loss: jax.Array, metrics, batch: GameBatch) -> LossOutput:
-    """Means over the batch as sums over its prompts, so micro-batches add up."""
-    rows = jnp.asarray(batch.rollouts.tokens.shape[0], loss.dtype)
-    means = {name: Mean(value * rows, rows) for name, value in metrics.items()}
-    return LossOutput(loss * rows, rows, means)
-
-
-def _mean_length(sequences: Sequences, dtype) -> jax.Array:
-    """Mean number of targets per sequence."""
-    return sequences.response_mask.sum(axis=-1).astype(dtype).mean()
+    slack = confidence_slack(penalised, signal.anchor_nll, epsilon=epsilon)
+    count = real.sum().astype(nll.dtype)
+    terms = {"critic/nll": nll, "critic/slack": slack}
+    return {name: Mean(masked_sum(x, real), count) for name, x in terms.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -35,7 +36,7 @@ class TrainState:
     step: jax.Array  # int32[], updates done so far
     student: Player
     critic: Player | None  # None where the objective has no second player
-    dual: jax.Array  # float32[], the multiplier of the critic's constraint
+    dual: jax.Array  # float32[] or [constraints], the critic's multipliers
     rng: jax.Array  # typed key [], the root; never advanced, see `step_keys`
     skipped: jax.Array  # int32[], optimiser steps refused so far, of both players
 
@@ -59,7 +60,7 @@ def init_state(
     student_optimizer: optax.GradientTransformation,
     critic_params: Params | None = None,
     critic_optimizer: optax.GradientTransformation | None = None,
-    dual: float = 1.0,
+    dual: float | Sequence[float] = 1.0,
     rng: jax.Array,
     shardings: TrainState | None = None,
 ) -> TrainState:
@@ -75,7 +76,7 @@ def init_state(
         student_optimizer: as given to `make_update`.
         critic_params: second player, or None.
         critic_optimizer: needed exactly when there are critic parameters.
-        dual: initial multiplier.
+        dual: initial multiplier, or one per constraint of the objective.
         rng: typed root key, ``jax.random.key(seed)``.
         shardings: what `state_shardings` returned; None leaves placement to JAX.
 
@@ -100,7 +101,7 @@ def init_state(
             critic=None
             if critic is None
             else Player(critic, critic_optimizer.init(critic)),
-            dual=jnp.float32(dual),
+            dual=jnp.asarray(dual, jnp.float32),
             rng=jnp.copy(rng),
             skipped=jnp.int32(0),
         )

@@ -58,8 +58,9 @@ def make_update(
         A jitted function. It donates ``state`` and nothing else: ``frozen`` may share
         no buffer with it (`init_state` copies). ``metrics`` holds float32 scalars: the
         objective's means, ``student/loss``, ``student/grad_norm`` (before clipping),
-        the same for the critic, as of its last step, and then ``dual``; ``tokens``,
-        the real tokens of the student's sequences; ``skipped``, steps not taken.
+        the same for the critic, as of its last step, and then ``dual`` (``dual/0``,
+        ``dual/1``, ... of several multipliers); ``tokens``, the real tokens of the
+        student's sequences; ``skipped``, steps not taken.
 
     A step with a non-finite loss or gradient, or with nothing unmasked (weight 0), is
     not taken: that player's parameters and optimiser state stay, and it is counted, in
@@ -159,7 +160,7 @@ def _critic_phase(game: _Game, state: TrainState, frozen, parts, rng):
     metrics = {name: values[-1] for name, values in metrics.items()}
     dual = _dual_step(game.objective, state.dual, metrics, taken[-1])
     refused = jnp.sum(~taken, dtype=jnp.int32)
-    return critic, dual, metrics | {"dual": dual}, refused
+    return critic, dual, metrics | _dual_metrics(dual), refused
 
 
 def _student_phase(game: _Game, student: Player, critic, frozen, parts, rng):
@@ -222,6 +223,13 @@ def _dual_step(objective: Objective, dual, metrics: Metrics, taken):
         return dual
     moved = jnp.asarray(objective.dual_step(dual, metrics), dual.dtype)
     return jnp.where(taken & jnp.isfinite(moved), moved, dual)
+
+
+def _dual_metrics(dual: jax.Array) -> Metrics:
+    """``dual``; of several multipliers ``dual/0``, ``dual/1``, ..."""
+    if not dual.ndim:
+        return {"dual": dual}
+    return {f"dual/{i}": value for i, value in enumerate(dual)}
 
 
 def _reduce(mean: Mean) -> jax.Array:

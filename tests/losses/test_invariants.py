@@ -73,8 +73,52 @@ def with_reference(loss, reduce):
     return rows
 
 
+def tvkd(x, y, mask):
+    """y is the reference's log-probs, and its own stand-in for a teacher's values."""
+    student, reference = (members(sequence_sum(z, mask)) for z in (x, y))
+    shaping = members(losses.potential_shaping(y, mask, gamma=0.7))
+    return per_pair(losses.tvkd(student, reference, shaping, alpha=0.6), mask)
+
+
+def buckets(x, y, mask):
+    """The entropy over the buckets, and the log-prob of the likeliest of them."""
+    ids = fill_masked(y[0], mask)
+    merged = losses.bucket_log_probs(fill_masked(x, mask), ids)
+    picked = losses.target_bucket_log_probs(merged, ids, ids[..., 0])
+    return sequence_sum(picked + losses.bucket_entropy(merged), mask)
+
+
+def release(x, y, mask):
+    sums = losses.tvkd_release.ReleaseSums(
+        student=sequence_sum(x, mask),
+        reference=sequence_sum(y, mask),
+        next_values=losses.next_value_sum(y, mask, terminal="last_prefix"),
+    )
+    returns = losses.release_return(sums, variant="tpkd_ref", gamma=0.7, beta=0.5)
+    return per_pair(bradley_terry(members(returns)), mask)
+
+
 def simpo(x, y, mask):
     return per_pair(losses.simpo(members(sequence_mean(x, mask))), mask)
+
+
+def distillation(x, y, mask):
+    """y is the reference, and two reward models."""
+    student, reference = (members(sequence_sum(z, mask)) for z in (x, y))
+    rewards = Pair(*(jnp.stack([2.0 * r, jnp.sin(r)]) for r in reference))
+    values = losses.reward_distillation(student, reference, rewards, beta=0.4)
+    return per_pair(values[0] + values[1], mask)
+
+
+def drdo(x, y, mask):
+    """x is log-probs, negative, and a reward; y is the oracle."""
+    x = -jnp.square(fill_masked(x, mask))
+    terms = losses.drdo(
+        members(sequence_mean(x, mask)),
+        members(sequence_sum(jnp.cos(x), mask)),
+        members(sequence_sum(y, mask)),
+    )
+    return per_pair(sum(terms), mask)
 
 
 def comparison(rewards, mask):
@@ -108,9 +152,58 @@ def leave_one_out(x, y, mask):
     return losses.leave_one_out(trajectory_return(x, mask))[:, 0]
 
 
+def some_tokens(mask):
+    """As responses: which ones does not matter here."""
+    return jnp.broadcast_to(jnp.arange(mask.shape[-1]) % VOCABULARY, mask.shape)
+
+
+def sampled_sequences(x, y, mask):
+    tokens = some_tokens(mask)
+    return sequence_sum(losses.sequence_reverse_kl(x, y, tokens, mask), mask)
+
+
+def soft_value(x, y, mask):
+    return sequence_sum(losses.soft_value(fill_masked(x, mask), power=0.7), mask)
+
+
+def imitated(terms):
+    regularizer = terms.kl - 0.5 * terms.td_log_likelihood
+    return jnp.sum(terms.nll + regularizer, axis=-1)
+
+
+def avril(x, y, mask):
+    """Two columns of x are the posterior as well; y is the actions."""
+    posterior = x[..., 0], 0.3 * x[..., 1]
+    terms = losses.avril(x, y, *posterior, mask, gamma=0.9, terminal="anchor")
+    return imitated(terms)
+
+
+def ava_demonstration(x, y, mask):
+    posterior = x[..., 0], 0.3 * x[..., 1]
+    return imitated(losses.ava_demonstration(x, y, *posterior, mask, alpha=1.3))
+
+
+def ava_preference(x, y, mask):
+    logits = jnp.stack([x, jnp.sin(fill_masked(x, mask)), -x], axis=-1)
+    tokens = jnp.broadcast_to(jnp.arange(mask.shape[-1]) % 3, mask.shape)
+    terms = losses.ava_preference(logits, tokens, x, 0.3 * x, mask, label=0.8)
+    return jnp.sum(imitated(terms) + jnp.sum(terms.reject, -1), -1) - terms.contrast
+
+
+def regularizer(x, y, mask):
+    """y is the teacher."""
+    options = {"next_value": "expected", "teacher_log_probs": jax.nn.log_softmax(y)}
+    heads = x, some_tokens(mask), x[..., 0], 0.3 * x[..., 1]
+    terms = losses.experiential_regularizer(*heads, mask, **options)
+    return jnp.sum(terms.loss, axis=-1)
+
+
 def surrogate(loss):
     return lambda x, y, mask: jnp.sum(loss(x, y, mask), axis=(1, 2))
 
+
+to_go = weighted(partial(losses.reward_to_go, gamma=0.9))
+per_step = weighted(losses.leave_one_out_per_step)
 
 CASES = [
     divergence("forward_kl"),
@@ -125,6 +218,21 @@ CASES = [
     Case("dpo", with_reference(losses.dpo, sequence_sum), "pair"),
     Case("ipo", with_reference(losses.ipo, sequence_mean), "pair"),
     Case("simpo", simpo, "pair", "none"),
+    Case("reward_distillation", distillation, "pair"),
+    Case("drdo", drdo, "pair"),
+    Case("tvkd", tvkd, "pair"),
+    Case("avril", avril, "logits", "tokens"),
+    Case("ava_demonstration", ava_demonstration, "logits", "tokens"),
+    Case("ava_preference", ava_preference, "pair", "none"),
+    Case("experiential_regularizer", regularizer, "logits"),
+    Case("release_return", release, "pair"),
+    Case("bucket_log_probs", buckets, "logits", "topk"),
+    Case(
+        "potential_shaping",
+        lambda x, y, mask: losses.potential_shaping(x, mask, gamma=0.7)[:, 0],
+        "pair",
+        "none",
+    ),
     Case(
         "bradley_terry",
         lambda x, y, mask: per_pair(comparison(x, mask), mask),
@@ -139,19 +247,9 @@ CASES = [
         "pair",
         "none",
     ),
-    Case(
-        "reward_to_go",
-        weighted(partial(losses.reward_to_go, gamma=0.9)),
-        "pair",
-        "none",
-    ),
+    Case("reward_to_go", to_go, "pair", "none"),
     Case("leave_one_out", leave_one_out, "pair", "none"),
-    Case(
-        "leave_one_out_per_step",
-        weighted(losses.leave_one_out_per_step),
-        "pair",
-        "none",
-    ),
+    Case("leave_one_out_per_step", per_step, "pair", "none"),
     Case("reinforce", surrogate(partial(losses.reinforce, gamma=0.9)), "pair"),
     # Its value holds a detached copy of x, so the gradient is not its derivative; the
     # tabular bed checks it against the true divergence.
@@ -161,6 +259,9 @@ CASES = [
         "pair",
         numeric=False,
     ),
+    # Here the value is that of the single-step part alone.
+    Case("sequence_reverse_kl", sampled_sequences, "logits", numeric=False),
+    Case("soft_value", soft_value, "logits", "none"),
 ]
 each_case = pytest.mark.parametrize("case", CASES, ids=repr)
 

@@ -1,11 +1,14 @@
 """Token log-probs against the formula."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from rkd_jax.losses import token_log_probs
+from rkd_jax.losses.likelihood import log1mexp
 
 LOGITS = np.random.default_rng(0).normal(size=(2, 3, 7))
 TARGETS = np.array([[0, 6, 3], [2, 2, 5]])
@@ -53,3 +56,33 @@ def test_shapes_and_domain():
         token_log_probs(jnp.zeros((2, 3, 7)), jnp.zeros((2, 4), jnp.int32))
     with pytest.raises(ValueError, match=r"temperature must lie in \(0, inf\), got 0"):
         token_log_probs(jnp.zeros((2, 7)), jnp.zeros((2,), jnp.int32), temperature=0.0)
+
+
+@jax.jit
+def complement_and_slope(z):
+    return log1mexp(z), jax.grad(lambda z: jnp.sum(log1mexp(z)))(z)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_log1mexp_is_finite_with_its_gradient_at_the_ends(x64, dtype):
+    value, slope = complement_and_slope(
+        jnp.asarray([0.0, -1e-9, -50.0, -np.inf], dtype)
+    )
+    assert value.dtype == dtype
+    end = math.log(-math.expm1(-1e-6))
+    # e^-50 = 1.9e-22 survives beside 1 only because log1p is used.
+    far = [-math.exp(-50.0), 0.0]
+    np.testing.assert_allclose(value, [end, end, *far], rtol=1e-5)
+    np.testing.assert_allclose(slope, [0.0, 0.0, *far], rtol=1e-5)
+
+
+def test_log1mexp_keeps_its_digits(x64):
+    z = -np.array([2e-6, 1e-4, 1e-3, 0.1, 0.69, 0.6931, 0.6932, 0.7, 3.0, 30.0, 700.0])
+    # 1 - e^z by its series where the difference would cancel.
+    series = -sum(z**n / math.factorial(n) for n in range(1, 8))
+    expected = np.where(z > -0.01, np.log(series.clip(1e-9)), np.log1p(-np.exp(z)))
+    value, slope = complement_and_slope(jnp.asarray(z))
+    np.testing.assert_allclose(value, expected, rtol=1e-12)
+    np.testing.assert_allclose(slope, -1.0 / np.expm1(-z), rtol=1e-9)
+    single = log1mexp(jnp.asarray(z, jnp.float32))
+    np.testing.assert_allclose(single, expected, rtol=3e-6, atol=1e-37)

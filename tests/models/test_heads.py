@@ -10,7 +10,13 @@ import pytest
 
 from rkd_jax.models.api import sequence_hidden
 from rkd_jax.models.decoder import Decoder
-from rkd_jax.models.heads import GaussianHead, QHead, RewardModel, ScalarHead
+from rkd_jax.models.heads import (
+    GaussianHead,
+    QHead,
+    RewardModel,
+    ScalarHead,
+    head_q_values,
+)
 from rkd_jax.types import Sequences
 from tests.models.reference import LLAMA, random_params
 
@@ -132,6 +138,35 @@ def test_r13_sequence_reward_sits_on_the_last_target_given_by_the_mask(reward_mo
     expected = np.zeros((3, 4))
     expected[0, 2], expected[1, 0] = tokens[0, 2], tokens[1, 0]
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_q_values_of_a_head_on_features_by_hand(x64):
+    """Gradients reach head and features, where there is a response and nowhere else."""
+    mask = np.asarray(SEQUENCES.response_mask)[..., None]
+    states = np.random.default_rng(2).normal(size=(3, 4, 5))
+    head = QHead(actions=6)
+    params = noisy(head.init(jax.random.key(0), 5))
+    features = jnp.where(mask, states, jnp.nan)
+    q_values = head_q_values(head)
+
+    def total(params, features):
+        values = q_values(params, SEQUENCES, features)
+        return values[..., 1].sum(), values
+
+    (in_params, in_features), values = jax.grad(total, (0, 1), has_aux=True)(
+        params, features
+    )
+    kernel = np.asarray(params["output"]["kernel"], np.float64)
+    raw = states @ kernel + np.asarray(params["output"]["bias"], np.float64)
+    np.testing.assert_allclose(values, np.where(mask, raw, 0.0), rtol=1e-12)
+    np.testing.assert_allclose(in_features, mask * kernel[:, 1], rtol=1e-12)
+    summed = np.where(mask, states, 0.0).sum((0, 1))
+    np.testing.assert_allclose(in_params["output"]["kernel"][:, 1], summed, rtol=1e-6)
+
+    with pytest.raises(ValueError, match="needs features"):
+        q_values(params, SEQUENCES, None)
+    with pytest.raises(AssertionError):
+        q_values(params, SEQUENCES, features[:, 0])
 
 
 def test_what_padding_holds_does_not_change_rewards_or_gradients(reward_model):

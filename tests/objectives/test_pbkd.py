@@ -1,91 +1,49 @@
 """PbKD's two losses and the anchor's on the enumerable bed, against float64 numpy."""
 
+import functools
 import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.test_util import check_grads
 
 from rkd_jax.objectives.pbkd import make_pbkd
 from rkd_jax.objectives.reward_model import make_reward_model
-from rkd_jax.types import (
-    DemonstrationBatch,
-    GameBatch,
-    GameSignal,
-    PreferenceBatch,
-    PreferenceSignal,
+from rkd_jax.types import GameBatch, PreferenceSignal
+from tests.objectives.game_batch import (
+    ANCHOR,
+    DEMONSTRATIONS,
+    LABELS,
+    MODEL,
+    PAIRS,
+    ROLLOUTS,
+    critic,
+    game_batch,
+    pair_nll,
+    preference_batch,
+    signal,
+    student,
 )
-from tests.tabular.bed import (
-    BED_E,
-    REWARD,
-    STUDENT,
-    TabularLM,
-    bed_sequences,
-    tabular_rewards,
-)
-
-MODEL = TabularLM()
-DEMONSTRATIONS = (np.array([0, 1]), np.array([3, 11]))
-ROLLOUTS = (np.array([[0] * 3, [1] * 3]), np.array([[0, 5, 30], [2, 2, 17]]))
-PAIRS = (np.zeros((4, 2), int), np.array([[1, 9], [4, 20], [30, 0], [8, 13]]))
-LABELS, ANCHOR = np.array([1.0, 0.8, 0.0, 0.5]), np.array([0.4, 0.5, 0.6, 0.2])
-
+from tests.tabular.bed import BED_E, REWARD, STUDENT, bed_sequences, tabular_rewards
 
 pytestmark = pytest.mark.usefixtures("x64")
 
 
-def preference_batch():
-    sequences = bed_sequences(*PAIRS)
-    return PreferenceBatch(
-        sequences,
-        sequences,
-        jnp.asarray(LABELS),
-        jnp.full(PAIRS[0].shape, jnp.nan),
-        jnp.arange(len(LABELS)),
-    )
-
-
-def game_batch(rollouts=ROLLOUTS):
-    demonstrations = bed_sequences(*DEMONSTRATIONS)
-    return GameBatch(
-        DemonstrationBatch(demonstrations, demonstrations, jnp.arange(2)),
-        bed_sequences(*rollouts),
-        preference_batch(),
-    )
-
-
-def signal():
-    return GameSignal(anchor_nll=jnp.asarray(ANCHOR))
-
-
-def student():
-    return {"logits": jnp.asarray(STUDENT)}
-
-
-def critic():
-    return {"rewards": jnp.asarray(REWARD)}
-
-
-def pair_nll(returns):
-    margin = returns[PAIRS[0][:, 0], PAIRS[1][:, 0]]
-    margin = margin - returns[PAIRS[0][:, 1], PAIRS[1][:, 1]]
-    wins, losses = np.logaddexp(0, -margin), np.logaddexp(0, margin)
-    return LABELS * wins + (1 - LABELS) * losses
-
-
 @pytest.mark.parametrize("gamma", [1.0, 0.9])
 @pytest.mark.parametrize("hinge", [False, True])
-def test_critic_loss_is_minus_the_gap_plus_lambda_times_the_slack(gamma, hinge):
+@pytest.mark.parametrize("l2", [0.0, 0.01])
+def test_critic_loss_is_minus_the_gap_plus_lambda_times_the_slack(gamma, hinge, l2):
     objective = make_pbkd(
-        MODEL, tabular_rewards, gamma=gamma, epsilon=0.05, hinge=hinge
+        MODEL, tabular_rewards, gamma=gamma, epsilon=0.05, hinge=hinge, l2=l2
     )
     out = objective.critic_loss(
         critic(), student(), jnp.asarray(2.5), None, game_batch(), signal(), None
     )
     returns = BED_E.returns(REWARD, gamma)
     gap = returns[DEMONSTRATIONS].mean() - returns[ROLLOUTS].mean()
-    slack = (pair_nll(returns) - ANCHOR).mean() - 0.05
+    slack = (pair_nll(returns) - ANCHOR).mean() - 0.05 + l2 * (REWARD**2).sum()
     loss = -gap + 2.5 * (max(slack, 0.0) if hinge else slack)
     np.testing.assert_allclose(out.total / out.weight, loss, rtol=1e-10)
     found = {name: float(m.total / m.weight) for name, m in out.metrics.items()}
@@ -106,18 +64,22 @@ def test_cross_gradients_are_exactly_zero():
     objective = make_pbkd(MODEL, tabular_rewards, sft_weight=0.5)
     batch, one = game_batch(), jnp.asarray(1.0)
 
-    def student_total(reward):
+    @jax.jit
+    @jax.grad
+    def through_student(reward):
         return objective.student_loss(
             student(), reward, None, batch, signal(), None
         ).total
 
-    def critic_total(theta, dual):
+    @jax.jit
+    @functools.partial(jax.grad, argnums=(0, 1))
+    def through_critic(theta, dual):
         return objective.critic_loss(
             critic(), theta, dual, None, batch, signal(), None
         ).total
 
-    assert not np.asarray(jax.grad(student_total)(critic())["rewards"]).any()
-    to_student, to_dual = jax.grad(critic_total, argnums=(0, 1))(student(), one)
+    assert not np.asarray(through_student(critic())["rewards"]).any()
+    to_student, to_dual = through_critic(student(), one)
     assert not np.asarray(to_student["logits"]).any()
     assert float(to_dual) == 0.0
 
@@ -169,31 +131,75 @@ def test_discount_weighting_makes_the_discounted_gradient_exact():
     np.testing.assert_allclose(np.abs(common - expected).max(), 8.7e-3, atol=5e-5)
 
 
-def test_sft_weight_adds_the_mean_nll_of_the_teachers_responses():
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_sft_weight_adds_the_mean_nll_of_the_teachers_responses(temperature):
     batch = game_batch()
 
-    def total(weight):
-        objective = make_pbkd(MODEL, tabular_rewards, sft_weight=weight)
-        out = objective.student_loss(student(), critic(), None, batch, signal(), None)
-        return float(out.total)
+    def loss(weight):
+        objective = make_pbkd(
+            MODEL, tabular_rewards, sft_weight=weight, temperature=temperature
+        )
+        return jax.jit(
+            lambda theta: objective.student_loss(
+                theta, critic(), None, batch, signal(), None
+            )
+        )
 
-    log_probs = BED_E.sequence_log_probs(STUDENT)[DEMONSTRATIONS]
+    log_probs = BED_E.sequence_log_probs(STUDENT / temperature)[DEMONSTRATIONS]
     nll = -log_probs / BED_E.mask.sum(-1)[DEMONSTRATIONS[1]]
-    np.testing.assert_allclose(total(0.7) - total(0.0), 0.7 * nll.sum(), rtol=1e-9)
+    weighted = loss(0.7)
+    with_it, without = weighted(student()), loss(0.0)(student())
+    assert "student/sft" not in without.metrics
+    added = float(with_it.total - without.total)
+    np.testing.assert_allclose(added, 0.7 * nll.sum(), rtol=1e-9)
+    metric = with_it.metrics["student/sft"]
+    np.testing.assert_allclose(metric.total / metric.weight, nll.mean(), rtol=1e-9)
+    check_grads(lambda t: weighted(t).total, (student(),), order=1, modes=["rev"])
 
 
-def test_dual_step_reads_the_slack_and_fixed_lambda_has_none():
-    objective = make_pbkd(MODEL, tabular_rewards, epsilon=0.02, dual_step_size=0.5)
-    moved = objective.dual_step(jnp.asarray(1.0), {"critic/slack": jnp.asarray(0.03)})
-    np.testing.assert_allclose(moved, 1.0 + 0.5 * 0.03 / 0.02, rtol=1e-6)
+@pytest.mark.parametrize(
+    ("scale", "slack", "climb"),
+    [
+        ("relative", 0.03, 0.03 / 0.02),
+        ("relative", 9.0, 4.0),
+        ("relative", -9.0, -4.0),
+        ("raw", 0.03, 0.03),
+        ("raw", 9.0, 4.0),
+    ],
+)
+def test_dual_step_reads_the_slack_and_fixed_lambda_has_none(scale, slack, climb):
+    objective = make_pbkd(
+        MODEL,
+        tabular_rewards,
+        epsilon=0.02,
+        dual_scale=scale,
+        dual_step_size=0.5,
+        slack_clip=4.0,
+    )
+    moved = objective.dual_step(jnp.asarray(3.0), {"critic/slack": jnp.asarray(slack)})
+    np.testing.assert_allclose(moved, 3.0 + 0.5 * climb, rtol=1e-6)
     fixed = make_pbkd(MODEL, tabular_rewards, constraint="fixed_lambda")
     assert fixed.dual_step is None
 
 
-@pytest.mark.parametrize("bad", [{"baseline": "mean"}, {"constraint": "hard"}])
-def test_unknown_options_are_named(bad):
-    with pytest.raises(ValueError, match=next(iter(bad.values()))):
-        make_pbkd(MODEL, tabular_rewards, **bad)
+BAD = [
+    ("baseline", "mean"),
+    ("constraint", "hard"),
+    ("dual_scale", "log"),
+    ("epsilon", 0.0),
+    ("gamma", 0.0),
+    ("temperature", 0.0),
+    ("dual_step_size", -1.0),
+    ("slack_clip", 0.0),
+    ("l2", -0.1),
+    ("sft_weight", -0.1),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), BAD)
+def test_options_out_of_range_are_named(name, value):
+    with pytest.raises(ValueError, match=f"^{name} must"):
+        make_pbkd(MODEL, tabular_rewards, **{name: value})
 
 
 def test_reward_model_is_the_bradley_terry_loss_and_counts_hits():

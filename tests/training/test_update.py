@@ -198,6 +198,21 @@ def test_a_dual_step_that_is_not_finite_is_not_taken(rng):
     assert (float(state.dual), float(metrics["dual"])) == (0.25, 0.25)
 
 
+def test_several_multipliers_are_moved_refused_and_reported_one_by_one(rng):
+    objective = Objective(
+        "two",
+        pull,
+        lambda c, p, dual, f, b, s, r: one(jnp.sum(c["y"])),
+        lambda dual, metrics: dual / jnp.array([0.0, 2.0]),
+    )
+    start = (jnp.zeros(2), jnp.ones(1))
+    state, optimizers = sgd_state(*start, dual=(0.25, 3.0), rng=rng)
+    state, metrics = make_update(objective, **optimizers)(state, None, BATCH, ())
+    np.testing.assert_array_equal(state.dual, [0.25, 1.5])
+    assert (float(metrics["dual/0"]), float(metrics["dual/1"])) == (0.25, 1.5)
+    assert "dual" not in metrics
+
+
 def test_bfloat16_gradients_add_up_in_float32(rng):
     """1 + 255 x 2^-8 is 1.996; summed in bfloat16 it would stay 1."""
 

@@ -1,0 +1,89 @@
+r"""MiniLLM: the sequence-level reverse KL to the teacher, by policy gradient.
+
+.. math:: \mathcal L = \mathbb E_x\,\mathbb E_{y\sim\pi_\theta} \sum_t
+    \log\frac{\pi_\theta(y_t|s_t)}{\pi_E(y_t|s_t)}
+    = \mathbb E_x\,\mathbb E_{y\sim\pi_\theta} \sum_t
+    \mathrm{KL}\big(\pi_\theta \| \pi_E\big)(s_t)
+
+The states depend on the student as well, so the gradient of the right-hand side at
+fixed states is only a part of it; `rkd_jax.losses.sequence_reverse_kl` holds both. What
+the paper adds for stability and this module leaves out: samples from a mixture with the
+teacher and their importance weights, the clipped ratio of stale samples, and a language
+modelling loss on other text.
+"""
+
+from __future__ import annotations
+
+import jax
+
+from rkd_jax.losses import sequence_reverse_kl, token_log_probs
+from rkd_jax.losses.domain import check_domain
+from rkd_jax.losses.policy_gradient import LongPart
+from rkd_jax.masking import fill_masked, masked_sum
+from rkd_jax.models.api import CausalLM, response_logits
+from rkd_jax.objectives.gkd import imitated_responses
+from rkd_jax.types import LossOutput, Mean, Objective
+
+
+def make_minillm(
+    model: CausalLM,
+    *,
+    temperature: float = 1.0,
+    gamma: float = 1.0,
+    long_part: LongPart = "following",
+    length_normalised: bool = False,
+) -> Objective:
+    """Reverse KL of whole responses, per response the current student wrote.
+
+    Args:
+        model: the student.
+        temperature: the policy is ``softmax(logits / temperature)``; the responses have
+            to be sampled at it, without top-k or top-p, from the current parameters, or
+            the gradient is biased. The signal is taken at the same temperature.
+        gamma, long_part, length_normalised: see `sequence_reverse_kl`. The defaults
+            give the exact gradient; a gamma of 0 is GKD with reverse KL on the
+            student's samples, normalised by responses instead of tokens.
+
+    Returns:
+        `Objective` over an `ImitationBatch` or a `DemonstrationBatch` that requires
+        ``log_probs`` on the imitated responses. Unit: nats per response. The value
+        estimates the divergence without bias. Metrics ``student/divergence`` (nats per
+        token) and ``student/nll`` (of the student's own samples, nats per token).
+
+    Gradient:
+        Flows to the student's parameters only; responses and signal are data.
+
+    Raises:
+        ValueError: an option out of its domain.
+
+    References:
+        Gu et al., MiniLLM, 2306.08543. Deviation: see the module's docstring.
+    """
+    check_domain("temperature", temperature, "(0, inf)")
+
+    def student_loss(params, critic, frozen, batch, signal, rng):
+        del critic, frozen, rng
+        sequences = imitated_responses(batch).sequences
+        mask, targets = sequences.response_mask, sequences.targets
+        logits = fill_masked(response_logits(model, params, sequences), mask)
+        logits = logits / temperature
+        values = sequence_reverse_kl(
+            logits,
+            signal.log_probs,
+            targets,
+            mask,
+            gamma=gamma,
+            long_part=long_part,
+            length_normalised=length_normalised,
+        )
+        total = masked_sum(values, mask)
+        nll = masked_sum(-token_log_probs(logits, targets), mask)
+        tokens = mask.sum().astype(total.dtype)
+        responses = mask.any(axis=-1).sum().astype(total.dtype)
+        metrics = {
+            "student/divergence": Mean(jax.lax.stop_gradient(total), tokens),
+            "student/nll": Mean(jax.lax.stop_gradient(nll), tokens),
+        }
+        return LossOutput(total, responses, metrics)
+
+    return Objective("minillm", student_loss, requires=("log_probs",))

@@ -1,0 +1,334 @@
+r"""X-KD: distillation, with the reward behind the teacher's text inferred beside it.
+
+.. math:: \mathcal L = \mathcal L_{KD}(\theta)
+    + w_X\,\mathbb E_{y\sim D}\,\mathcal R_X(y; \theta, \phi)
+
+with D responses of the teacher or of a data set and :math:`\mathcal R_X` as in
+`rkd_jax.objectives.reward_inference`. One regulariser, three parents:
+
+=====================  ==============================  =================================
+`make_xkd_sequence`    likelihood of fixed responses   `rkd_jax.objectives.sft`
+`make_xkd_gkd`         a divergence, any responses     `rkd_jax.objectives.gkd`
+`make_xkd_minillm`     sequence-level reverse KL       `rkd_jax.objectives.minillm`
+=====================  ==============================  =================================
+
+At :math:`w_X = 0` each is its parent. The distillation term covers every target, the
+end of text included; only :math:`\mathcal R_X` has no last transition.
+
+One player trains all of it: its parameters are ``{"policy": ..., "reward_head": ...}``,
+and ``"q_head"`` where Q is a head. The deployed model is ``params["policy"]``.
+
+Read before an experiment (derived; checked in ``tests/tabular/test_xkd.py``): raw
+logits leave a gauge, Q + c(s). With the expected next value a tabular student absorbs
+the regulariser in it and nothing is learned from it; with the sampled one what remains
+pushes towards equal log-probs on the teacher's support. Log-probs have no gauge: the
+term is a ridge on the change of surprisal and moves the optimum away from the teacher.
+A Q head acts through the shared trunk only. Compare log-probs with raw logits.
+
+Source: X-KD, 2602.12674. Reconstruction: no equation is published in what we have. The
+regulariser is AVRIL's (2102.06483) with the teacher as the demonstrator; all options
+and defaults are ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+
+from rkd_jax.losses import forward_kl, sequence_reverse_kl, token_log_probs
+from rkd_jax.losses.domain import check_choice, check_domain
+from rkd_jax.losses.policy_gradient import LongPart
+from rkd_jax.masking import fill_masked, masked_sum, sequence_mean, sequence_sum
+from rkd_jax.models.api import CausalLM, ResponseStates, response_states
+from rkd_jax.objectives.kd import Divergence
+from rkd_jax.objectives.reward_inference import RewardInference, reward_regularizer
+from rkd_jax.types import (
+    DemonstrationBatch,
+    ImitationBatch,
+    LossOutput,
+    Mean,
+    Objective,
+    Params,
+    Sequences,
+)
+
+Normalise = Literal["tokens", "responses"]
+TdSequences = Literal["fixed", "all"]
+
+
+def make_xkd_sequence(
+    model: CausalLM,
+    inference: RewardInference,
+    *,
+    w_x: float = 1.0,
+    temperature: float = 1.0,
+    normalise: Normalise = "tokens",
+) -> Objective:
+    """Likelihood of the teacher's responses, and the reward behind them.
+
+    Args:
+        model: the student, ``params["policy"]``.
+        inference: heads and options of the regulariser.
+        w_x: at least 0, weight of the regulariser's mean over a response. 0 is
+            `make_seqkd` (for ``normalise="tokens"``, temperature 1).
+        temperature: the policy is ``softmax(logits / temperature)``, and Q is of the
+            same; the signal, if one is read, has to be taken at it.
+        normalise: "tokens": a response weighs its number of targets, as in the parent,
+            its regulariser likewise. "responses": every response weighs 1.
+
+    Returns:
+        `Objective` over a `DemonstrationBatch`, or an `ImitationBatch` without
+        ``imitated``. It requires ``log_probs`` if the next value is the expected one.
+        Unit: nats per token, or per token averaged over responses. Metrics
+        ``student/nll`` (at the temperature), ``student/regularizer`` and those of
+        `reward_regularizer`.
+
+    Gradient:
+        Flows to all parameters, the policy's through likelihood and Q, none stopped by
+        default; responses and signal are data.
+
+    Raises:
+        ValueError: an option out of its domain; when traced, ``imitated`` given.
+
+    References:
+        X-KD, 2602.12674: reconstruction, see the module's docstring.
+    """
+    check_choice("normalise", normalise, get_args(Normalise))
+
+    def likelihood(seen: _Pass, signal) -> jax.Array:
+        del signal
+        return -token_log_probs(seen.logits, seen.sequences.targets)
+
+    objective = _objective(
+        "xkd_sequence",
+        _Base("student/nll", likelihood, normalise),
+        model,
+        inference,
+        w_x=w_x,
+        temperature=temperature,
+        td_sequences="fixed",
+    )
+
+    def student_loss(params, critic, frozen, batch, signal, rng):
+        if isinstance(batch, ImitationBatch) and batch.imitated is not None:
+            raise ValueError(
+                "xkd_sequence imitates the demonstrations: drop `imitated`, or use "
+                "make_xkd_gkd for responses that the student wrote"
+            )
+        return objective.student_loss(params, critic, frozen, batch, signal, rng)
+
+    expected = inference.next_value == "expected"
+    return Objective(
+        objective.name, student_loss, requires=("log_probs",) if expected else ()
+    )
+
+
+def make_xkd_gkd(
+    model: CausalLM,
+    inference: RewardInference,
+    divergence: Divergence = forward_kl,
+    *,
+    w_x: float = 1.0,
+    temperature: float = 1.0,
+    normalise: Normalise = "tokens",
+    td_sequences: TdSequences = "fixed",
+) -> Objective:
+    """A divergence on the imitated responses, the reward from the fixed ones.
+
+    Args:
+        model, inference, w_x, temperature, normalise: see `make_xkd_sequence`; at a w_x
+            of 0 it is `make_gkd`.
+        divergence: see `make_gkd`; the temperature is the policy's, not its own.
+        td_sequences: "fixed": the regulariser reads the demonstrations. "all": the mean
+            of that and of the imitated responses.
+
+    Returns:
+        `Objective` over an `ImitationBatch` (`mix_rows` makes its ``imitated``) or a
+        `DemonstrationBatch`, that requires ``log_probs`` on the imitated responses. An
+        expected next value also reads ``demonstration_log_probs`` where the imitated
+        responses are others. Metrics ``student/divergence``, ``student/nll`` and the
+        regulariser's. A row counts by its imitated response, the regulariser included:
+        as its number of targets or as 1, and as 0 where it has none.
+
+    Gradient:
+        As `make_xkd_sequence`; none through sampling.
+
+    Raises:
+        ValueError: an option out of its domain; when traced, a missing signal.
+
+    References:
+        X-KD, 2602.12674: reconstruction, see the module's docstring. GKD, 2306.13649.
+    """
+    check_choice("normalise", normalise, get_args(Normalise))
+
+    def divergences(seen: _Pass, signal) -> jax.Array:
+        teacher = fill_masked(signal.log_probs, seen.sequences.response_mask)
+        return divergence(seen.logits, jax.lax.stop_gradient(teacher))
+
+    return _objective(
+        "xkd_gkd",
+        _Base("student/divergence", divergences, normalise),
+        model,
+        inference,
+        w_x=w_x,
+        temperature=temperature,
+        td_sequences=td_sequences,
+    )
+
+
+def make_xkd_minillm(
+    model: CausalLM,
+    inference: RewardInference,
+    *,
+    w_x: float = 1.0,
+    temperature: float = 1.0,
+    gamma: float = 1.0,
+    long_part: LongPart = "following",
+    length_normalised: bool = False,
+    td_sequences: TdSequences = "fixed",
+) -> Objective:
+    """Sequence-level reverse KL on samples, the reward from the fixed responses.
+
+    Args:
+        model, inference, w_x, temperature: see `make_xkd_sequence`; at a w_x of 0 it is
+            `make_minillm`.
+        gamma, long_part, length_normalised: of the reverse KL, see
+            `sequence_reverse_kl`; the regulariser has its own discount.
+        td_sequences: see `make_xkd_gkd`.
+
+    Returns:
+        `Objective` over an `ImitationBatch` whose ``imitated`` the current student
+        sampled at the temperature. Signal and metrics as `make_xkd_gkd`. Unit: nats per
+        response.
+
+    Gradient:
+        As `make_xkd_sequence`; that of the reverse KL is the policy gradient.
+
+    Raises:
+        ValueError: an option out of its domain; when traced, a missing signal.
+
+    References:
+        X-KD, 2602.12674: reconstruction, see the module's docstring. MiniLLM,
+        2306.08543.
+    """
+
+    def divergences(seen: _Pass, signal) -> jax.Array:
+        return sequence_reverse_kl(
+            seen.logits,
+            signal.log_probs,
+            seen.sequences.targets,
+            seen.sequences.response_mask,
+            gamma=gamma,
+            long_part=long_part,
+            length_normalised=length_normalised,
+        )
+
+    return _objective(
+        "xkd_minillm",
+        _Base("student/divergence", divergences, "sum"),
+        model,
+        inference,
+        w_x=w_x,
+        temperature=temperature,
+        td_sequences=td_sequences,
+    )
+
+
+class _Pass(NamedTuple):
+    """One pass over one set of responses."""
+
+    sequences: Sequences
+    logits: jax.Array  # [B, T, V], over the temperature; 0 where masked
+    states: ResponseStates
+
+
+class _Base(NamedTuple):
+    """The distillation term: its metric, ``[B, T]`` values, and what a row weighs."""
+
+    metric: str
+    values: Callable[[_Pass, Any], jax.Array]
+    normalise: Literal["tokens", "responses", "sum"]
+
+
+def _objective(
+    name: str,
+    base: _Base,
+    model: CausalLM,
+    inference: RewardInference,
+    *,
+    w_x: float,
+    temperature: float,
+    td_sequences: TdSequences,
+) -> Objective:
+    """Distillation plus ``w_x`` times the regulariser, row by row."""
+    check_domain("w_x", w_x, "[0, inf)")
+    check_domain("temperature", temperature, "(0, inf)")
+    check_choice("td_sequences", td_sequences, get_args(TdSequences))
+
+    def student_loss(params, critic, frozen, batch, signal, rng):
+        del critic, frozen, rng
+        if isinstance(batch, DemonstrationBatch):
+            batch = ImitationBatch(batch)
+        fixed = imitated = _forward(model, params, batch.demonstrations, temperature)
+        if batch.imitated is not None:
+            imitated = _forward(model, params, batch.imitated, temperature)
+        mask = imitated.sequences.response_mask
+        values = base.values(imitated, signal)
+        totals, weights = _rows(values, mask, base.normalise)
+
+        teacher = _fixed_log_probs(inference, batch, signal)
+        regularizer, watched = reward_regularizer(inference, params, *fixed, teacher)
+        if td_sequences == "all" and imitated is not fixed:
+            teacher = signal.log_probs
+            other, seen = reward_regularizer(inference, params, *imitated, teacher)
+            regularizer = 0.5 * (regularizer + other)
+            watched = jax.tree.map(jnp.add, watched, seen)
+
+        nll = -token_log_probs(imitated.logits, imitated.sequences.targets)
+        weight, tokens = weights.sum(), mask.sum().astype(totals.dtype)
+        metrics = {
+            "student/nll": Mean(masked_sum(nll, mask), tokens),
+            base.metric: Mean(masked_sum(values, mask), tokens),
+            "student/regularizer": Mean((weights * regularizer).sum(), weight),
+        }
+        total = (totals + w_x * weights * regularizer).sum()
+        return LossOutput(total, weight, metrics | watched)
+
+    return Objective(name, student_loss, requires=("log_probs",))
+
+
+def _forward(
+    model: CausalLM, params: Params, batch: DemonstrationBatch, temperature: float
+) -> _Pass:
+    """States and logits of one set of responses."""
+    sequences = batch.sequences
+    states = response_states(model, params["policy"], sequences)
+    logits = model.unembed(params["policy"], states.before)
+    logits = fill_masked(logits, sequences.response_mask) / temperature
+    return _Pass(sequences, logits, states)
+
+
+def _rows(values: jax.Array, mask: jax.Array, normalise: str):
+    """Distillation loss and weight of every row, ``[B]`` each; 0 if nothing is set."""
+    total = sequence_sum(values, mask)
+    if normalise == "tokens":
+        return total, mask.sum(axis=-1).astype(total.dtype)
+    if normalise == "responses":
+        total = sequence_mean(values, mask)
+    return total, mask.any(axis=-1).astype(total.dtype)
+
+
+def _fixed_log_probs(inference: RewardInference, batch: ImitationBatch, signal):
+    """The teacher's log-probs on the demonstrations; None where nobody reads them."""
+    if inference.next_value != "expected":
+        return None
+    found = getattr(signal, "demonstration_log_probs", None)
+    if found is None and batch.imitated is not None:
+        raise ValueError(
+            'next_value="expected" needs demonstration_log_probs in the signal: '
+            "log_probs are those of the imitated responses"
+        )
+    return signal.log_probs if found is None else found
