@@ -29,7 +29,7 @@ EXTRAS = {
     "gguf": ["gguf>=0.10"],
     # importlib_resources is used by tensorflow-datasets but not declared by it.
     "tfds": ["tensorflow-datasets>=4.9.7", "importlib_resources"],
-    "eval": ["vaderSentiment==3.3.2"],
+    "eval": ["vaderSentiment==3.3.2", "reasoning-gym==0.1.25"],
     "test": [
         "pytest>=8",
         "pytest-xdist>=3.5",

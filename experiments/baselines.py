@@ -6,14 +6,146 @@ import dataclasses
 from collections.abc import Sequence
 
 from experiments.course import Course
+from experiments.imitation import prepare_imitation
 from experiments.judging import pair_log_probs
 from experiments.lab import Lab
 from experiments.settings import FitConfig
 from experiments.stages import Desk
 from experiments.trainer import Trainer
-from rkd_jax.data.records import PreferenceRecord
+from rkd_jax.data.records import DemonstrationRecord, PreferenceRecord
+from rkd_jax.losses import generalized_jsd
 from rkd_jax.objectives.dpo import make_dpo
-from rkd_jax.types import Params, ReferenceSignal
+from rkd_jax.objectives.gkd import make_gkd
+from rkd_jax.objectives.kd import make_kd
+from rkd_jax.objectives.minillm import make_minillm
+from rkd_jax.objectives.sft import make_seqkd, make_sft
+from rkd_jax.types import Params, ReferenceSignal, TeacherSignal
+
+
+class Sft:
+    """Maximum likelihood of the preferred responses."""
+
+    metric = "student/nll"
+
+    def __init__(self, lab: Lab, fit: FitConfig):
+        self.trainer = Trainer(lab, make_sft(lab.student), fit)
+
+    def train(self, desk: Desk, stage: str, course: Course, *, steps, seed) -> Params:
+        """On the better response of every pair."""
+        records = [
+            DemonstrationRecord(pair.prompt, pair.chosen, pair.teacher_prompt)
+            for pair in course.pairs
+        ]
+        return self.trainer.train(
+            desk, stage, course.start, records, steps=steps, seed=seed
+        )
+
+
+class SeqKd:
+    """Maximum likelihood of the teacher's responses."""
+
+    metric = "student/nll"
+
+    def __init__(self, lab: Lab, fit: FitConfig):
+        self.trainer = Trainer(lab, make_seqkd(lab.student), fit)
+
+    def train(self, desk: Desk, stage: str, course: Course, *, steps, seed) -> Params:
+        """On the teacher's answers."""
+        return self.trainer.train(
+            desk, stage, course.start, course.demonstrations, steps=steps, seed=seed
+        )
+
+
+class Kd:
+    """Forward KL to the teacher on the teacher's responses."""
+
+    metric = "student/divergence"
+
+    def __init__(self, lab: Lab, fit: FitConfig):
+        self.lab = lab
+        self.trainer = Trainer(lab, make_kd(lab.student), fit)
+
+    def train(self, desk: Desk, stage: str, course: Course, *, steps, seed) -> Params:
+        """On the teacher's answers, under its own prompts."""
+        lab = self.lab
+
+        def prepare(state, batch):
+            del state
+            scores = lab.teacher_log_probs(lab.teacher_params, batch.teacher_sequences)
+            return batch, TeacherSignal(scores)
+
+        return self.trainer.train(
+            desk,
+            stage,
+            course.start,
+            course.demonstrations,
+            steps=steps,
+            seed=seed,
+            prepare=prepare,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class GkdConfig:
+    """GKD: a divergence, partly on what the student writes."""
+
+    fit: FitConfig = FitConfig()
+    rho: float = 0.5
+    """Share of rows the student writes."""
+    beta: float = 0.5
+    """Of the generalised JSD: 0 is forward, 1 reverse KL."""
+
+
+class Gkd:
+    """Generalised JSD on a mixture of the teacher's and the student's responses."""
+
+    metric = "student/divergence"
+
+    def __init__(self, lab: Lab, options: GkdConfig):
+        self.lab, self.options = lab, options
+        objective = make_gkd(
+            lab.student,
+            lambda student, teacher: generalized_jsd(
+                student, teacher, beta=options.beta
+            ),
+            temperature=lab.policy.temperature,
+        )
+        self.trainer = Trainer(lab, objective, options.fit)
+
+    def train(self, desk: Desk, stage: str, course: Course, *, steps, seed) -> Params:
+        """On the teacher's answers and fresh samples."""
+        return self.trainer.train(
+            desk,
+            stage,
+            course.start,
+            course.demonstrations,
+            steps=steps,
+            seed=seed,
+            prepare=prepare_imitation(self.lab, rho=self.options.rho),
+        )
+
+
+class MiniLlm:
+    """Sequence-level reverse KL by policy gradient."""
+
+    metric = "student/divergence"
+
+    def __init__(self, lab: Lab, fit: FitConfig):
+        self.lab = lab
+        objective = make_minillm(lab.student, temperature=lab.policy.temperature)
+        self.trainer = Trainer(lab, objective, fit)
+
+    def train(self, desk: Desk, stage: str, course: Course, *, steps, seed) -> Params:
+        """On fresh samples."""
+        return self.trainer.train(
+            desk,
+            stage,
+            course.start,
+            course.demonstrations,
+            steps=steps,
+            seed=seed,
+            prepare=prepare_imitation(self.lab, rho=1.0),
+        )
 
 
 @dataclasses.dataclass(frozen=True)

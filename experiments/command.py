@@ -38,22 +38,25 @@ def run_command(
     run: Callable[[Config], Path],
     config: Callable[[], Config],
     tiny: Callable[[], Config],
+    **presets: Callable[[], Config],
 ) -> None:
     """Parse the options, run, name the report; one line for a mendable error.
+
+    ``--tiny``, or the name of another preset, replaces the defaults of ``config``.
 
     Exit codes: 0 done, 2 bad input, 130 interrupted (the same command resumes).
     """
     arguments = sys.argv[1:]
-    small = "--tiny" in arguments
-    if small:
-        arguments = [a for a in arguments if a != "--tiny"]
-    default = tiny() if small else config()
+    presets = {f"--{name}": make for name, make in presets.items()} | {"--tiny": tiny}
+    named = [argument for argument in arguments if argument in presets]
+    arguments = [argument for argument in arguments if argument not in presets]
+    default = presets[named[-1]]() if named else config()
     options = tyro.cli(
         type(default),
         default=default,
         args=arguments,
-        description=f"{type(default).__doc__}\n\n--tiny first: the same wiring with a "
-        "toy teacher, in seconds.",
+        description=f"{type(default).__doc__}\n\nDefaults for another purpose: "
+        f"{', '.join(presets)} (tiny: the same wiring with a toy teacher, in seconds).",
     )
     try:
         report = run(options)

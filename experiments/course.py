@@ -21,6 +21,7 @@ from experiments.warm_start import warm_start
 from rkd_jax.data.records import DemonstrationRecord, PreferenceRecord, PromptRecord
 from rkd_jax.data.sources import read_jsonl
 from rkd_jax.evaluation.content import DataSource
+from rkd_jax.signals.oracles import Oracle
 from rkd_jax.types import Params
 
 HELD_OUT_SHARE = 10  # one in ten pairs of a file is held out
@@ -40,9 +41,19 @@ class Course:
     fresh: Sequence[Sequence[DemonstrationRecord]]  # prompts of each online round
 
     def more_pairs(
-        self, lab: Lab, desk: Desk, number: int, student: Params, *, stage: str
+        self,
+        lab: Lab,
+        desk: Desk,
+        number: int,
+        student: Params,
+        *,
+        stage: str,
+        oracle: Oracle | None = None,
     ) -> list[PreferenceRecord]:
-        """Pairs of online round ``number`` (from 1), sampled from ``student``."""
+        """Pairs of online round ``number`` (from 1), sampled from ``student``.
+
+        The lab's oracle labels them, or the one given.
+        """
         return collect_pairs(
             lab,
             desk,
@@ -50,6 +61,7 @@ class Course:
             student,
             self.fresh[number - 1],
             self.lesson,
+            oracle=oracle or lab.oracle,
             ties=self.config.pairs.ties,
             batch_size=self.config.policy.rollout_prompts,
             rng=jax.random.fold_in(self.rng, number),
@@ -107,6 +119,7 @@ def take_course(
             start,
             records,
             lesson,
+            oracle=lab.oracle,
             ties=config.pairs.ties,
             batch_size=config.policy.rollout_prompts,
             rng=key,

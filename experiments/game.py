@@ -18,6 +18,7 @@ from experiments.course import Course
 from experiments.lab import Lab
 from experiments.settings import GameConfig, RewardConfig, SettingsError
 from experiments.stages import Desk, train
+from experiments.trainer import constant_rate
 from rkd_jax.data.collate import collate
 from rkd_jax.data.pipeline import ZippedBatches, make_batches
 from rkd_jax.data.records import DemonstrationRecord, PreferenceRecord
@@ -26,7 +27,6 @@ from rkd_jax.evaluation.generation import fill_rows
 from rkd_jax.losses import bradley_terry, check_epsilon
 from rkd_jax.objectives.pbkd import make_pbkd
 from rkd_jax.objectives.reward_model import l2_penalty, make_reward_model, pair_returns
-from rkd_jax.training.optim import OptimConfig, make_optimizer
 from rkd_jax.training.state import TrainState, init_state, step_keys
 from rkd_jax.training.update import make_update
 from rkd_jax.types import GameBatch, GameSignal, Params, PreferenceSignal, Sequences
@@ -112,15 +112,16 @@ class Game:
 
     def __init__(self, lab: Lab, config: GameConfig, reward: RewardConfig):
         self.lab, self.config, self.reward = lab, config, reward
-        self.student_optimizer = _constant(config.learning_rate)
-        self.critic_optimizer = _constant(config.critic_learning_rate)
-        self.anchor_optimizer = _constant(reward.learning_rate)
+        self.student_optimizer = constant_rate(config.learning_rate)
+        self.critic_optimizer = constant_rate(config.critic_learning_rate)
+        self.anchor_optimizer = constant_rate(reward.learning_rate)
         self.update = make_update(
             make_pbkd(
                 lab.student,
                 lab.token_rewards,
                 epsilon=config.epsilon,
                 temperature=lab.policy.temperature,
+                constraint=config.constraint,
                 l2=reward.l2,
                 sft_weight=config.sft_weight,
             ),
@@ -312,7 +313,3 @@ class Match:
             batch_size=batch_size,
             seed=self.seed,
         )
-
-
-def _constant(learning_rate: float):
-    return make_optimizer(OptimConfig(learning_rate=learning_rate, weight_decay=0.0))

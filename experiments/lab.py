@@ -7,6 +7,7 @@ purpose, so no stage compiles what an earlier one already has.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,9 +27,16 @@ from rkd_jax.interop import load_model
 from rkd_jax.interop.gguf import find_packaged_gguf
 from rkd_jax.models.api import CausalLM
 from rkd_jax.models.decoder import Decoder, DecoderConfig
-from rkd_jax.models.heads import ScalarHead
+from rkd_jax.models.heads import (
+    HeadRewards,
+    RewardModel,
+    ScalarHead,
+    head_sequence_rewards,
+    head_token_rewards,
+)
 from rkd_jax.models.sampling import Samples, SamplingConfig, make_sampler
 from rkd_jax.models.surgery import keep_layers
+from rkd_jax.objectives.reward_model import TokenRewards
 from rkd_jax.signals.oracles import Oracle, load_oracle
 from rkd_jax.signals.teacher import (
     Scorer,
@@ -38,6 +46,11 @@ from rkd_jax.signals.teacher import (
 )
 from rkd_jax.types import Params, Prompts, Sequences
 
+READINGS = {
+    "token": (head_token_rewards, RewardModel.token_rewards),
+    "sequence": (head_sequence_rewards, RewardModel.sequence_rewards),
+}
+"""Of a reward: on given states, and on text."""
 Sampler = Callable[[Params, Prompts, jax.Array], Samples]
 
 
@@ -60,6 +73,8 @@ class Lab:
     trunk: CausalLM
     trunk_params: Params
     reward_head: ScalarHead
+    token_rewards: HeadRewards  # the head on the trunk's states: the reward player
+    text_rewards: TokenRewards  # the same on text, params {"trunk": .., "head": ..}
     sample_teacher: Sampler  # one response per prompt
     sample_student: Sampler  # one response per prompt
     roll_out: Sampler  # G responses per prompt
@@ -68,11 +83,6 @@ class Lab:
     reference_scores: Scorer
     trunk_features: Scorer
     trunk_states: Scorer
-
-    def token_rewards(self, params: Params, sequences: Sequences, features):
-        """The reward player: a head on the frozen trunk's states, ``[*batch, T]``."""
-        del sequences
-        return self.reward_head.apply(params, features)
 
     def features(self, sequences: Sequences) -> jax.Array:
         """States of the frozen trunk after each target, ``[*batch, T, D]``."""
@@ -123,6 +133,8 @@ def make_lab(
         teacher.config, teacher_params, tuple(range(reward.layers))
     )
     trunk = Decoder(trunk_config)
+    head = ScalarHead(bound=reward.bound)
+    on_states, on_text = READINGS[reward.level]
 
     def sampler(model: CausalLM, samples: int) -> Sampler:
         return make_sampler(
@@ -146,7 +158,9 @@ def make_lab(
         student_params=student_params,
         trunk=trunk,
         trunk_params=trunk_params,
-        reward_head=ScalarHead(bound=reward.bound),
+        reward_head=head,
+        token_rewards=on_states(head),
+        text_rewards=functools.partial(on_text, RewardModel(trunk, head)),
         sample_teacher=sampler(teacher, 1),
         sample_student=sampler(student, 1),
         roll_out=sampler(student, policy.samples_per_prompt),

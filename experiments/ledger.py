@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 
 from experiments.lab import Lab, teacher_path
-from experiments.settings import GameConfig, ModelConfig, PairsConfig
+from experiments.settings import ModelConfig, PairsConfig
 from rkd_jax.data.records import DemonstrationRecord, PreferenceRecord, PromptRecord
 from rkd_jax.data.sources import ReadReport, read_jsonl
 from rkd_jax.data.tokenize import TokenizeReport, survey
@@ -21,12 +22,22 @@ def phases(pairs: PairsConfig) -> list[str]:
     return ["4-offline", *(f"5-round-{i + 1}" for i in range(pairs.rounds))]
 
 
-def game_curves(run: RunFolder, game: GameConfig, names: Sequence[str]) -> GameCurves:
+def parts(run: RunFolder, stage: str) -> list[str]:
+    """The stage of a method, and those of its online rounds if it has any."""
+    rounds = {
+        path.name.rpartition("-")[2] for path in run.path.glob(f"{stage}-round-*")
+    }
+    numbers = sorted(int(number) for number in rounds if number.isdecimal())
+    return [stage, *(f"{stage}-round-{number}" for number in numbers)]
+
+
+def game_curves(run: RunFolder, epsilon: float, names: Sequence[str]) -> GameCurves:
     """Gap, slack and multiplier over the stages ``names`` of a game."""
     steps, rows, starts = [], [], []
     for name in names:
         entries = read_metrics(run.stage(name).path)
-        starts.append(Phase(name[2:].replace("-", " "), entries[0]["step"]))
+        title = name.partition("-")[2].replace("-", " ")
+        starts.append(Phase(title, entries[0]["step"]))
         steps += [entry["step"] for entry in entries]
         rows += [entry["metrics"] for entry in entries]
     return GameCurves(
@@ -34,7 +45,7 @@ def game_curves(run: RunFolder, game: GameConfig, names: Sequence[str]) -> GameC
         gap=[row["critic/gap"] for row in rows],
         slack=[row["critic/slack"] for row in rows],
         dual=[row["dual"] for row in rows],
-        epsilon=game.epsilon,
+        epsilon=epsilon,
         phases=starts,
     )
 
@@ -52,13 +63,22 @@ def loss_curves(run: RunFolder, pairs: PairsConfig) -> dict[str, Series]:
         )
         for name in phases(pairs)
     }
-    series = {title: _series(run, *where) for title, where in curves.items()}
-    parts = [_series(run, name, "held_out/nll") for name in phases(pairs)]
-    series["reward player: held-out NLL, nats/pair"] = Series(
-        [step for part in parts for step in part.steps],
-        [value for part in parts for value in part.values],
+    found = {
+        title: series(run, [stage], metric) for title, (stage, metric) in curves.items()
+    }
+    found["reward player: held-out NLL, nats/pair"] = series(
+        run, phases(pairs), "held_out/nll"
     )
-    return series
+    return found
+
+
+def series(run: RunFolder, stages: Sequence[str], metric: str) -> Series:
+    """One metric over the training logs of some stages."""
+    entries = [entry for name in stages for entry in read_metrics(run.stage(name).path)]
+    return Series(
+        [entry["step"] for entry in entries],
+        [entry["metrics"][metric] for entry in entries],
+    )
 
 
 def data_sources(
@@ -133,9 +153,12 @@ def asset_hashes(models: ModelConfig) -> dict[str, str]:
         return {path.name: hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def _series(run: RunFolder, stage: str, metric: str) -> Series:
-    entries = read_metrics(run.stage(stage).path)
-    return Series(
-        [entry["step"] for entry in entries],
-        [entry["metrics"][metric] for entry in entries],
-    )
+def costs(run: RunFolder, stage: str) -> dict[str, float]:
+    """Seconds and memory of one update of a stage, where its start measured them."""
+    path = run.stage(stage).path / "cost.json"
+    if not path.exists():
+        return {}
+    found = json.loads(path.read_text("utf-8"))
+    peak = found["peak_bytes"]
+    memory = {} if peak is None else {"peak_gib": peak / 2**30}
+    return {"seconds_per_step": found["seconds_per_step"]} | memory

@@ -171,7 +171,7 @@ def conclude(config, desk, lab, judge: Judge, data, started: float) -> Report:
         summary=verdicts(policies, compared, config.pairs.rounds),
         policies=policies,
         differences=compared,
-        games={"PbKD": ledger.game_curves(desk.run, config.game, phases)},
+        games={"PbKD": ledger.game_curves(desk.run, config.game.epsilon, phases)},
         losses=ledger.loss_curves(desk.run, config.pairs),
         samples=judging.side_by_side(
             judge.judged, judge.prompts, config.evaluation.samples_shown

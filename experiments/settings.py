@@ -74,7 +74,7 @@ class WarmStartConfig:
     and what the other prompt makes it value is left to the game."""
     prompts: int = 144
     """Training prompts the plain teacher answers for it."""
-    steps: int = 28
+    steps: int = 24
     batch_size: int = 16
     learning_rate: float = 2e-4
     warmup_steps: int = 4
@@ -87,8 +87,10 @@ class RewardConfig:
 
     layers: int = 4
     """Of the teacher, frozen."""
+    level: Literal["token", "sequence"] = "token"
+    """A reward for every token, or one for the response, credited to its last."""
     bound: float = 1.0
-    """Largest reward of one token."""
+    """Largest reward of one token, or of the response."""
     l2: float = 10.0
     """Penalty on the head, nats per pair."""
     steps: int = 80
@@ -119,8 +121,8 @@ class PairsConfig:
 class GameConfig:
     """Stages 4 and 5: the min-max game. Names and defaults as `make_pbkd`."""
 
-    offline_steps: int = 10
-    round_steps: int = 4
+    offline_steps: int = 8
+    round_steps: int = 3
     pairs_per_step: int = 128
     critic_steps: int = 5
     accumulation: int = 4
@@ -131,6 +133,8 @@ class GameConfig:
     """Radius of the confidence set, nats per pair."""
     dual: float = 50.0
     """Where the multiplier starts: about the slope of the gap in epsilon."""
+    constraint: Literal["dual", "fixed_lambda"] = "dual"
+    """Whether the multiplier climbs on the slack or stays where it starts."""
     sft_weight: float = 0.0
 
 
@@ -149,7 +153,7 @@ class FitConfig:
 class EvaluationConfig:
     """Stage 6."""
 
-    likelihood_prompts: int = 40
+    likelihood_prompts: int = 32
     """Held-out prompts on whose answers KL and teacher NLL are measured."""
     samples_shown: int = 12
     preferences: bool = False

@@ -27,7 +27,7 @@ from rkd_jax.data.records import (
 from rkd_jax.data.sources import read_jsonl, write_jsonl
 from rkd_jax.data.tokenize import tokenize_record
 from rkd_jax.evaluation.generation import GenerationResult, generate
-from rkd_jax.signals.oracles import label_preferences
+from rkd_jax.signals.oracles import Oracle, label_preferences
 from rkd_jax.training.checkpoint import Checkpoints
 from rkd_jax.training.loop import Update, fit
 from rkd_jax.training.metrics import MetricsWriter
@@ -156,6 +156,7 @@ def collect_pairs(
     demonstrations: Sequence[DemonstrationRecord],
     plain: Sequence[DemonstrationRecord],
     *,
+    oracle: Oracle,
     ties: str,
     batch_size: int,
     rng: jax.Array,
@@ -188,7 +189,7 @@ def collect_pairs(
             candidates = [record.response, *plainly, *samples]
             duels += [(record, *pair) for pair in itertools.combinations(candidates, 2)]
         records, report = label_preferences(
-            lab.oracle,
+            oracle,
             [record.prompt for record, _, _ in duels],
             [first for _, first, _ in duels],
             [second for _, _, second in duels],

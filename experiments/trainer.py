@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 import jax
+import optax
 
 from experiments.lab import Lab
 from experiments.settings import FitConfig, SettingsError
@@ -20,6 +21,11 @@ from rkd_jax.types import Objective, Params
 Record = DemonstrationRecord | PreferenceRecord
 
 
+def constant_rate(learning_rate: float) -> optax.GradientTransformation:
+    """Adam without decay and without a schedule, the same for every method."""
+    return make_optimizer(OptimConfig(learning_rate=learning_rate, weight_decay=0.0))
+
+
 class Trainer:
     """An objective with its optimiser, compiled once for any number of runs.
 
@@ -31,9 +37,7 @@ class Trainer:
 
     def __init__(self, lab: Lab, objective: Objective, options: FitConfig):
         self.lab, self.objective, self.options = lab, objective, options
-        self.optimizer = make_optimizer(
-            OptimConfig(learning_rate=options.learning_rate, weight_decay=0.0)
-        )
+        self.optimizer = constant_rate(options.learning_rate)
         self.update = make_update(
             objective,
             student_optimizer=self.optimizer,

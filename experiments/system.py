@@ -1,0 +1,197 @@
+"""One system of a paper as an experiment: common data, its own training, one report.
+
+A *method* is compiled once for a `Lab` and trains on any `Course`. Every experiment of
+a single system is a table of methods, its parent among them, that start from the same
+student and make as many updates; `run_system` does the rest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from experiments import judging, ledger
+from experiments.course import Course, load_prompts, take_course
+from experiments.judging import Judge, open_judge
+from experiments.lab import Lab, open_lab
+from experiments.settings import EvaluationConfig, ExperimentConfig, FitConfig, toy
+from experiments.stages import Desk
+from rkd_jax.evaluation.content import Difference, Report, Series, Verdict
+from rkd_jax.evaluation.report import summary_table, write_report
+from rkd_jax.interop import save_model
+from rkd_jax.training.progress import Progress
+from rkd_jax.training.run import RunFolder
+from rkd_jax.types import Params
+
+
+class Method(Protocol):
+    """A way of training the student, compiled for one lab."""
+
+    metric: str  # of the training log, the curve in the report
+
+    def train(
+        self, desk: Desk, stage: str, course: Course, *, steps: int, seed: int
+    ) -> Params:
+        """The deployable student after ``steps`` updates, logged in ``stage``."""
+
+
+@runtime_checkable
+class Game(Method, Protocol):
+    """A method of two players inside a confidence set; its course is a plot."""
+
+    epsilon: float
+
+
+@dataclasses.dataclass(frozen=True)
+class SystemConfig(ExperimentConfig):
+    """One system beside its parent, on the same data."""
+
+    updates: int = 17
+    """Of every student."""
+    evaluation: EvaluationConfig = EvaluationConfig(preferences=True)
+
+
+TOY_FIT = FitConfig(batch_size=4, accumulation=1, learning_rate=1e-3)
+
+
+def toy_system() -> dict[str, Any]:
+    """What the ``tiny()`` of every system shares."""
+    return {
+        **toy(),
+        "updates": 2,
+        "evaluation": EvaluationConfig(preferences=True, likelihood_prompts=8),
+    }
+
+
+def run_system(
+    config: SystemConfig,
+    name: str,
+    title: str,
+    methods: Callable[[Lab], Mapping[str, Method]],
+) -> Path:
+    """Train and report every method; the last one is the system itself.
+
+    Args:
+        config: the options.
+        name: of the experiment, ``python -m experiments.<name>``.
+        title: of the report.
+        methods: compiles the methods, by the name they have in the report.
+
+    Returns:
+        The path of the report. The system's student is exported beside it.
+    """
+    folder = RunFolder.open(
+        config.out, config.identity(), name=name, overwrite=config.fresh
+    )
+    with Progress() as progress:
+        desk = Desk(folder, progress, config.checkpoint_every)
+        final = folder.stage("report")
+        if not final.done:
+            started = time.monotonic()
+            lab = open_lab(config)
+            prompts, held_out, data = load_prompts(config.task, lab)
+            course = take_course(lab, desk, config, prompts, seed=config.seed)
+            judge = open_judge(lab, desk, course, held_out, seed=config.seed)
+            table = methods(lab)
+            for label, method in table.items():
+                params = train_and_judge(
+                    desk, course, judge, label, method, config.updates, config.seed
+                )
+            if params is not None:
+                export = folder.path / "student"
+                save_model(
+                    export,
+                    lab.student.config,
+                    params,
+                    tokenizer=lab.tokenizer,
+                    overwrite=True,
+                )
+            report = report_of(config, name, title, lab, desk, judge, table, data)
+            total = {"total": time.monotonic() - started}
+            report = dataclasses.replace(report, timings=progress.timings | total)
+            page = write_report(final.path, report)
+            final.finish({"report": page.name})
+            print(summary_table(report))
+    return final.path / final.result["report"]
+
+
+def train_and_judge(
+    desk: Desk,
+    course: Course,
+    judge: Judge,
+    label: str,
+    method: Method,
+    updates: int,
+    seed: int,
+) -> Params | None:
+    """Train a method and measure it, unless an earlier start did; None if it did."""
+    if judge.known(label):
+        return None
+    stage = stage_of(label)
+    params = method.train(desk, stage, course, steps=updates, seed=seed)
+    judge.student(label, params, **ledger.costs(desk.run, stage))
+    return params
+
+
+def stage_of(label: str) -> str:
+    """The folder of a method's training."""
+    return "4-" + "".join(c if c.isalnum() else "-" for c in label.lower())
+
+
+def report_of(
+    config: SystemConfig,
+    name: str,
+    title: str,
+    lab: Lab,
+    desk: Desk,
+    judge: Judge,
+    methods: Mapping[str, Method],
+    data: Sequence,
+) -> Report:
+    """The report of one run of one system."""
+    *parents, system = methods
+    pairs = [(system, other) for other in (judging.START, *parents)]
+    compared = judging.differences(judge.judged, pairs)
+    return Report(
+        title=title,
+        created=datetime.now().strftime("%Y-%m-%d %H:%M"),
+        command=f"python -m experiments.{name} --out {config.out}",
+        summary=[_finding(difference) for difference in compared],
+        policies=judge.policies,
+        differences=compared,
+        games={
+            label: ledger.game_curves(
+                desk.run, method.epsilon, ledger.parts(desk.run, stage_of(label))
+            )
+            for label, method in methods.items()
+            if isinstance(method, Game)
+        },
+        losses={
+            f"{label}: {method.metric}": curve(desk, label, method.metric)
+            for label, method in methods.items()
+        },
+        samples=judging.side_by_side(
+            judge.judged, judge.prompts, config.evaluation.samples_shown
+        ),
+        data=data,
+        settings=dataclasses.asdict(config),
+        versions=ledger.library_versions(),
+        assets=ledger.asset_hashes(config.models),
+    )
+
+
+def curve(desk: Desk, label: str, metric: str) -> Series:
+    """A metric of a method's training log."""
+    return ledger.series(desk.run, ledger.parts(desk.run, stage_of(label)), metric)
+
+
+def _finding(difference: Difference) -> Verdict:
+    text = judging.signed(difference.difference)
+    return Verdict(
+        f"{difference.first} against {difference.second}: reward {text}, "
+        f"{difference.finding}."
+    )

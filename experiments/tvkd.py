@@ -1,0 +1,165 @@
+"""TVKD: the teacher's values as shaping inside DPO (2509.16965).
+
+`config()` is the scale of the released recipe: a Llama-3.1-8B teacher after SFT and
+DPO, a Llama-3.2-1B student after SFT, dpo-mix-7k, 5 epochs. `tiny()` is the wiring.
+
+    python -m experiments.tvkd --tiny
+    python -m experiments.tvkd --models.teacher DIR --models.student DIR \\
+        --task.pairs-file dpo_mix.jsonl --task.train-file train.jsonl \\
+        --task.held-out-file held_out.jsonl --oracle my_package:oracle
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+from experiments.baselines import Dpo, DpoConfig
+from experiments.command import run_command
+from experiments.course import Course
+from experiments.game import TextBook
+from experiments.judging import pair_log_probs
+from experiments.lab import Lab
+from experiments.settings import (
+    FitConfig,
+    ModelConfig,
+    PairsConfig,
+    PolicyConfig,
+    TaskConfig,
+    WarmStartConfig,
+)
+from experiments.stages import Desk
+from experiments.system import TOY_FIT, SystemConfig, run_system, toy_system
+from experiments.trainer import Trainer
+from rkd_jax.data.collate import collate
+from rkd_jax.data.tokenize import tokenize_record
+from rkd_jax.objectives.tvkd import make_tvkd
+from rkd_jax.signals.values import make_shaping
+from rkd_jax.types import Params, ShapingSignal
+
+
+@dataclasses.dataclass(frozen=True)
+class TvkdConfig:
+    """The shaping and its place in DPO; see `make_tvkd` and `make_shaping`."""
+
+    fit: FitConfig = FitConfig()
+    beta: float = 0.1
+    alpha: float | None = None
+    """Weight of the shaping; as `beta` if not given."""
+    sign: Literal[1, -1] = 1
+    """1: shaping is a margin already granted; -1: it pulls towards what it favours."""
+    gamma: float = 0.7
+    power: float = 0.7
+    terminal: Literal["zero", "last_prefix", "after_eos"] = "zero"
+
+
+@dataclasses.dataclass(frozen=True)
+class TvkdExperiment(SystemConfig):
+    """TVKD beside DPO."""
+
+    out: str = "runs/tvkd"
+    """Output folder; the same command again resumes."""
+    tvkd: TvkdConfig = TvkdConfig()
+
+
+class Tvkd:
+    """DPO with the teacher's shaping, both computed once for every pair."""
+
+    metric = "student/preference_loss"
+
+    def __init__(self, lab: Lab, options: TvkdConfig):
+        self.lab = lab
+        self.shaping = make_shaping(
+            lab.teacher,
+            gamma=options.gamma,
+            power=options.power,
+            terminal=options.terminal,
+        )
+        objective = make_tvkd(
+            lab.student,
+            beta=options.beta,
+            alpha=options.alpha,
+            sign=options.sign,
+            temperature=lab.policy.temperature,
+        )
+        self.trainer = Trainer(lab, objective, options.fit)
+
+    def train(self, desk: Desk, stage: str, course: Course, *, steps, seed) -> Params:
+        """No teacher and no reference is needed once the table is there."""
+        lab, pairs = self.lab, course.pairs
+        rows = [
+            tokenize_record(r, lab.tokenizer, lab.rows, i) for i, r in enumerate(pairs)
+        ]
+        seen_by_teacher = collate(rows, lab.rows).teacher_sequences
+        values = TextBook(lambda rows: self.shaping(lab.teacher_params, rows))
+        shaping = values.look_up(seen_by_teacher)
+        reference = pair_log_probs(lab, course.start, pairs)
+        return self.trainer.train(
+            desk,
+            stage,
+            course.start,
+            pairs,
+            steps=steps,
+            seed=seed,
+            prepare=lambda state, batch: (
+                batch,
+                ShapingSignal(reference[batch.index], shaping[batch.index]),
+            ),
+        )
+
+
+def config() -> TvkdExperiment:
+    """The released recipe: 8B teacher, 1B student, 64 pairs a step, 5 epochs."""
+    fit = FitConfig(learning_rate=5e-7, batch_size=64, accumulation=16)
+    return TvkdExperiment(
+        models=ModelConfig(
+            teacher="Llama-3.1-8B-SFT-DPO",
+            student="Llama-3.2-1B-SFT",
+            dtype="bfloat16",
+        ),
+        task=TaskConfig(
+            train_file="train_prompts.jsonl",
+            held_out_file="held_out_prompts.jsonl",
+            pairs_file="dpo_mix_7k.jsonl",
+        ),
+        policy=PolicyConfig(
+            temperature=1.0,
+            max_prompt=1800,
+            max_teacher_prompt=1800,
+            max_response=248,
+        ),
+        warm_start=WarmStartConfig(steps=0, steered=True),
+        pairs=PairsConfig(rounds=0),
+        updates=5 * 6750 // 64,
+        tvkd=TvkdConfig(fit=fit),
+    )
+
+
+def tiny() -> TvkdExperiment:
+    """The same wiring with a random toy teacher."""
+    return TvkdExperiment(
+        **toy_system(), out="runs/tvkd-tiny", tvkd=TvkdConfig(fit=TOY_FIT)
+    )
+
+
+def run(config: TvkdExperiment) -> Path:
+    """DPO, then TVKD, from the same start."""
+    return run_system(
+        config,
+        "tvkd",
+        "TVKD: the teacher's values as shaping in DPO",
+        lambda lab: {
+            "DPO": Dpo(lab, DpoConfig(config.tvkd.fit, config.tvkd.beta)),
+            "TVKD": Tvkd(lab, config.tvkd),
+        },
+    )
+
+
+def main() -> None:
+    """Command line."""
+    run_command(run, config, tiny)
+
+
+if __name__ == "__main__":
+    main()
