@@ -130,36 +130,48 @@ def config() -> CompareConfig:
 
 
 def arithmetic() -> CompareConfig:
-    """The arithmetic task, three seeds."""
+    """The arithmetic task, three seeds.
+
+    Likelihoods and divergences take large steps, preferences small ones: pairs of a
+    right and a wrong number push both down long before 1e-3.
+    """
     task = ArithmeticConfig()
-    fit = FitConfig(learning_rate=2e-4, batch_size=64, accumulation=1)
+    large = FitConfig(learning_rate=1e-3, batch_size=64, accumulation=1)
+    small = FitConfig(learning_rate=1e-5, batch_size=64, accumulation=1)
     critic = CriticConfig(width=None, steps=5, learning_rate=3e-3)
     return CompareConfig(
         **arithmetic_experiment(task),
-        **with_fit(fit),
         out="runs/compare-arithmetic",
         setting="arithmetic",
         arithmetic=task,
         seeds=(0, 1, 2),
         updates=200,
+        fit=large,
+        gkd=GkdConfig(fit=large),
+        xkd=XkdConfig(fit=large),
+        dpo=DpoConfig(fit=small),
+        tvkd=TvkdConfig(fit=small),
+        ava=AvaConfig(fit=small),
+        edpo=EdpoConfig(fit=small),
+        drdo=DrdoConfig(fit=small, oracle_steps=300, oracle_learning_rate=3e-4),
         game=GameConfig(
-            offline_steps=140,
-            round_steps=20,
+            round_steps=40,
             pairs_per_step=64,
             accumulation=1,
-            learning_rate=2e-4,
-            critic_learning_rate=3e-3,
+            learning_rate=5e-5,
+            critic_learning_rate=3e-4,
+            epsilon=0.01,
         ),
-        mmkd=MmkdConfig(learning_rate=2e-4, accumulation=1, critic=critic),
+        mmkd=MmkdConfig(learning_rate=5e-5, accumulation=1, critic=critic),
         mm_pbkd=MmPbkdConfig(
-            learning_rate=2e-4,
+            learning_rate=5e-5,
             pairs_per_step=64,
             accumulation=1,
             critic=critic,
-            anchor=FitConfig(learning_rate=3e-2, batch_size=64, accumulation=1),
-            anchor_steps=150,
+            epsilon=0.01,
+            anchor=FitConfig(learning_rate=5e-3, batch_size=64, accumulation=1),
+            anchor_steps=300,
         ),
-        drdo=DrdoConfig(fit=fit, oracle_steps=200, oracle_learning_rate=2e-4),
     )
 
 

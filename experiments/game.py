@@ -39,12 +39,17 @@ class Table:
     """What the frozen trunk says about every response of a data set.
 
     ``sequences`` [n, (2,) P + T] and ``features`` [n, (2,) T, D] are host arrays in the
-    order of the records; ``labels`` [n] is None for demonstrations.
+    order of the records; ``labels`` [n] is None for demonstrations, ``features`` for
+    reward players that train the trunk.
     """
 
     sequences: Sequences
-    features: np.ndarray
+    features: np.ndarray | None
     labels: np.ndarray | None
+
+    def states(self, index) -> np.ndarray | None:
+        """Features of some records."""
+        return None if self.features is None else self.features[index]
 
 
 class TextBook:
@@ -86,7 +91,7 @@ def tabulate(
         tokenize_record(r, lab.tokenizer, lab.rows, i) for i, r in enumerate(records)
     ]
     batch = collate(rows, lab.rows)
-    states = book.look_up(batch.sequences)
+    states = None if lab.trains_trunk else book.look_up(batch.sequences)
     return Table(batch.sequences, states, getattr(batch, "label", None))
 
 
@@ -141,11 +146,6 @@ class Game:
         """The game on one course."""
         return Match(self, desk, course, seed)
 
-    def new_head(self, seed: int) -> Params:
-        """A reward head that gives 0 everywhere."""
-        width = self.lab.trunk.config.hidden_size
-        return self.lab.reward_head.init(jax.random.key(seed), width)
-
     def pair_nll(self, params: Params, table: Table) -> np.ndarray:
         """Penalised Bradley-Terry loss of every pair under a head, ``float32[n]``."""
         arrays = (table.sequences, table.features, table.labels)
@@ -182,7 +182,7 @@ class Match:
         self.demonstration_table = tabulate(lab, self.book, course.demonstrations)
         self.held_out_table = tabulate(lab, self.book, course.held_out_pairs)
         self._untrained_anchor = init_state(
-            game.new_head(seed),
+            game.lab.new_reward(jax.random.key(seed)),
             student_optimizer=game.anchor_optimizer,
             rng=jax.random.key(seed),
         )
@@ -192,7 +192,7 @@ class Match:
         return init_state(
             self.course.start,
             student_optimizer=self.game.student_optimizer,
-            critic_params=self.game.new_head(self.seed),
+            critic_params=self.lab.new_reward(jax.random.key(self.seed)),
             critic_optimizer=self.game.critic_optimizer,
             dual=self.game.config.dual,
             rng=jax.random.key(self.seed),
@@ -254,7 +254,7 @@ class Match:
 
         def prepare(state, batch):
             del state
-            return batch, PreferenceSignal(table.features[batch.index])
+            return batch, PreferenceSignal(table.states(batch.index))
 
         state = train(
             self.desk,
@@ -284,9 +284,9 @@ class Match:
             )
             signal = GameSignal(
                 anchor_nll=anchor_nll[pairs.index],
-                demonstrations=self.demonstration_table.features[demonstrations.index],
+                demonstrations=self.demonstration_table.states(demonstrations.index),
                 rollouts=lab.features(samples.sequences),
-                preferences=table.features[pairs.index],
+                preferences=table.states(pairs.index),
             )
             return GameBatch(demonstrations, samples.sequences, pairs), signal
 

@@ -58,8 +58,9 @@ Sampler = Callable[[Params, Prompts, jax.Array], Samples]
 class Lab:
     """The equipment of one experiment.
 
-    ``trunk`` is the frozen lower part of the teacher whose states the reward player
-    reads; ``reward_head`` is what it trains on them.
+    ``trunk`` is the lower part of the teacher whose states the reward player reads, and
+    ``reward_head`` what it trains on them; a player with a trained trunk starts from a
+    copy of it, reads text and is given no states.
     """
 
     policy: PolicyConfig
@@ -73,8 +74,9 @@ class Lab:
     trunk: CausalLM
     trunk_params: Params
     reward_head: ScalarHead
-    token_rewards: HeadRewards  # the head on the trunk's states: the reward player
-    text_rewards: TokenRewards  # the same on text, params {"trunk": .., "head": ..}
+    trains_trunk: bool
+    token_rewards: HeadRewards  # the reward player, on the trunk's states or on text
+    text_rewards: TokenRewards  # on text, of `whole_reward`
     sample_teacher: Sampler  # one response per prompt
     sample_student: Sampler  # one response per prompt
     roll_out: Sampler  # G responses per prompt
@@ -84,8 +86,24 @@ class Lab:
     trunk_features: Scorer
     trunk_states: Scorer
 
-    def features(self, sequences: Sequences) -> jax.Array:
-        """States of the frozen trunk after each target, ``[*batch, T, D]``."""
+    def new_reward(self, rng: jax.Array) -> Params:
+        """What a reward player trains: it gives 0 everywhere."""
+        head = self.reward_head.init(rng, self.trunk.config.hidden_size)
+        return {"trunk": self.trunk_params, "head": head} if self.trains_trunk else head
+
+    def whole_reward(self, params: Params) -> Params:
+        """A reward player's parameters with the trunk, trained or not."""
+        if self.trains_trunk:
+            return params
+        return {"trunk": self.trunk_params, "head": params}
+
+    def features(self, sequences: Sequences) -> jax.Array | None:
+        """States of the frozen trunk after each target, ``[*batch, T, D]``.
+
+        None for reward players that train it.
+        """
+        if self.trains_trunk:
+            return None
         return self.trunk_features(self.trunk_params, sequences)
 
     def states(self, sequences: Sequences) -> jax.Array:
@@ -135,6 +153,8 @@ def make_lab(
     trunk = Decoder(trunk_config)
     head = ScalarHead(bound=reward.bound)
     on_states, on_text = READINGS[reward.level]
+    text_rewards = functools.partial(on_text, RewardModel(trunk, head))
+    trains_trunk = reward.trunk == "trained"
 
     def sampler(model: CausalLM, samples: int) -> Sampler:
         return make_sampler(
@@ -159,8 +179,9 @@ def make_lab(
         trunk=trunk,
         trunk_params=trunk_params,
         reward_head=head,
-        token_rewards=on_states(head),
-        text_rewards=functools.partial(on_text, RewardModel(trunk, head)),
+        trains_trunk=trains_trunk,
+        token_rewards=text_rewards if trains_trunk else on_states(head),
+        text_rewards=text_rewards,
         sample_teacher=sampler(teacher, 1),
         sample_student=sampler(student, 1),
         roll_out=sampler(student, policy.samples_per_prompt),

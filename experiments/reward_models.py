@@ -44,11 +44,7 @@ class RewardModels:
         lab = self.lab
         book = TextBook(lab.features)
         table = tabulate(lab, book, course.pairs)
-        start = init_members(
-            lambda key: lab.reward_head.init(key, lab.trunk.config.hidden_size),
-            jax.random.key(seed),
-            self.members,
-        )
+        start = init_members(lab.new_reward, jax.random.key(seed), self.members)
 
         def prepare(state, batch):
             del state
@@ -56,7 +52,7 @@ class RewardModels:
             if self.members > 1:
                 index = jnp.asarray(batch.index)
                 weights = bootstrap_weights(index, members=self.members, seed=seed)
-            return batch, PreferenceSignal(table.features[batch.index], weights)
+            return batch, PreferenceSignal(table.states(batch.index), weights)
 
         return self.trainer.train(
             desk,
@@ -83,10 +79,10 @@ class RewardModels:
         lab = self.lab
         return RewardModelOracle(
             lab.text_rewards,
-            {"trunk": lab.trunk_params, "head": params},
+            lab.whole_reward(params),
             lab.tokenizer,
             lab.rows,
-            member_axes={"trunk": None, "head": 0},
+            member_axes=0 if lab.trains_trunk else {"trunk": None, "head": 0},
             reduce=reduce,
         )
 

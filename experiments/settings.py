@@ -86,7 +86,10 @@ class RewardConfig:
     to the pairs by maximum likelihood."""
 
     layers: int = 4
-    """Of the teacher, frozen."""
+    """Of the teacher."""
+    trunk: Literal["frozen", "trained"] = "frozen"
+    """Whether these layers are trained with the head. Set `l2` to 0 then: the penalty
+    is on everything trained."""
     level: Literal["token", "sequence"] = "token"
     """A reward for every token, or one for the response, credited to its last."""
     bound: float = 1.0

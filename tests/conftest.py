@@ -25,9 +25,9 @@ def rng():
 
 
 @pytest.fixture
-def x64():
-    """Float64 inside the test."""
-    with jax.enable_x64(True):
+def x64(request):
+    """Float64 inside the test, unless it is marked float32."""
+    with jax.enable_x64(request.node.get_closest_marker("float32") is None):
         yield
 
 

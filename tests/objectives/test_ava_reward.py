@@ -107,36 +107,29 @@ def test_weights_reach_both_heads_and_their_own_gradient():
     np.testing.assert_allclose(last.total / last.weight, np.mean(ends), rtol=1e-6)
 
 
-def single(tree):
-    """Float32 where float64."""
-    return jax.tree.map(
-        lambda x: x.astype(jnp.float32) if x.dtype == jnp.float64 else x, tree
-    )
-
-
+@pytest.mark.float32
 def test_a_decoders_own_attention_as_the_weight():
-    model, head, batch = Decoder(QWEN), GaussianHead(), single(preferences())
-    with jax.enable_x64(False):
-        at = {
-            "policy": random_params(QWEN),
-            "reward_head": head.init(jax.random.key(1), QWEN.hidden_size),
-        }
-        at["reward_head"]["output"]["bias"] = jnp.asarray([0.4, -0.3])
+    model, head, batch = Decoder(QWEN), GaussianHead(), preferences()
+    at = {
+        "policy": random_params(QWEN),
+        "reward_head": head.init(jax.random.key(1), QWEN.hidden_size),
+    }
+    at["reward_head"]["output"]["bias"] = jnp.asarray([0.4, -0.3])
 
-        found = []
+    found = []
 
-        def attention(policy, sequences):
-            found.append(response_attention(model, policy, sequences))
-            return found[-1]
+    def attention(policy, sequences):
+        found.append(response_attention(model, policy, sequences))
+        return found[-1]
 
-        loss = make_ava_p(model, head.apply, reward_weights=attention).student_loss
+    loss = make_ava_p(model, head.apply, reward_weights=attention).student_loss
 
-        @jax.jit
-        def both(at):
-            out = loss(at, None, None, batch, None, None)
-            return found.pop(), out
+    @jax.jit
+    def both(at):
+        out = loss(at, None, None, batch, None, None)
+        return found.pop(), out
 
-        weights, out = both(at)
+    weights, out = both(at)
     ends = np.take_along_axis(np.asarray(weights), LENGTHS[..., None] - 1, -1)[..., 0]
     found = out.metrics["student/last_weight"]
     np.testing.assert_allclose(found.total / found.weight, ends.mean(), rtol=1e-5)
@@ -199,21 +192,21 @@ def test_dense_reward_reads_the_state_it_was_trained_on():
 # Training
 
 
+@pytest.mark.float32
 def test_direct_alignment_moves_policy_and_reward_towards_the_preferences():
     """Through the library's update, from a policy that prefers the other response."""
-    with jax.enable_x64(False):
-        model, head = TabularLM(), GaussianHead()
-        start = {
-            "policy": {"logits": jnp.asarray(STUDENT, jnp.float32)},
-            "reward_head": head.init(jax.random.key(0), model.config.hidden_size),
-        }
-        optimizer = optax.adam(0.05)
-        state = init_state(start, student_optimizer=optimizer, rng=jax.random.key(1))
-        objective = make_ava_p(model, head.apply, reject_floor=-4.0)
-        update = make_update(objective, student_optimizer=optimizer)
-        batch = single(preferences(np.ones(3)))
-        for _ in range(150):
-            state, metrics = update(state, None, batch, None)
+    model, head = TabularLM(), GaussianHead()
+    start = {
+        "policy": {"logits": jnp.asarray(STUDENT, jnp.float32)},
+        "reward_head": head.init(jax.random.key(0), model.config.hidden_size),
+    }
+    optimizer = optax.adam(0.05)
+    state = init_state(start, student_optimizer=optimizer, rng=jax.random.key(1))
+    objective = make_ava_p(model, head.apply, reject_floor=-4.0)
+    update = make_update(objective, student_optimizer=optimizer)
+    batch = preferences(np.ones(3))
+    for _ in range(150):
+        state, metrics = update(state, None, batch, None)
     logits = np.asarray(state.student.params["policy"]["logits"], np.float64)
     before, after = (
         BED_E.sequence_log_probs(table)[NUMBERS, INDICES] for table in (STUDENT, logits)

@@ -74,6 +74,7 @@ def test_reward_weights_multiply_what_both_heads_say():
     np.testing.assert_allclose(loss(constant(0.3)), loss(None, 0.3), rtol=1e-12)
 
 
+@pytest.mark.float32
 def test_the_librarys_heads_train_through_the_update():
     """A linear Q head and a reward head with a hidden layer."""
     reward, values = GaussianHead(width=5), QHead(actions=3)
@@ -86,20 +87,19 @@ def test_the_librarys_heads_train_through_the_update():
     )
     objective = make_xkd_gkd(MODEL, inference)
     optimizer = optax.sgd(0.1)
-    with jax.enable_x64(False):  # as in training
-        start = {
-            "policy": {"logits": jnp.asarray(STUDENT)},
-            "reward_head": reward.init(jax.random.key(0), dim),
-            "q_head": values.init(jax.random.key(1), dim),
-        }
-        state = init_state(
-            rng=jax.random.key(2), student_params=start, student_optimizer=optimizer
-        )
-        update = make_update(objective, student_optimizer=optimizer)
-        losses = []
-        for _ in range(3):
-            state, metrics = update(state, None, imitation(), signal())
-            losses.append(float(metrics["student/loss"]))
+    start = {
+        "policy": {"logits": jnp.asarray(STUDENT)},
+        "reward_head": reward.init(jax.random.key(0), dim),
+        "q_head": values.init(jax.random.key(1), dim),
+    }
+    state = init_state(
+        rng=jax.random.key(2), student_params=start, student_optimizer=optimizer
+    )
+    update = make_update(objective, student_optimizer=optimizer)
+    losses = []
+    for _ in range(3):
+        state, metrics = update(state, None, imitation(), signal())
+        losses.append(float(metrics["student/loss"]))
     assert losses[2] < losses[1] < losses[0]
     for part, before in start.items():
         moved = ravel_pytree(before)[0] - ravel_pytree(state.student.params[part])[0]

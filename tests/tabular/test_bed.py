@@ -337,16 +337,16 @@ def test_tabular_model_decodes_token_by_token():
     np.testing.assert_array_equal(full.sum(-1), sequences.token_mask)
 
 
+@pytest.mark.float32
 def test_tabular_model_drives_the_sampler():
     """4,000 samples per prompt: mean length and return within four standard errors."""
     config = SamplingConfig(max_new_tokens=4, eos_ids=(2,), samples_per_prompt=4000)
     sample = make_sampler(TabularLM(), config)
-    with jax.enable_x64(False):  # as in training
-        params = {"logits": jnp.asarray(STUDENT)}
-        samples = sample(params, bed_prompts([0, 1]), jax.random.key(0))
-        rewards = {"rewards": jnp.asarray(REWARD)}
-        returns = tabular_rewards(rewards, samples.sequences).sum(-1)
-        lengths = samples.sequences.response_mask.sum(-1)
+    params = {"logits": jnp.asarray(STUDENT)}
+    samples = sample(params, bed_prompts([0, 1]), jax.random.key(0))
+    rewards = {"rewards": jnp.asarray(REWARD)}
+    returns = tabular_rewards(rewards, samples.sequences).sum(-1)
+    lengths = samples.sequences.response_mask.sum(-1)
     probs = BED_E.weights(STUDENT) / np.array([[0.6], [0.4]])
     exact_lengths, exact_returns = BED_E.mask.sum(-1), BED_E.returns(REWARD)
     for sampled, exact in ((lengths, exact_lengths), (returns, exact_returns)):
