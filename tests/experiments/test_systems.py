@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import importlib
+import io
 import json
 import math
 from pathlib import Path
@@ -12,9 +13,15 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from experiments import system, tvkd
-from experiments.course import take_course
+from experiments import pbkd, system, tvkd
+from experiments.course import load_prompts, take_course
+from experiments.game import Game
 from experiments.lab import open_lab
+from experiments.reward_models import RewardModels
+from experiments.stages import Desk
+from rkd_jax.training.metrics import read_metrics
+from rkd_jax.training.progress import Progress
+from rkd_jax.training.run import RunFolder
 
 LAB = ("models", "oracle", "policy", "reward")  # what `open_lab` reads
 COMMON = ["teacher (steered)", "warm start"]
@@ -122,3 +129,44 @@ def test_tiny_trains_and_judges_every_method(name, lab, courses, tmp_path):
     assert fingerprints(frozen) == before
     ((course, start),) = courses
     assert fingerprints(course.start) == start
+
+
+def test_reward_players_may_train_their_trunk(quick_compiler, tmp_path):
+    config = pbkd.tiny()
+    reward = dataclasses.replace(
+        config.reward, trunk="trained", l2=0.0, steps=10, learning_rate=1e-2
+    )
+    config = dataclasses.replace(config, reward=reward)
+    lab = open_lab(config)
+    given = fingerprints(lab.trunk_params)
+    run = RunFolder.open(tmp_path / "run", config.identity())
+    with Progress(io.StringIO()) as progress:
+        desk = Desk(run, progress, checkpoint_every=100)
+        prompts, _, _ = load_prompts(config.task, lab)
+        course = take_course(lab, desk, config, prompts, seed=0)
+        match = Game(lab, config.game, reward).open(desk, course, seed=0)
+        state = match.play("4-game", match.begin(), course.pairs, steps=2)
+        models = RewardModels(lab, reward, members=2)
+        params = models.train(desk, "4-models", course, seed=0)
+    nll = [
+        entry["metrics"]["reward_model/nll"]
+        for entry in read_metrics(run.stage("4-game-anchor").path)
+    ]
+    assert nll[0] == pytest.approx(math.log(2), abs=1e-6)  # the head starts at 0
+    assert nll[-1] < 0.9 * nll[0]
+    assert fingerprints(lab.trunk_params) == given
+    for trained in (state.critic.params["trunk"], params["trunk"]):
+        moved = [
+            float(np.abs(np.asarray(now) - np.asarray(then)).max())
+            for now, then in zip(
+                jax.tree.leaves(trained), jax.tree.leaves(lab.trunk_params), strict=True
+            )
+        ]
+        assert max(moved) > 1e-3
+
+    # The ensemble on text says what it says on the pairs' rows.
+    pairs = course.pairs[:3]
+    on_rows = models.rewards(params, pairs)[:, 0]
+    oracle = models.oracle(params)
+    on_text = oracle.rewards([p.prompt for p in pairs], [p.chosen for p in pairs])
+    np.testing.assert_allclose(on_text, on_rows, rtol=2e-5, atol=1e-6)
