@@ -8,10 +8,10 @@ of the warm start, of all samples and of the order of the data.
     python -m experiments.compare_seed_systems --arithmetic
     python -m experiments.compare_seed_systems --tiny
 
-Every student makes as many updates; what a method trains besides (reward models, critic
-steps, an oracle of its own) is in the report's seconds per step or stands in its
-settings. Offline pairs are the same for all; only the rounds of online PbKD ask the
-oracle again. Measured results: docs/compare_seed_systems.md.
+Every student makes as many updates. Seconds and memory are those of one update of the
+student, with its samples and critic steps; what a method trains before (reward models,
+anchors, an oracle of its own) is not in them. Offline pairs are the same for all; only
+the rounds of online PbKD ask the oracle again.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def arithmetic() -> CompareConfig:
         xkd=XkdConfig(fit=large),
         dpo=DpoConfig(fit=small),
         tvkd=TvkdConfig(fit=small),
-        ava=AvaConfig(fit=small),
+        ava=AvaConfig(fit=large),
         edpo=EdpoConfig(fit=small),
         drdo=DrdoConfig(fit=small, oracle_steps=300, oracle_learning_rate=3e-4),
         game=GameConfig(

@@ -62,7 +62,7 @@ class DrdoConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DrdoExperiment(SystemConfig):
-    """DRDO beside d-DPO with the same oracle."""
+    """DRDO beside d-DPO on what the oracle said of the pairs."""
 
     out: str = "runs/drdo"
     """Output folder; the same command again resumes."""

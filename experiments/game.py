@@ -134,10 +134,12 @@ class Game:
             critic_optimizer=self.critic_optimizer,
             critic_steps=config.critic_steps,
             accumulation=config.accumulation,
+            max_traces=lab.widths,
         )
         self.anchor_update = make_update(
             make_reward_model(lab.token_rewards, l2=reward.l2),
             student_optimizer=self.anchor_optimizer,
+            max_traces=lab.widths,
         )
         self._pair_nll = jax.jit(self._pair_nll)
         self._held_out = jax.jit(self._held_out)

@@ -86,6 +86,11 @@ class Lab:
     trunk_features: Scorer
     trunk_states: Scorer
 
+    @property
+    def widths(self) -> int:
+        """How many shapes a batch may have: one per width of the teacher's prompts."""
+        return len(self.rows.teacher_prompt_buckets or (1,))
+
     def new_reward(self, rng: jax.Array) -> Params:
         """What a reward player trains: it gives 0 everywhere."""
         head = self.reward_head.init(rng, self.trunk.config.hidden_size)

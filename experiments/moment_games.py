@@ -102,6 +102,7 @@ class _MomentGame:
             critic_optimizer=self.critic_optimizer,
             critic_steps=options.critic.steps,
             accumulation=options.accumulation,
+            max_traces=lab.widths,
         )
 
     def _begin(self, course: Course, critic: Params, seed: int, dual=1.0) -> TrainState:

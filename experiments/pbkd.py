@@ -28,6 +28,7 @@ from experiments.settings import (
     ModelConfig,
     PolicyConfig,
     RewardConfig,
+    SettingsError,
     TaskConfig,
     WarmStartConfig,
 )
@@ -89,9 +90,15 @@ class Pbkd:
 
     def train(self, desk: Desk, stage: str, course: Course, *, steps, seed) -> Params:
         """The student after all phases."""
+        online = self.rounds * self.options.round_steps
+        if steps <= online:
+            raise SettingsError(
+                f"{stage}: {self.rounds} rounds of {self.options.round_steps} steps "
+                f"leave nothing of {steps} updates for the offline phase; raise "
+                "--updates or lower --game.round-steps"
+            )
         match = self.game.open(desk, course, seed=seed)
         oracle = self._oracle(desk, f"{stage}-labels", course, seed)
-        online = self.rounds * self.options.round_steps
         pairs = list(course.pairs)
         state = match.play(stage, match.begin(), pairs, steps=steps - online)
         for number in range(1, self.rounds + 1):

@@ -101,8 +101,17 @@ def run_system(
                 params = train_and_judge(
                     desk, course, judge, label, method, config.updates, config.seed
                 )
+            export = folder.path / "student"
+            if params is None and not (export / "config.json").exists():
+                # Stopped after it was judged: its last checkpoint is read.
+                params = method.train(
+                    desk,
+                    stage_of(label),
+                    course,
+                    steps=config.updates,
+                    seed=config.seed,
+                )
             if params is not None:
-                export = folder.path / "student"
                 save_model(
                     export,
                     lab.student.config,

@@ -42,6 +42,7 @@ class Trainer:
             objective,
             student_optimizer=self.optimizer,
             accumulation=options.accumulation,
+            max_traces=lab.widths,
         )
 
     def batches(self, records: Sequence[Record], seed: int):

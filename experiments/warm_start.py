@@ -27,7 +27,12 @@ def warm_start(
     *,
     seed: int,
 ) -> Params:
-    """The student after distillation; every later policy starts from it."""
+    """The student after distillation; every later policy starts from it.
+
+    Without steps it is the student as it was given.
+    """
+    if not config.steps:
+        return lab.student_params
     optimizer = make_optimizer(
         OptimConfig(
             learning_rate=config.learning_rate,
@@ -52,7 +57,9 @@ def warm_start(
         "2 warm start",
         desk.run.stage("2-warm-start").path,
         state,
-        make_update(make_kd(lab.student), student_optimizer=optimizer),
+        make_update(
+            make_kd(lab.student), student_optimizer=optimizer, max_traces=lab.widths
+        ),
         make_batches(
             demonstrations,
             lab.tokenizer,

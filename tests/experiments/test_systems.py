@@ -18,7 +18,9 @@ from experiments.course import load_prompts, take_course
 from experiments.game import Game
 from experiments.lab import open_lab
 from experiments.reward_models import RewardModels
+from experiments.settings import SettingsError, WarmStartConfig
 from experiments.stages import Desk
+from experiments.warm_start import warm_start
 from rkd_jax.training.metrics import read_metrics
 from rkd_jax.training.progress import Progress
 from rkd_jax.training.run import RunFolder
@@ -170,3 +172,15 @@ def test_reward_players_may_train_their_trunk(quick_compiler, tmp_path):
     oracle = models.oracle(params)
     on_text = oracle.rewards([p.prompt for p in pairs], [p.chosen for p in pairs])
     np.testing.assert_allclose(on_text, on_rows, rtol=2e-5, atol=1e-6)
+
+
+def test_a_warm_start_without_steps_is_the_student_as_given(lab):
+    config = WarmStartConfig(steps=0)
+    assert warm_start(lab, None, config, (), seed=0) is lab.student_params
+
+
+def test_rounds_that_leave_no_offline_step_are_refused(lab):
+    config = pbkd.tiny()
+    online = pbkd.family(lab, config.game, config.reward, rounds=2)["PbKD online"]
+    with pytest.raises(SettingsError, match="--updates"):
+        online.train(None, "4-x", None, steps=2, seed=0)

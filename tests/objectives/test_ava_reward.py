@@ -37,6 +37,7 @@ from tests.tabular.bed import (
     STUDENT,
     TabularLM,
     log_softmax,
+    single,
     tabular_rewards,
 )
 from tests.tabular.posterior import tabular_action_values, tabular_posterior
@@ -192,7 +193,6 @@ def test_dense_reward_reads_the_state_it_was_trained_on():
 # Training
 
 
-@pytest.mark.float32
 def test_direct_alignment_moves_policy_and_reward_towards_the_preferences():
     """Through the library's update, from a policy that prefers the other response."""
     model, head = TabularLM(), GaussianHead()
@@ -204,7 +204,7 @@ def test_direct_alignment_moves_policy_and_reward_towards_the_preferences():
     state = init_state(start, student_optimizer=optimizer, rng=jax.random.key(1))
     objective = make_ava_p(model, head.apply, reject_floor=-4.0)
     update = make_update(objective, student_optimizer=optimizer)
-    batch = preferences(np.ones(3))
+    batch = single(preferences(np.ones(3)))
     for _ in range(150):
         state, metrics = update(state, None, batch, None)
     logits = np.asarray(state.student.params["policy"]["logits"], np.float64)

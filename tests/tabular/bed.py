@@ -277,3 +277,10 @@ def bed_sequences(numbers, indices, width: int = 2) -> Sequences:
     mask[..., width:] = BED_E.mask[indices]
     arrays = (jnp.asarray(x) for x in (tokens, mask, BED_E.mask[indices]))
     return Sequences(*arrays)
+
+
+def single(tree):
+    """Float32 where float64, as in training."""
+    return jax.tree.map(
+        lambda x: x.astype(jnp.float32) if x.dtype == jnp.float64 else x, tree
+    )
