@@ -139,7 +139,7 @@ def _data_sets(run: RunFolder, pairs: PairsConfig):
         yield name, PreferenceRecord, run.path / name / "pairs.jsonl"
 
 
-def library_versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
     """Versions of what the numbers depend on."""
     return {name: value or "unknown" for name, value in versions().items()}
 

@@ -125,7 +125,6 @@ class Pbkd:
 def config() -> PbkdExperiment:
     """An 8B teacher and a 1B student on instructions, three rounds."""
     game = GameConfig(
-        offline_steps=200,
         round_steps=100,
         pairs_per_step=128,
         accumulation=16,
@@ -165,7 +164,6 @@ def tiny() -> PbkdExperiment:
         **toy,
         out="runs/pbkd-tiny",
         game=GameConfig(
-            offline_steps=2,
             round_steps=1,
             pairs_per_step=8,
             accumulation=1,

@@ -178,7 +178,7 @@ def conclude(config, desk, lab, judge: Judge, data, started: float) -> Report:
         ),
         data=ledger.data_sources(lab, desk.run, config.pairs, data),
         settings=dataclasses.asdict(config),
-        versions=ledger.library_versions(),
+        versions=ledger.package_versions(),
         assets=ledger.asset_hashes(config.models),
         timings={
             **desk.progress.timings,

@@ -125,6 +125,7 @@ class GameConfig:
     """Stages 4 and 5: the min-max game. Names and defaults as `make_pbkd`."""
 
     offline_steps: int = 8
+    """Of quickstart; elsewhere the updates that the rounds leave."""
     round_steps: int = 3
     pairs_per_step: int = 128
     critic_steps: int = 5

@@ -20,7 +20,7 @@ from experiments.judging import Judge, open_judge
 from experiments.lab import Lab, open_lab
 from experiments.settings import EvaluationConfig, ExperimentConfig, FitConfig, toy
 from experiments.stages import Desk
-from rkd_jax.evaluation.content import Difference, Report, Series, Verdict
+from rkd_jax.evaluation.content import DataSource, Difference, Report, Series, Verdict
 from rkd_jax.evaluation.report import summary_table, write_report
 from rkd_jax.interop import save_model
 from rkd_jax.training.progress import Progress
@@ -119,7 +119,7 @@ def run_system(
                     tokenizer=lab.tokenizer,
                     overwrite=True,
                 )
-            report = report_of(config, name, title, lab, desk, judge, table, data)
+            report = report_of(config, name, title, desk, judge, table, data)
             total = {"total": time.monotonic() - started}
             report = dataclasses.replace(report, timings=progress.timings | total)
             page = write_report(final.path, report)
@@ -155,11 +155,10 @@ def report_of(
     config: SystemConfig,
     name: str,
     title: str,
-    lab: Lab,
     desk: Desk,
     judge: Judge,
     methods: Mapping[str, Method],
-    data: Sequence,
+    data: Sequence[DataSource],
 ) -> Report:
     """The report of one run of one system."""
     *parents, system = methods
@@ -167,30 +166,43 @@ def report_of(
     compared = judging.differences(judge.judged, pairs)
     return Report(
         title=title,
-        created=datetime.now().strftime("%Y-%m-%d %H:%M"),
         command=f"python -m experiments.{name} --out {config.out}",
         summary=[_finding(difference) for difference in compared],
         policies=judge.policies,
         differences=compared,
-        games={
+        **evidence(config, desk, judge, methods, data),
+    )
+
+
+def evidence(
+    config: ExperimentConfig,
+    desk: Desk,
+    judge: Judge,
+    methods: Mapping[str, Method],
+    data: Sequence[DataSource],
+) -> dict[str, Any]:
+    """What a report of methods shows beside its tables: curves, samples, origins."""
+    return {
+        "created": datetime.now().strftime("%Y-%m-%d %H:%M"),
+        "games": {
             label: ledger.game_curves(
                 desk.run, method.epsilon, ledger.parts(desk.run, stage_of(label))
             )
             for label, method in methods.items()
             if isinstance(method, Game)
         },
-        losses={
+        "losses": {
             f"{label}: {method.metric}": curve(desk, label, method.metric)
             for label, method in methods.items()
         },
-        samples=judging.side_by_side(
+        "samples": judging.side_by_side(
             judge.judged, judge.prompts, config.evaluation.samples_shown
         ),
-        data=data,
-        settings=dataclasses.asdict(config),
-        versions=ledger.library_versions(),
-        assets=ledger.asset_hashes(config.models),
-    )
+        "data": data,
+        "settings": dataclasses.asdict(config),
+        "versions": ledger.package_versions(),
+        "assets": ledger.asset_hashes(config.models),
+    }
 
 
 def curve(desk: Desk, label: str, metric: str) -> Series:
