@@ -86,6 +86,7 @@ class _Ava:
             irl_weight=options.irl_weight,
             gamma=options.gamma,
             normalise=options.normalise,
+            temperature=lab.policy.temperature,
             **self.reading,
             **own,
         )

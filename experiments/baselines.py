@@ -28,7 +28,9 @@ class Sft:
     metric = "student/nll"
 
     def __init__(self, lab: Lab, fit: FitConfig):
-        self.trainer = Trainer(lab, make_sft(lab.student), fit)
+        self.trainer = Trainer(
+            lab, make_sft(lab.student, temperature=lab.policy.temperature), fit
+        )
 
     def train(self, desk: Desk, stage: str, course: Course, *, steps, seed) -> Params:
         """On the better response of every pair."""
@@ -47,7 +49,9 @@ class SeqKd:
     metric = "student/nll"
 
     def __init__(self, lab: Lab, fit: FitConfig):
-        self.trainer = Trainer(lab, make_seqkd(lab.student), fit)
+        self.trainer = Trainer(
+            lab, make_seqkd(lab.student, temperature=lab.policy.temperature), fit
+        )
 
     def train(self, desk: Desk, stage: str, course: Course, *, steps, seed) -> Params:
         """On the teacher's answers."""
@@ -63,7 +67,9 @@ class Kd:
 
     def __init__(self, lab: Lab, fit: FitConfig):
         self.lab = lab
-        self.trainer = Trainer(lab, make_kd(lab.student), fit)
+        self.trainer = Trainer(
+            lab, make_kd(lab.student, temperature=lab.policy.temperature), fit
+        )
 
     def train(self, desk: Desk, stage: str, course: Course, *, steps, seed) -> Params:
         """On the teacher's answers, under its own prompts."""
@@ -71,7 +77,7 @@ class Kd:
 
         def prepare(state, batch):
             del state
-            scores = lab.teacher_log_probs(lab.teacher_params, batch.teacher_sequences)
+            scores = lab.teacher_policy(lab.teacher_params, batch.teacher_sequences)
             return batch, TeacherSignal(scores)
 
         return self.trainer.train(

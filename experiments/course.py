@@ -8,7 +8,8 @@ one, and made otherwise.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import TypeVar
 
 import jax
 
@@ -16,7 +17,13 @@ from experiments import ledger
 from experiments.lab import Lab
 from experiments.sentiment_task import make_prompts
 from experiments.settings import ExperimentConfig, SettingsError, TaskConfig
-from experiments.stages import Desk, collect_pairs, student_corpus, teacher_corpus
+from experiments.stages import (
+    Desk,
+    as_key,
+    collect_pairs,
+    student_corpus,
+    teacher_corpus,
+)
 from experiments.warm_start import warm_start
 from rkd_jax.data.records import DemonstrationRecord, PreferenceRecord, PromptRecord
 from rkd_jax.data.sources import read_jsonl
@@ -24,6 +31,7 @@ from rkd_jax.evaluation.content import DataSource
 from rkd_jax.signals.oracles import Oracle
 from rkd_jax.types import Params
 
+Record = TypeVar("Record", DemonstrationRecord, PreferenceRecord)
 HELD_OUT_SHARE = 10  # one in ten pairs of a file is held out
 
 
@@ -37,7 +45,7 @@ class Course:
     demonstrations: Sequence[DemonstrationRecord]  # answers of the teacher
     lesson: Sequence[DemonstrationRecord]  # what the warm start was trained on
     pairs: Sequence[PreferenceRecord]  # of the start and the teacher, labelled
-    held_out_pairs: Sequence[PreferenceRecord]
+    held_out_pairs: Sequence[PreferenceRecord]  # of prompts that nothing above has
     fresh: Sequence[Sequence[DemonstrationRecord]]  # prompts of each online round
 
     def more_pairs(
@@ -103,12 +111,21 @@ def take_course(
         demonstrations = teacher_corpus(
             lab, desk, "1-teacher", prompts, batch_size=size, rng=keys[0]
         )
-    lesson = demonstrations
+    plain = demonstrations
     if not config.warm_start.steered:
-        plain = [PromptRecord(p.prompt) for p in prompts[: config.warm_start.prompts]]
-        lesson = teacher_corpus(
-            lab, desk, "1-teacher-plain", plain, batch_size=size, rng=keys[1]
+        asked = [PromptRecord(p.prompt) for p in prompts[: config.warm_start.prompts]]
+        plain = teacher_corpus(
+            lab, desk, "1-teacher-plain", asked, batch_size=size, rng=keys[1]
         )
+    offline, fresh, unseen = divide(demonstrations, config)
+    if config.task.pairs_file:
+        pairs = read_jsonl(config.task.pairs_file, PreferenceRecord)[0]
+        pairs, held_out = hold_out(pairs)
+        unseen = held_out
+    aside = {as_key(record) for record in unseen}
+    lesson, taught, offline, *fresh = (
+        without(some, aside) for some in (plain, demonstrations, offline, *fresh)
+    )
     start = warm_start(lab, desk, config.warm_start, lesson, seed=seed)
 
     def pairs_of(name: str, records, key):
@@ -118,19 +135,14 @@ def take_course(
             name,
             start,
             records,
-            lesson,
+            plain,
             oracle=lab.oracle,
             ties=config.pairs.ties,
             batch_size=config.policy.rollout_prompts,
             rng=key,
         )
 
-    offline, fresh, unseen = divide(demonstrations, config)
-    if config.task.pairs_file:
-        pairs = read_jsonl(config.task.pairs_file, PreferenceRecord)[0]
-        cut = max(len(pairs) // HELD_OUT_SHARE, 1)
-        pairs, held_out = pairs[:-cut], pairs[-cut:]
-    else:
+    if not config.task.pairs_file:
         pairs = pairs_of("3-pairs", offline, keys[2])
         held_out = pairs_of("3-pairs-held-out", unseen, keys[5])
     if not pairs or not held_out:
@@ -139,9 +151,21 @@ def take_course(
             "--pairs.offline-prompts and --pairs.held-out-prompts, or choose an oracle "
             "that tells the candidates apart"
         )
-    return Course(
-        config, keys[3], start, demonstrations, lesson, pairs, held_out, fresh
-    )
+    return Course(config, keys[3], start, taught, lesson, pairs, held_out, fresh)
+
+
+def hold_out(
+    pairs: Sequence[PreferenceRecord],
+) -> tuple[list[PreferenceRecord], list[PreferenceRecord]]:
+    """The last tenth of the pairs, with all others of the same prompts, set aside."""
+    cut = max(len(pairs) // HELD_OUT_SHARE, 1)
+    aside = {as_key(pair) for pair in pairs[-cut:]}
+    return without(pairs, aside), [pair for pair in pairs if as_key(pair) in aside]
+
+
+def without(records: Sequence[Record], aside: Collection[str]) -> list[Record]:
+    """The records of other prompts than these."""
+    return [record for record in records if as_key(record) not in aside]
 
 
 def divide(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Literal
 
 import jax
 import numpy as np
@@ -21,8 +22,8 @@ from experiments.edpo import EdpoConfig, RewardDistillation
 from experiments.game import TextBook
 from experiments.lab import Lab
 from experiments.reward_models import (
+    OracleRewards,
     RewardSource,
-    oracle_rewards,
     scaled,
     with_rewards,
 )
@@ -51,7 +52,7 @@ class DrdoConfig:
     fit: FitConfig = FitConfig()
     alpha: float = 0.1
     gamma: float = 2.0
-    rewards: RewardSource = "model"
+    rewards: Literal["model", "oracle"] = "model"
     """`model`: a reward model that keeps its language-model head, trained first on the
     same pairs; `oracle`: what the oracle said when it labelled them."""
     oracle_alpha: float = 0.01
@@ -62,76 +63,81 @@ class DrdoConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DrdoExperiment(SystemConfig):
-    """DRDO beside d-DPO on what the oracle said of the pairs."""
+    """DRDO beside d-DPO on the same rewards."""
 
     out: str = "runs/drdo"
     """Output folder; the same command again resumes."""
     drdo: DrdoConfig = DrdoConfig()
 
 
-class Drdo:
-    """Oracle, cached rewards, student with a reward head."""
+class DrdoOracle:
+    """A reward model that keeps its language-model head, fitted to the pairs once.
 
-    metric = "student/distillation"
+    Whoever reads it on a course reads the same rewards: its folder is ``3-oracle``.
+    """
+
+    members = 1
 
     def __init__(self, lab: Lab, options: DrdoConfig):
-        self.lab, self.options = lab, options
-        self.reward_model = RewardModel(lab.student, ScalarHead())
-        objective = make_drdo_oracle(self.reward_model, alpha=options.oracle_alpha)
+        self.lab, self.steps = lab, options.oracle_steps
+        self.model = RewardModel(lab.student, ScalarHead())
         fit = dataclasses.replace(
             options.fit, learning_rate=options.oracle_learning_rate
         )
-        self.oracle = Trainer(lab, objective, fit)
-        self.head = ScalarHead()
-        self.trainer = Trainer(
-            lab,
-            make_drdo(
-                lab.student,
-                self.head,
-                alpha=options.alpha,
-                gamma=options.gamma,
-                temperature=lab.policy.temperature,
-            ),
-            options.fit,
-        )
+        objective = make_drdo_oracle(self.model, alpha=options.oracle_alpha)
+        self.trainer = Trainer(lab, objective, fit)
         self._score = jax.jit(
-            lambda params, rows: self.reward_model.sequence_rewards(params, rows).sum(
-                -1
-            )
+            lambda params, rows: self.model.sequence_rewards(params, rows).sum(-1)
         )
 
-    def train(self, desk: Desk, stage: str, course: Course, *, steps, seed) -> Params:
-        """The rewards are scaled to differences of root mean square 1."""
-        rewards = oracle_rewards(course.pairs)
-        if self.options.rewards == "model":
-            rewards = self._oracle_rewards(desk, f"{stage}-oracle", course, seed)
-        rng = jax.random.key(seed)
-        width = self.lab.student.config.hidden_size
-        start = {
-            "policy": course.start,
-            "reward_head": self.head.init(rng, width),
-        }
-        pairs = with_rewards(course.pairs, scaled(rewards)[:, :, 0])
-        params = self.trainer.train(desk, stage, start, pairs, steps=steps, seed=seed)
-        return params["policy"]
-
-    def _oracle_rewards(self, desk, stage, course: Course, seed: int) -> np.ndarray:
-        lab = self.lab
+    def of_pairs(
+        self, desk: Desk, stage: str, course: Course, *, seed: int
+    ) -> np.ndarray:
+        """``float32[n, 2, 1]``; the trunk starts as the student does."""
+        del stage
+        lab, pairs = self.lab, course.pairs
         width = lab.student.config.hidden_size
         start = {
             "trunk": course.start,
-            "head": self.reward_model.head.init(jax.random.key(seed), width),
+            "head": self.model.head.init(jax.random.key(seed), width),
         }
-        steps = self.options.oracle_steps
-        params = self.oracle.train(
-            desk, stage, start, course.pairs, steps=steps, seed=seed
+        params = self.trainer.train(
+            desk, "3-oracle", start, pairs, steps=self.steps, seed=seed
         )
         rows = [
-            tokenize_record(r, lab.tokenizer, lab.rows, i)
-            for i, r in enumerate(course.pairs)
+            tokenize_record(r, lab.tokenizer, lab.rows, i) for i, r in enumerate(pairs)
         ]
         book = TextBook(lambda rows: self._score(params, rows))
         return book.look_up(collate(rows, lab.rows).sequences)[:, :, None]
+
+
+class Drdo:
+    """Cached rewards of an oracle, and a student with a reward head."""
+
+    metric = "student/distillation"
+
+    def __init__(self, lab: Lab, options: DrdoConfig, source: RewardSource):
+        self.lab, self.source, self.head = lab, source, ScalarHead()
+        objective = make_drdo(
+            lab.student,
+            self.head,
+            alpha=options.alpha,
+            gamma=options.gamma,
+            temperature=lab.policy.temperature,
+        )
+        self.trainer = Trainer(lab, objective, options.fit)
+
+    def train(self, desk: Desk, stage: str, course: Course, *, steps, seed) -> Params:
+        """The rewards are scaled to differences of root mean square 1."""
+        rewards = scaled(self.source.of_pairs(desk, stage, course, seed=seed))
+        width = self.lab.student.config.hidden_size
+        start = {
+            "policy": course.start,
+            "reward_head": self.head.init(jax.random.key(seed), width),
+        }
+        pairs = with_rewards(course.pairs, rewards[:, :, 0])
+        params = self.trainer.train(desk, stage, start, pairs, steps=steps, seed=seed)
+        return params["policy"]
 
 
 def config() -> DrdoExperiment:
@@ -167,17 +173,24 @@ def tiny() -> DrdoExperiment:
     )
 
 
+def family(lab: Lab, options: DrdoConfig, beta: float = 0.1) -> dict:
+    """d-DPO on the rewards that DRDO reads, and DRDO."""
+    asked = options.rewards == "oracle"
+    source = OracleRewards() if asked else DrdoOracle(lab, options)
+    rival = EdpoConfig(fit=options.fit, beta=beta, kappa=0.0)
+    return {
+        "d-DPO, same oracle": RewardDistillation(lab, rival, source),
+        "DRDO": Drdo(lab, options, source),
+    }
+
+
 def run(config: DrdoExperiment) -> Path:
-    """d-DPO on the oracle's rewards, then DRDO, from the same start."""
-    rival = EdpoConfig(fit=config.drdo.fit, kappa=0.0, members=1, rewards="oracle")
+    """d-DPO, then DRDO, from the same start and on the same rewards."""
     return run_system(
         config,
         "drdo",
         "DRDO: rewards distilled and preferences learnt at once",
-        lambda lab: {
-            "d-DPO": RewardDistillation(lab, rival, config.reward),
-            "DRDO": Drdo(lab, config.drdo),
-        },
+        lambda lab: family(lab, config.drdo),
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Literal
 
 from experiments.baselines import Dpo, DpoConfig
 from experiments.command import run_command
@@ -17,9 +18,9 @@ from experiments.course import Course
 from experiments.judging import pair_log_probs
 from experiments.lab import Lab
 from experiments.reward_models import (
+    OracleRewards,
     RewardModels,
     RewardSource,
-    oracle_rewards,
     scaled,
 )
 from experiments.settings import (
@@ -44,14 +45,16 @@ from rkd_jax.types import AnchoredPairs, EnsembleSignal, Params, ReferenceSignal
 class EdpoConfig:
     """Distillation from an ensemble with a penalty; see `make_edpo`."""
 
-    fit: FitConfig = FitConfig()
+    fit: FitConfig = FitConfig(accumulation=1)
+    """With several reward models the pessimism is over each micro-batch."""
     beta: float = 0.1
     kappa: float = 0.1
     """Times beta, the weight of the forward KL from the start."""
     members: int = 3
-    """Reward models; one is dp-DPO, or d-DPO without penalty."""
-    rewards: RewardSource = "model"
-    """`model`: heads fitted to the pairs; `oracle`: what the oracle said of them."""
+    """Reward models of e-DPO; the others distil one."""
+    rewards: Literal["model", "oracle"] = "model"
+    """`model`: heads fitted to the pairs; `oracle`: what the oracle said of them, which
+    is one reward."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,38 +67,30 @@ class EdpoExperiment(SystemConfig):
 
 
 class RewardDistillation:
-    """d-DPO, dp-DPO or e-DPO: by the number of reward models and the penalty.
+    """d-DPO, dp-DPO or e-DPO: by the number of rewards and the penalty.
 
-    Raises:
-        SettingsError: several reward models of one oracle.
+    Args:
+        lab: the equipment.
+        options: see `EdpoConfig`.
+        source: where the rewards of the pairs come from, one or several.
     """
 
     metric = "student/distillation"
 
-    def __init__(self, lab: Lab, options: EdpoConfig, reward: RewardConfig):
-        self.lab, self.options = lab, options
-        if options.rewards == "oracle" and options.members > 1:
-            raise SettingsError(
-                f"--edpo.rewards oracle is one reward, not {options.members}; set "
-                "--edpo.members 1"
-            )
+    def __init__(self, lab: Lab, options: EdpoConfig, source: RewardSource):
+        self.lab, self.options, self.source = lab, options, source
         shared = {"beta": options.beta, "temperature": lab.policy.temperature}
-        if options.members > 1:
+        if source.members > 1:
             objective = make_edpo(lab.student, kappa=options.kappa, **shared)
         elif options.kappa:
             objective = make_dpdpo(lab.student, kappa=options.kappa, **shared)
         else:
             objective = make_ddpo(lab.student, **shared)
         self.trainer = Trainer(lab, objective, options.fit)
-        self.models = RewardModels(lab, reward, options.members)
 
     def train(self, desk: Desk, stage: str, course: Course, *, steps, seed) -> Params:
         """Rewards are scaled to differences of root mean square 1, each model's own."""
-        rewards = oracle_rewards(course.pairs)
-        if self.options.rewards == "model":
-            heads = self.models.train(desk, f"{stage}-rewards", course, seed=seed)
-            rewards = self.models.rewards(heads, course.pairs)
-        rewards = scaled(rewards)
+        rewards = scaled(self.source.of_pairs(desk, stage, course, seed=seed))
         reference = pair_log_probs(self.lab, course.start, course.pairs)
 
         def signal(index):
@@ -215,14 +210,27 @@ def tiny() -> EdpoExperiment:
 
 
 def family(lab: Lab, options: EdpoConfig, reward: RewardConfig) -> dict:
-    """d-DPO, p-DPO, dp-DPO and e-DPO of the same options."""
-    one = dataclasses.replace(options, members=1)
-    unpenalised = dataclasses.replace(one, kappa=0.0)
+    """d-DPO, p-DPO, dp-DPO and e-DPO of the same options.
+
+    Raises:
+        SettingsError: several reward models of one oracle.
+    """
+    if options.rewards == "oracle":
+        if options.members > 1:
+            raise SettingsError(
+                f"--edpo.rewards oracle is one reward, not {options.members}; set "
+                "--edpo.members 1"
+            )
+        one = several = OracleRewards()
+    else:
+        one = RewardModels(lab, reward, 1)
+        several = RewardModels(lab, reward, options.members)
+    unpenalised = dataclasses.replace(options, kappa=0.0)
     return {
-        "d-DPO": RewardDistillation(lab, unpenalised, reward),
+        "d-DPO": RewardDistillation(lab, unpenalised, one),
         "p-DPO": Pdpo(lab, options),
-        "dp-DPO": RewardDistillation(lab, one, reward),
-        "e-DPO": RewardDistillation(lab, options, reward),
+        "dp-DPO": RewardDistillation(lab, options, one),
+        "e-DPO": RewardDistillation(lab, options, several),
     }
 
 

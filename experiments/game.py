@@ -17,7 +17,7 @@ import numpy as np
 from experiments.course import Course
 from experiments.lab import Lab
 from experiments.settings import GameConfig, RewardConfig, SettingsError
-from experiments.stages import Desk, train
+from experiments.stages import Desk, train, training_key
 from experiments.trainer import constant_rate
 from rkd_jax.data.collate import collate
 from rkd_jax.data.pipeline import ZippedBatches, make_batches
@@ -186,7 +186,7 @@ class Match:
         self._untrained_anchor = init_state(
             game.lab.new_reward(jax.random.key(seed)),
             student_optimizer=game.anchor_optimizer,
-            rng=jax.random.key(seed),
+            rng=training_key(seed),
         )
 
     def begin(self) -> TrainState:
@@ -197,7 +197,7 @@ class Match:
             critic_params=self.lab.new_reward(jax.random.key(self.seed)),
             critic_optimizer=self.game.critic_optimizer,
             dual=self.game.config.dual,
-            rng=jax.random.key(self.seed),
+            rng=training_key(self.seed),
         )
 
     def play(

@@ -14,7 +14,7 @@ from experiments.course import Course
 from experiments.game import TextBook
 from experiments.lab import Lab, Sampler
 from experiments.settings import EvaluationConfig
-from experiments.stages import Desk, write_responses
+from experiments.stages import Desk, as_key, write_responses
 from rkd_jax.data.collate import collate
 from rkd_jax.data.records import PreferenceRecord, Prompt, PromptRecord
 from rkd_jax.data.tokenize import tokenize_record
@@ -186,11 +186,20 @@ class Judge:
         }
 
     def _ranking(self, params: Params) -> Interval:
-        """Share of held-out pairs whose chosen response gained more on the start."""
+        """Share of held-out pairs whose chosen response gained more on the start.
+
+        Pairs of one prompt share responses, so the prompt is the unit; ties are left
+        out.
+        """
         now = pair_log_probs(self.lab, params, self._pairs)
         then = pair_log_probs(self.lab, self._start, self._pairs)
-        margin = np.diff(now - then, axis=-1)[:, 0]
-        return mean_interval(0.5 * (1.0 - np.sign(margin)))
+        gain = np.diff(now - then, axis=-1)[:, 0]  # of the rejected over the chosen
+        hits = dict[str, list[float]]()
+        for pair, excess in zip(self._pairs, gain, strict=True):
+            if pair.label != 0.5:
+                hit = 0.5 * (1.0 - float(np.sign(excess)))
+                hits.setdefault(as_key(pair), []).append(hit)
+        return mean_interval([np.mean(of_prompt) for of_prompt in hits.values()])
 
     def _first(self, tree):
         return jax.tree.map(lambda x: x[: self.options.likelihood_prompts], tree)

@@ -18,7 +18,7 @@ from experiments.course import Course
 from experiments.game import TextBook
 from experiments.lab import Lab
 from experiments.settings import FitConfig, SettingsError
-from experiments.stages import Desk, train
+from experiments.stages import Desk, train, training_key
 from experiments.trainer import Trainer, constant_rate
 from rkd_jax.data.collate import collate
 from rkd_jax.data.pipeline import ZippedBatches, make_batches
@@ -112,7 +112,7 @@ class _MomentGame:
             critic_params=critic,
             critic_optimizer=self.critic_optimizer,
             dual=dual,
-            rng=jax.random.key(seed),
+            rng=training_key(seed),
         )
 
     def _demonstrations(self, course: Course, seed: int):

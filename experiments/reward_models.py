@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,31 @@ from rkd_jax.signals.resampling import bootstrap_weights
 from rkd_jax.signals.reward_oracle import RewardModelOracle
 from rkd_jax.types import Pair, Params, PreferenceSignal
 
-RewardSource = Literal["model", "oracle"]
+
+class RewardSource(Protocol):
+    """Who says what the two responses of every pair are worth."""
+
+    members: int  # K rewards of each
+
+    def of_pairs(
+        self, desk: Desk, stage: str, course: Course, *, seed: int
+    ) -> np.ndarray:
+        """``float32[n, 2, K]`` of the course's pairs; trained first where need be."""
+        ...
+
+
+class OracleRewards:
+    """What the oracle said when it labelled the pairs."""
+
+    members = 1
+
+    def of_pairs(
+        self, desk: Desk, stage: str, course: Course, *, seed: int
+    ) -> np.ndarray:
+        """As the records carry it."""
+        del desk, stage, seed
+        found = [(pair.chosen_reward, pair.rejected_reward) for pair in course.pairs]
+        return np.array(found, np.float32)[:, :, None]
 
 
 class RewardModels:
@@ -64,6 +88,13 @@ class RewardModels:
             prepare=prepare,
         )
 
+    def of_pairs(
+        self, desk: Desk, stage: str, course: Course, *, seed: int
+    ) -> np.ndarray:
+        """Fitted to the course's pairs in ``{stage}-rewards``."""
+        params = self.train(desk, f"{stage}-rewards", course, seed=seed)
+        return self.rewards(params, course.pairs)
+
     def rewards(self, params: Params, pairs: Sequence[PreferenceRecord]) -> np.ndarray:
         """Return of both responses of every pair, ``float32[n, 2, K]``."""
         table = tabulate(self.lab, TextBook(self.lab.features), pairs)
@@ -96,12 +127,6 @@ def scaled(rewards: np.ndarray) -> np.ndarray:
     chosen, rejected = rewards[:, 0].T, rewards[:, 1].T
     scale = reward_scale(Pair(chosen, rejected), how="rms_pair")
     return (rewards / scale).astype(np.float32)
-
-
-def oracle_rewards(pairs: Sequence[PreferenceRecord]) -> np.ndarray:
-    """What the oracle said when it labelled the pairs, ``float32[n, 2, 1]``."""
-    found = [(pair.chosen_reward, pair.rejected_reward) for pair in pairs]
-    return np.array(found, np.float32)[:, :, None]
 
 
 def with_rewards(

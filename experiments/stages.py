@@ -36,6 +36,8 @@ from rkd_jax.training.run import RunFolder, write_json
 from rkd_jax.training.state import TrainState
 from rkd_jax.types import Params, Prompts
 
+TRAINING = 1000  # beyond every number that a course or a judge folds into its key
+
 
 @dataclasses.dataclass(frozen=True)
 class Desk:
@@ -44,6 +46,11 @@ class Desk:
     run: RunFolder
     progress: Progress
     checkpoint_every: int
+
+
+def training_key(seed: int) -> jax.Array:
+    """Root of what a training draws; stages that sample text have other keys."""
+    return jax.random.fold_in(jax.random.key(seed), TRAINING)
 
 
 def write_responses(
@@ -202,7 +209,7 @@ def collect_pairs(
     return read_jsonl(path, PreferenceRecord)[0]
 
 
-def as_key(record: DemonstrationRecord) -> str:
+def as_key(record: DemonstrationRecord | PreferenceRecord) -> str:
     """The student's prompt as a dictionary key."""
     return json.dumps(record.prompt, sort_keys=True)
 

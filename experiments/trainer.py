@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
-import jax
 import optax
 
 from experiments.lab import Lab
 from experiments.settings import FitConfig, SettingsError
-from experiments.stages import Desk, train
+from experiments.stages import Desk, train, training_key
 from rkd_jax.data.pipeline import make_batches
 from rkd_jax.data.records import DemonstrationRecord, PreferenceRecord
 from rkd_jax.training.optim import OptimConfig, make_optimizer
@@ -89,7 +88,7 @@ class Trainer:
             batches: in place of those of ``records``.
         """
         state = init_state(
-            start, student_optimizer=self.optimizer, rng=jax.random.key(seed)
+            start, student_optimizer=self.optimizer, rng=training_key(seed)
         )
         config = {
             "objective": self.objective.name,

@@ -75,6 +75,7 @@ class Tvkd:
             gamma=options.gamma,
             power=options.power,
             terminal=options.terminal,
+            temperature=lab.policy.temperature,
         )
         objective = make_tvkd(
             lab.student,

@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-import jax
-
 from experiments.lab import Lab
 from experiments.settings import WarmStartConfig
-from experiments.stages import Desk, train
+from experiments.stages import Desk, train, training_key
 from rkd_jax.data.pipeline import make_batches
 from rkd_jax.data.records import DemonstrationRecord
 from rkd_jax.objectives.kd import make_kd
@@ -44,7 +42,7 @@ def warm_start(
         )
     )
     state = init_state(
-        lab.student_params, student_optimizer=optimizer, rng=jax.random.key(seed)
+        lab.student_params, student_optimizer=optimizer, rng=training_key(seed)
     )
 
     def prepare(state, batch):

@@ -75,6 +75,7 @@ def make_ava_d(
     normalise: Normalise = "mean",
     reward_input: RewardInput = "h_action",
     reward_weights: RewardWeights | None = None,
+    temperature: float = 1.0,
 ) -> Objective:
     """AVA from demonstrations, per response.
 
@@ -93,6 +94,8 @@ def make_ava_d(
             before it (``"state"``), which has not seen the token.
         reward_weights: weight of every token, e.g.
             `rkd_jax.models.attention_weights.response_attention`; None is 1 everywhere.
+        temperature: the policy is ``softmax(logits / temperature)``, and Q is of the
+            same logits; a ``q_head``'s values are not divided.
 
     Returns:
         `Objective` over a `DemonstrationBatch` without signal, normalised by the number
@@ -113,7 +116,15 @@ def make_ava_d(
     """
     check_domain("td_weight", td_weight, "[0, inf)")
     check_domain("irl_weight", irl_weight, "[0, inf)")
-    read = _reader(model, reward_head, q_head, q_source, reward_input, reward_weights)
+    read = _reader(
+        model,
+        reward_head,
+        q_head,
+        q_source,
+        reward_input,
+        reward_weights,
+        temperature,
+    )
     reduce = _reduction(normalise)
 
     def student_loss(params, critic, frozen, batch: DemonstrationBatch, signal, rng):
@@ -162,12 +173,14 @@ def make_ava_p(
     normalise: Normalise = "mean",
     reward_input: RewardInput = "h_action",
     reward_weights: RewardWeights | None = None,
+    temperature: float = 1.0,
 ) -> Objective:
     """AVA from preferences, per pair; soft labels mix the two orders.
 
     Args:
         model, reward_head, q_head, q_source, alpha, beta, gamma, td_weight, irl_weight,
-            drop_last, normalise, reward_input, reward_weights: see `make_ava_d`.
+            drop_last, normalise, reward_input, reward_weights, temperature: see
+            `make_ava_d`.
         cer_weight: at least 0, weight of the contrast, the sigmoid of the difference of
             the last tokens' mean rewards, once per pair.
         reject_term, reject_floor: see `rkd_jax.losses.ava_preference`.
@@ -192,7 +205,15 @@ def make_ava_p(
     check_domain("td_weight", td_weight, "[0, inf)")
     check_domain("irl_weight", irl_weight, "[0, inf)")
     check_domain("cer_weight", cer_weight, "[0, inf)")
-    read = _reader(model, reward_head, q_head, q_source, reward_input, reward_weights)
+    read = _reader(
+        model,
+        reward_head,
+        q_head,
+        q_source,
+        reward_input,
+        reward_weights,
+        temperature,
+    )
     reduce = _reduction(normalise)
 
     def student_loss(params, critic, frozen, batch: PreferenceBatch, signal, rng):
@@ -287,8 +308,10 @@ def _reader(
     q_source: QSource,
     reward_input: RewardInput,
     reward_weights: RewardWeights | None,
+    temperature: float,
 ) -> Callable[[Params, Sequences], _Seen]:
     """``(params, sequences) -> _Seen``."""
+    check_domain("temperature", temperature, "(0, inf)")
     check_choice("q_source", q_source, get_args(QSource))
     check_choice("reward_input", reward_input, get_args(RewardInput))
     if (q_source == "q_head") != (q_head is not None):
@@ -297,7 +320,7 @@ def _reader(
     def read(params: Params, sequences: Sequences) -> _Seen:
         states = response_states(model, params["policy"], sequences)
         if q_head is None:
-            outputs = model.unembed(params["policy"], states.before)
+            outputs = model.unembed(params["policy"], states.before) / temperature
         else:
             outputs = q_head(params["q_head"], states.before)
         hidden = states.after if reward_input == "h_action" else states.before

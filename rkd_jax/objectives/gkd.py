@@ -48,7 +48,7 @@ def make_gkd(
         `Objective` over an `ImitationBatch` or a `DemonstrationBatch` that requires
         ``log_probs`` on the imitated responses (`imitated_responses`). On a
         `DemonstrationBatch` it is `make_kd`. Unit: nats per token. Metrics
-        ``student/divergence`` and ``student/nll``, the latter at temperature 1.
+        ``student/divergence`` and ``student/nll``, both at the temperature.
 
     Gradient:
         Flows to the student's parameters only; responses and signal are data.
@@ -60,12 +60,7 @@ def make_gkd(
         Agarwal et al., GKD, 2306.13649. Deviation: normalised by target tokens; the
         coin is tossed per row (`mix_rows`).
     """
-    check_domain("temperature", temperature, "(0, inf)")
-
-    def at_temperature(student_logits, teacher_log_probs):
-        return divergence(student_logits / temperature, teacher_log_probs)
-
-    distillation = make_kd(model, divergence if temperature == 1.0 else at_temperature)
+    distillation = make_kd(model, divergence, temperature=temperature)
 
     def student_loss(params, critic, frozen, batch, signal, rng):
         return distillation.student_loss(

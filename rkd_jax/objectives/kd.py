@@ -13,6 +13,7 @@ from collections.abc import Callable
 import jax
 
 from rkd_jax.losses import forward_kl, token_log_probs
+from rkd_jax.losses.domain import check_domain
 from rkd_jax.masking import fill_masked, masked_sum
 from rkd_jax.models.api import CausalLM, response_logits
 from rkd_jax.types import (
@@ -26,7 +27,9 @@ from rkd_jax.types import (
 Divergence = Callable[[jax.Array, jax.Array], jax.Array]
 
 
-def make_kd(model: CausalLM, divergence: Divergence = forward_kl) -> Objective:
+def make_kd(
+    model: CausalLM, divergence: Divergence = forward_kl, *, temperature: float = 1.0
+) -> Objective:
     """Distillation from the teacher's full distribution, per target token.
 
     Args:
@@ -34,18 +37,25 @@ def make_kd(model: CausalLM, divergence: Divergence = forward_kl) -> Objective:
         divergence: ``(student_logits [.., V], teacher_logits [.., V]) -> [..]``, any of
             `rkd_jax.losses.divergences` over full distributions; bind options with
             `functools.partial`.
+        temperature: the policy is ``softmax(logits / temperature)``; the signal has to
+            be taken at the same temperature, and ``divergence`` not bring its own.
 
     Returns:
         `Objective` that requires `TeacherSignal.log_probs`. Unit: nats per token.
-        Metrics ``student/divergence`` and ``student/nll``.
+        Metrics ``student/divergence`` and ``student/nll``, both at the temperature.
 
     Gradient:
         Flows to the student's parameters only; the signal is data.
+
+    Raises:
+        ValueError: temperature out of range.
 
     References:
         Hinton, Vinyals and Dean, 2015 (word-level KD). Deviation: no factor
         temperature squared.
     """
+
+    check_domain("temperature", temperature, "(0, inf)")
 
     def student_loss(
         params, critic, frozen, batch: DemonstrationBatch, signal: TeacherSignal, rng
@@ -54,6 +64,7 @@ def make_kd(model: CausalLM, divergence: Divergence = forward_kl) -> Objective:
         sequences = batch.sequences
         mask = sequences.response_mask
         student = fill_masked(response_logits(model, params, sequences), mask)
+        student = student / temperature
         teacher = jax.lax.stop_gradient(fill_masked(signal.log_probs, mask))
         total = masked_sum(divergence(student, teacher), mask)
         nll = masked_sum(-token_log_probs(student, sequences.targets), mask)

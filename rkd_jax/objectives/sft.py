@@ -10,33 +10,43 @@ beams).
 from __future__ import annotations
 
 from rkd_jax.losses import token_log_probs
+from rkd_jax.losses.domain import check_domain
 from rkd_jax.masking import fill_masked, masked_sum
 from rkd_jax.models.api import CausalLM, response_logits
 from rkd_jax.types import DemonstrationBatch, LossOutput, Mean, Objective
 
 
-def make_sft(model: CausalLM) -> Objective:
+def make_sft(model: CausalLM, *, temperature: float = 1.0) -> Objective:
     """Maximum likelihood of the batch's responses, per target token.
 
     Args:
         model: the student. Its loss reads `DemonstrationBatch.sequences`, i.e. the
             student's prompt; the signal is not used.
+        temperature: the policy is ``softmax(logits / temperature)``; of a model that is
+            to be sampled at another temperature than 1.
 
     Returns:
-        `Objective` without a critic. Unit: nats per token. Metric ``student/nll``.
+        `Objective` without a critic. Unit: nats per token. Metric ``student/nll``, of
+        the policy at the temperature.
 
     Gradient:
         Flows to the student's parameters only.
 
+    Raises:
+        ValueError: temperature out of range.
+
     References:
         Catalogue baseline. Deviation: none.
     """
+
+    check_domain("temperature", temperature, "(0, inf)")
 
     def student_loss(params, critic, frozen, batch: DemonstrationBatch, signal, rng):
         del critic, frozen, signal, rng
         sequences = batch.sequences
         mask = sequences.response_mask
         logits = fill_masked(response_logits(model, params, sequences), mask)
+        logits = logits / temperature
         total = masked_sum(-token_log_probs(logits, sequences.targets), mask)
         weight = mask.sum().astype(total.dtype)
         return LossOutput(total, weight, {"student/nll": Mean(total, weight)})
@@ -44,11 +54,11 @@ def make_sft(model: CausalLM) -> Objective:
     return Objective("sft", student_loss)
 
 
-def make_seqkd(model: CausalLM) -> Objective:
+def make_seqkd(model: CausalLM, *, temperature: float = 1.0) -> Objective:
     """Sequence-level distillation: `make_sft` on responses the teacher wrote.
 
     Args:
-        model: the student.
+        model, temperature: see `make_sft`.
 
     Returns:
         `Objective`; the same numbers as `make_sft`, for a batch of teacher samples.
@@ -56,8 +66,11 @@ def make_seqkd(model: CausalLM) -> Objective:
     Gradient:
         As `make_sft`.
 
+    Raises:
+        ValueError: as `make_sft`.
+
     References:
         Kim and Rush, Sequence-Level Knowledge Distillation, 2016. Deviation: sampled
         text where the paper decodes with a beam.
     """
-    return Objective("seqkd", make_sft(model).student_loss)
+    return Objective("seqkd", make_sft(model, temperature=temperature).student_loss)
