@@ -79,6 +79,7 @@ def test_every_seed_system_and_baseline_is_in_the_table(table):
         "p-DPO",
         "dp-DPO",
         "e-DPO",
+        "d-DPO, same oracle",
         "DRDO",
     ]
     for method, parents in compare_seed_systems.PARENTS.items():

@@ -42,7 +42,7 @@ MEASURED = (
 # Beside parents, of which each experiment has at least one, the methods of the paper.
 SYSTEMS = {
     "ava": ["SFT", "DPO", "AVA-p reward, DPO", "AVA-d", "AVA-p"],
-    "drdo": ["d-DPO", "DRDO"],
+    "drdo": ["d-DPO, same oracle", "DRDO"],
     "edpo": ["DPO", "d-DPO", "p-DPO", "dp-DPO", "e-DPO"],
     "mm_pbkd": ["PbKD", "MMKD", "MM-PbKD"],
     "pbkd": ["DPO", "PbKD offline", "PbKD online"],
@@ -131,6 +131,15 @@ def test_tiny_trains_and_judges_every_method(name, lab, courses, tmp_path):
     assert fingerprints(frozen) == before
     ((course, start),) = courses
     assert fingerprints(course.start) == start
+
+    # Nobody has read a prompt on whose pairs the students are ranked.
+    read = (course.demonstrations, course.lesson, course.pairs, *course.fresh)
+    assert all(read)
+    prompts = {record.prompt for records in read for record in records}
+    assert prompts.isdisjoint(pair.prompt for pair in course.held_out_pairs)
+    if name == "drdo":  # one oracle for both, trained once
+        entries = read_metrics(tmp_path / "run/3-oracle")
+        assert len(list(entries)) == config.drdo.oracle_steps
 
 
 def test_reward_players_may_train_their_trunk(quick_compiler, tmp_path):

@@ -191,6 +191,17 @@ def test_without_the_reward_it_is_sft_end_of_text_included():
     np.testing.assert_allclose(
         gradient["policy"]["logits"], slope["logits"], atol=1e-13
     )
+
+    # At a temperature it is that SFT, and Q is of the same logits.
+    colder = functools.partial(make_d, normalise="sum", temperature=0.5)
+    cold, _ = evaluate(colder(irl_weight=0.0), demonstrations())
+    divided = params(policy={"logits": jnp.asarray(STUDENT) / 0.5})
+    expected, _ = evaluate(objective, demonstrations(), divided)
+    np.testing.assert_allclose(cold.total, expected.total, rtol=1e-12)
+    cold, _ = evaluate(colder(), demonstrations())
+    expected, _ = evaluate(make_d(normalise="sum"), demonstrations(), divided)
+    np.testing.assert_allclose(cold.total, expected.total, rtol=1e-12)
+
     dropped, _ = evaluate(make_d(drop_last="all_terms"), demonstrations())
     counted = dropped.metrics["student/nll"].weight
     assert float(counted) == (LENGTHS - 1).sum()  # without any last token
@@ -215,6 +226,15 @@ def expected_parts(normalise):
         ahead = 1 / (1 + np.exp(last[1] - last[0]))
         parts["contrast"] += label * ahead + (1 - label) * (1 - ahead)
     return parts
+
+
+def test_preferences_at_a_temperature_are_of_the_divided_logits():
+    divided = params(policy={"logits": jnp.asarray(STUDENT) / 0.5})
+    expected, _ = evaluate(make_p(), preferences(), divided)
+    found, _ = evaluate(make_p(temperature=0.5), preferences())
+    np.testing.assert_allclose(found.total, expected.total, rtol=1e-12)
+    with pytest.raises(ValueError, match="temperature"):
+        make_p(temperature=0.0)
 
 
 ABLATIONS = {

@@ -83,8 +83,31 @@ def test_seqkd_is_sft_on_the_teachers_text():
     assert call(make_seqkd(MODEL), batch).total == call(make_sft(MODEL), batch).total
 
 
-def teacher_signal(batch, poison=False):
-    rows = jnp.asarray(log_softmax(TEACHER)[NUMBERS[:, None], BED_E.states[INDICES]])
+def test_the_policy_of_a_temperature_is_of_the_divided_logits():
+    batch = demonstrations()
+    expected = -BED_E.sequence_log_probs(STUDENT / 0.5)[NUMBERS, INDICES].sum()
+    for make in (make_sft, make_seqkd):
+        out = call(make(MODEL, temperature=0.5), batch)
+        np.testing.assert_allclose(out.total, expected, rtol=1e-12)
+    out = call(
+        make_kd(MODEL, temperature=0.5), batch, teacher_signal(batch, table=TEACHER / 2)
+    )
+    log_p, log_q = log_softmax(TEACHER / 2), log_softmax(STUDENT / 0.5)
+    divergence = (np.exp(log_p) * (log_p - log_q)).sum(-1)
+    along = divergence[NUMBERS[:, None], BED_E.states[INDICES]]
+    np.testing.assert_allclose(out.total, along[BED_E.mask[INDICES]].sum(), rtol=1e-12)
+    np.testing.assert_allclose(out.metrics["student/nll"].total, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("make", [make_sft, make_seqkd, make_kd])
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
+def test_a_temperature_that_is_not_positive_is_refused(make, temperature):
+    with pytest.raises(ValueError, match="temperature"):
+        make(MODEL, temperature=temperature)
+
+
+def teacher_signal(batch, poison=False, table=TEACHER):
+    rows = jnp.asarray(log_softmax(table)[NUMBERS[:, None], BED_E.states[INDICES]])
     mask = batch.sequences.response_mask
     return TeacherSignal(poisoned(rows, mask) if poison else rows)
 
