@@ -34,6 +34,7 @@ from experiments.stages import Desk
 from experiments.system import TOY_FIT, SystemConfig, run_system, toy_system
 from experiments.trainer import Trainer
 from rkd_jax.data.records import PreferenceRecord
+from rkd_jax.data.sources import read_jsonl, write_jsonl
 from rkd_jax.models.attention_weights import response_attention
 from rkd_jax.models.heads import GaussianHead
 from rkd_jax.objectives.ava import ava_token_rewards, make_ava_d, make_ava_p
@@ -149,8 +150,14 @@ class AvaReward:
         params = self.ava.fit(
             desk, f"{stage}-rewards", course, course.pairs, steps=steps, seed=seed
         )
-        pairs, report = relabel(self.ava.oracle(params), course.pairs)
-        desk.progress.note(f"{stage.replace('-', ' ')}: {report}")
+        labels = desk.run.stage(f"{stage}-labels")
+        path = labels.path / "pairs.jsonl"
+        if not labels.done:
+            pairs, report = relabel(self.ava.oracle(params), course.pairs)
+            desk.progress.note(f"{stage.replace('-', ' ')}: {report}")
+            write_jsonl(path, pairs)
+            labels.finish(dataclasses.asdict(report))
+        pairs = read_jsonl(path, PreferenceRecord)[0]
         return self.dpo.train(desk, stage, course, steps=steps, seed=seed, pairs=pairs)
 
 
@@ -174,6 +181,8 @@ def config() -> AvaExperiment:
         task=TaskConfig(
             train_file="train_prompts.jsonl",
             held_out_file="held_out_prompts.jsonl",
+            train_prompts=8192,
+            held_out_prompts=512,
             pairs_file="hh_pairs.jsonl",
         ),
         policy=PolicyConfig(

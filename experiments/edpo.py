@@ -187,6 +187,8 @@ def config() -> EdpoExperiment:
         task=TaskConfig(
             train_file="train_prompts.jsonl",
             held_out_file="held_out_prompts.jsonl",
+            train_prompts=4096,
+            held_out_prompts=512,
             pairs_file="tldr_pairs.jsonl",
         ),
         policy=PolicyConfig(

@@ -34,39 +34,21 @@ from rkd_jax.types import GameBatch, GameSignal, Params, PreferenceSignal, Seque
 CHUNK = 32  # rows on the device at once
 
 
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """What the frozen trunk says about every response of a data set.
-
-    ``sequences`` [n, (2,) P + T] and ``features`` [n, (2,) T, D] are host arrays in the
-    order of the records; ``labels`` [n] is None for demonstrations, ``features`` for
-    reward players that train the trunk.
-    """
-
-    sequences: Sequences
-    features: np.ndarray | None
-    labels: np.ndarray | None
-
-    def states(self, index) -> np.ndarray | None:
-        """Features of some records."""
-        return None if self.features is None else self.features[index]
-
-
 class TextBook:
     """A frozen model's word on every text, computed once however often it comes.
 
-    The same response stands in many pairs, and pairs accumulate over the rounds.
+    The same response stands in many pairs, and pairs accumulate over the rounds; it is
+    kept once. What is too large even so is asked for every time (``keep=False``).
 
     Example: ``TextBook(lab.features).look_up(batch.sequences)``, ``[*batch, T, D]``.
     """
 
-    def __init__(self, function):
-        self._function = function
+    def __init__(self, function, *, keep: bool = True):
+        self._function, self._keep = function, keep
         self._known: dict[bytes, np.ndarray] = {}
 
-    def look_up(self, sequences: Sequences) -> np.ndarray:
-        """``function`` of every sequence, on the host."""
-        shape = sequences.response_mask.shape[:-1]
+    def learn(self, sequences: Sequences) -> list[bytes]:
+        """Take in what is new; the key of every sequence, in order."""
         flat = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), sequences)
         keys = [
             tokens.tobytes() + mask.tobytes()
@@ -77,8 +59,49 @@ class TextBook:
             new = np.array(list(first.values()))
             values = in_chunks(self._function, jax.tree.map(lambda x: x[new], flat))
             self._known.update(zip(first, values, strict=True))
-        values = np.stack([self._known[key] for key in keys])
+        return keys
+
+    def look_up(self, sequences: Sequences) -> np.ndarray:
+        """``function`` of every sequence, on the host."""
+        values = np.stack([self._known[key] for key in self.learn(sequences)])
+        if not self._keep:
+            self._known.clear()
+        shape = sequences.response_mask.shape[:-1]
         return values.reshape(*shape, *values.shape[1:])
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """What the frozen trunk says about every response of a data set.
+
+    ``sequences`` [n, (2,) P + T] are host arrays in the order of the records;
+    ``labels`` [n] is None for demonstrations, ``book`` for reward players that train
+    the trunk.
+    """
+
+    sequences: Sequences
+    labels: np.ndarray | None
+    book: TextBook | None
+
+    def __len__(self) -> int:
+        return len(self.sequences.response_mask)
+
+    def rows(self, index) -> Sequences:
+        """Sequences of some records."""
+        return jax.tree.map(lambda x: x[index], self.sequences)
+
+    def states(self, index) -> np.ndarray | None:
+        """Features of some records, ``[.., (2,) T, D]``."""
+        return None if self.book is None else self.book.look_up(self.rows(index))
+
+    def chunks(self, function) -> np.ndarray:
+        """``function(sequences, states, labels)`` of all records, `CHUNK` at a time."""
+
+        def of_some(index):
+            labels = None if self.labels is None else self.labels[index]
+            return function(self.rows(index), self.states(index), labels)
+
+        return in_chunks(of_some, np.arange(len(self)))
 
 
 def tabulate(
@@ -91,8 +114,10 @@ def tabulate(
         tokenize_record(r, lab.tokenizer, lab.rows, i) for i, r in enumerate(records)
     ]
     batch = collate(rows, lab.rows)
-    states = None if lab.trains_trunk else book.look_up(batch.sequences)
-    return Table(batch.sequences, states, getattr(batch, "label", None))
+    if not lab.trains_trunk:
+        book.learn(batch.sequences)
+    labels = getattr(batch, "label", None)
+    return Table(batch.sequences, labels, None if lab.trains_trunk else book)
 
 
 def in_chunks(function, tree) -> np.ndarray:
@@ -150,12 +175,12 @@ class Game:
 
     def pair_nll(self, params: Params, table: Table) -> np.ndarray:
         """Penalised Bradley-Terry loss of every pair under a head, ``float32[n]``."""
-        arrays = (table.sequences, table.features, table.labels)
-        return in_chunks(lambda x: self._pair_nll(params, *x), arrays)
+        return table.chunks(lambda *rows: self._pair_nll(params, *rows))
 
     def held_out(self, params: Params, table: Table) -> dict[str, jax.Array]:
         """What held-out pairs say about a reward head."""
-        return self._held_out(params, table.sequences, table.features, table.labels)
+        states = table.states(slice(None))
+        return self._held_out(params, table.sequences, states, table.labels)
 
     def _held_out(self, params: Params, sequences: Sequences, features, labels):
         returns = self._returns(params, sequences, features)

@@ -66,11 +66,16 @@ def config() -> MmPbkdExperiment:
             rollout_prompts=64,
         ),
         warm_start=WarmStartConfig(prompts=4096, steps=500, batch_size=64),
-        pairs=PairsConfig(rounds=0),
+        pairs=PairsConfig(offline_prompts=2048, rounds=0, held_out_prompts=64),
         updates=500,
         game=GameConfig(pairs_per_step=128, accumulation=16, learning_rate=1e-6),
         mmkd=MmkdConfig(learning_rate=1e-6, accumulation=64),
-        mm_pbkd=MmPbkdConfig(learning_rate=1e-6, pairs_per_step=64, accumulation=64),
+        mm_pbkd=MmPbkdConfig(
+            learning_rate=1e-6,
+            pairs_per_step=64,
+            accumulation=64,
+            keep_distributions=False,
+        ),
     )
 
 

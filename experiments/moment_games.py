@@ -3,7 +3,7 @@
 The critic is a small head on the frozen trunk's states *before* each target, with one
 value per token of the vocabulary. What frozen models say of the pairs never changes:
 the teacher's distribution on every response is taken once (T x V numbers for each) and
-looked up; on samples it is taken at every step.
+looked up, unless that is too much to keep; on samples it is taken at every step.
 """
 
 from __future__ import annotations
@@ -76,6 +76,9 @@ class MmPbkdConfig:
     anchor: FitConfig = FitConfig(learning_rate=1e-3, batch_size=32, accumulation=8)
     """Maximum likelihood of the critic, the centre of the set."""
     anchor_steps: int = 60
+    keep_distributions: bool = True
+    """Keep the distribution at every token of every response of a pair, T x V numbers
+    each, on the host; otherwise it is computed again for every batch."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,9 +237,11 @@ class MmPbkd(_MomentGame):
                 f"{stage}: {len(course.pairs)} pairs for batches of "
                 f"{options.pairs_per_step}; lower --mm-pbkd.pairs-per-step"
             )
-        states = TextBook(lab.states)
-        teacher = TextBook(lambda rows: lab.teacher_policy(lab.teacher_params, rows))
-        start = TextBook(lambda rows: self.start_policy(course.start, rows))
+        states, keep = TextBook(lab.states), options.keep_distributions
+        teacher = TextBook(
+            lambda rows: lab.teacher_policy(lab.teacher_params, rows), keep=keep
+        )
+        start = TextBook(lambda rows: self.start_policy(course.start, rows), keep=keep)
 
         def on_pairs(side: str, pairs: PreferenceBatch) -> WhiteBoxSignal:
             """What the critic of a side reads of pairs."""

@@ -26,6 +26,7 @@ from experiments.settings import (
     FitConfig,
     GameConfig,
     ModelConfig,
+    PairsConfig,
     PolicyConfig,
     RewardConfig,
     SettingsError,
@@ -148,6 +149,9 @@ def config() -> PbkdExperiment:
             rollout_prompts=64,
         ),
         warm_start=WarmStartConfig(prompts=4096, steps=500, batch_size=64),
+        pairs=PairsConfig(
+            offline_prompts=2048, round_prompts=1024, held_out_prompts=64
+        ),
         updates=500,
         game=game,
         dpo=DpoConfig(

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.course import Course
-from experiments.game import TextBook, in_chunks, tabulate
+from experiments.game import TextBook, tabulate
 from experiments.lab import Lab
 from experiments.settings import FitConfig, RewardConfig
 from experiments.stages import Desk
@@ -98,10 +98,12 @@ class RewardModels:
     def rewards(self, params: Params, pairs: Sequence[PreferenceRecord]) -> np.ndarray:
         """Return of both responses of every pair, ``float32[n, 2, K]``."""
         table = tabulate(self.lab, TextBook(self.lab.features), pairs)
-        return in_chunks(
-            lambda rows: jnp.moveaxis(self._returns(params, *rows), 0, -1),
-            (table.sequences, table.features),
-        )
+
+        def returns(sequences, states, labels):
+            del labels
+            return jnp.moveaxis(self._returns(params, sequences, states), 0, -1)
+
+        return table.chunks(returns)
 
     def oracle(
         self, params: Params, *, reduce: Literal["mean", "min"] = "mean"

@@ -122,6 +122,8 @@ def config() -> TvkdExperiment:
         task=TaskConfig(
             train_file="train_prompts.jsonl",
             held_out_file="held_out_prompts.jsonl",
+            train_prompts=1024,
+            held_out_prompts=512,
             pairs_file="dpo_mix_7k.jsonl",
         ),
         policy=PolicyConfig(

@@ -188,12 +188,15 @@ def config() -> XkdExperiment:
             teacher="Llama-3.1-8B-Instruct", student="Llama-3.2-1B", dtype="bfloat16"
         ),
         task=TaskConfig(
-            train_file="train_prompts.jsonl", held_out_file="held_out_prompts.jsonl"
+            train_file="train_prompts.jsonl",
+            held_out_file="held_out_prompts.jsonl",
+            train_prompts=8192,
+            held_out_prompts=512,
         ),
         policy=PolicyConfig(
             temperature=1.0, max_prompt=512, max_teacher_prompt=512, max_response=256
         ),
-        warm_start=WarmStartConfig(steps=200, batch_size=64),
+        warm_start=WarmStartConfig(prompts=4096, steps=200, batch_size=64),
         pairs=PairsConfig(rounds=0),
         updates=1000,
         xkd=XkdConfig(

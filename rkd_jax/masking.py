@@ -70,6 +70,12 @@ def sequence_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
     return masked_mean(values, mask, axis=-1)
 
 
+def last_target(mask: jax.Array) -> jax.Array:
+    """bool[..., T]: set on the last set entry of each row, if there is one."""
+    remaining = jnp.flip(jnp.cumsum(jnp.flip(mask.astype(jnp.int32), -1), axis=-1), -1)
+    return mask.astype(bool) & (remaining == 1)
+
+
 def fill_masked(values: jax.Array, mask: jax.Array, fill: float = 0.0) -> jax.Array:
     """``values`` where ``mask`` is set, ``fill`` elsewhere: masks the input of a loss.
 

@@ -9,6 +9,7 @@ from rkd_jax import masking
 from rkd_jax.losses import forward_kl
 from rkd_jax.masking import (
     fill_masked,
+    last_target,
     masked_mean,
     masked_sum,
     sequence_mean,
@@ -103,3 +104,15 @@ def test_doctests():
     import doctest
 
     assert doctest.testmod(masking).failed == 0
+
+
+def test_last_target_is_found_by_the_mask_alone():
+    mask = np.array(
+        [[1, 1, 0, 0], [0, 1, 0, 1], [1, 1, 1, 1], [0, 0, 0, 0], [1, 0, 0, 0]], bool
+    )
+    expected = np.zeros_like(mask)
+    for row, position in ((0, 1), (1, 3), (2, 3), (4, 0)):
+        expected[row, position] = True
+    np.testing.assert_array_equal(last_target(jnp.asarray(mask)), expected)
+    found = last_target(jnp.asarray(mask, jnp.float32))  # a mask of numbers
+    np.testing.assert_array_equal(found, expected)

@@ -30,15 +30,14 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from rkd_jax.losses.domain import check_choice, check_domain
-from rkd_jax.losses.likelihood import log1mexp
+from rkd_jax.losses.likelihood import log1mexp, taken_values
 from rkd_jax.losses.posterior import (
     AvrilTerms,
     DropLast,
     posterior_terms,
-    taken_values,
     temporal_difference,
 )
-from rkd_jax.masking import accumulator, fill_masked, sequence_sum
+from rkd_jax.masking import accumulator, fill_masked, last_target, sequence_sum
 
 QSource = Literal["log_probs", "prob", "raw_logits", "q_head"]
 RejectTerm = Literal["linear", "log1mexp", "none"]
@@ -302,7 +301,7 @@ def _evaluate(
     """Log-probs of the tokens, 0 in padding, and all terms but the policy's own."""
     check_choice("drop_last", drop_last, get_args(DropLast))
     delta, transition_mask = temporal_difference(q_values, actions, mask, gamma=gamma)
-    log_probs = fill_masked(taken_values(log_policy, actions, mask), mask)
+    log_probs = taken_values(log_policy, actions, mask)
     kl, td_log_likelihood = posterior_terms(delta, mean, log_std, transition_mask)
     kept = transition_mask if drop_last == "all_terms" else mask.astype(bool)
     terms = AvrilTerms(-log_probs, kl, td_log_likelihood, kept, transition_mask, delta)
@@ -330,7 +329,5 @@ def _last_difference(mean: jax.Array, mask: jax.Array) -> jax.Array:
 
     An empty response has mean 0.
     """
-    kept = mask.astype(jnp.int32)
-    following = jnp.flip(jnp.cumsum(jnp.flip(kept, -1), axis=-1), -1)
-    last = sequence_sum(mean, (kept == 1) & (following == 1))
+    last = sequence_sum(mean, last_target(mask))
     return last[..., 0] - last[..., 1]

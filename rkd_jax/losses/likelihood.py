@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from rkd_jax.losses.domain import check_domain
-from rkd_jax.masking import accumulator
+from rkd_jax.masking import accumulator, fill_masked
 
 
 def token_log_probs(
@@ -66,6 +66,14 @@ def take_tokens(values: jax.Array, ids: jax.Array) -> jax.Array:
     # Indexing counts negative ids from the end: a stray -100 would be a real token.
     ids = jnp.where(ids < 0, jnp.asarray(vocabulary, ids.dtype), ids)
     return jnp.take_along_axis(values, ids, axis=-1, mode="fill")
+
+
+def taken_values(values: jax.Array, actions: jax.Array, mask: jax.Array) -> jax.Array:
+    """Entries of the given actions, ``[.., T, V] -> [.., T]``, 0 where masked."""
+    actions = jnp.expand_dims(fill_masked(actions, mask), -1)
+    # Masked after the lookup: before, it would write a second array of size V.
+    taken = take_tokens(values, actions)[..., 0]
+    return fill_masked(taken.astype(accumulator(values)), mask)
 
 
 def log1mexp(log_prob: jax.Array) -> jax.Array:

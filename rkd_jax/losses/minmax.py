@@ -49,7 +49,7 @@ import jax
 import jax.numpy as jnp
 
 from rkd_jax.losses.domain import check_domain
-from rkd_jax.losses.likelihood import take_tokens
+from rkd_jax.losses.likelihood import taken_values
 from rkd_jax.losses.returns import discount_weights, reward_to_go, trajectory_return
 from rkd_jax.masking import accumulator, fill_masked
 
@@ -319,14 +319,6 @@ def expected_q(q_values: jax.Array, log_probs: jax.Array, mask: jax.Array) -> ja
     check_vocabularies(q_values, log_probs)
     probs = _probabilities(log_probs, q_values, mask)
     return jnp.sum(probs * _filled(q_values, mask), axis=-1)
-
-
-def taken_values(values: jax.Array, actions: jax.Array, mask: jax.Array) -> jax.Array:
-    """Entries of the given actions, ``[.., T, V] -> [.., T]``, 0 where masked."""
-    actions = jnp.expand_dims(fill_masked(actions, mask), -1)
-    # Masked after the lookup: before, it would write a second array of size V.
-    taken = take_tokens(values, actions)[..., 0]
-    return fill_masked(taken.astype(accumulator(values)), mask)
 
 
 def check_vocabularies(q_values: jax.Array, *policies: jax.Array) -> None:

@@ -26,7 +26,8 @@ import jax.numpy as jnp
 
 from rkd_jax.losses.divergences import total_variation
 from rkd_jax.losses.domain import check_choice, check_domain
-from rkd_jax.losses.minmax import anchored_advantages, expected_q, taken_values
+from rkd_jax.losses.likelihood import taken_values
+from rkd_jax.losses.minmax import anchored_advantages, expected_q
 from rkd_jax.losses.policy_gradient import reinforce
 from rkd_jax.losses.returns import discount_weights
 from rkd_jax.masking import accumulator, fill_masked

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from rkd_jax.losses.domain import check_choice, check_domain
-from rkd_jax.losses.likelihood import take_tokens
+from rkd_jax.losses.likelihood import taken_values
 from rkd_jax.masking import accumulator, fill_masked
 
 NextValue = Literal["sampled", "expected"]
@@ -204,12 +204,6 @@ def posterior_terms(
     kl = gaussian_kl(mean, log_std, prior_mean=prior_mean, prior_std=prior_std)
     log_likelihood = gaussian_log_prob(delta, mean, log_std)
     return tuple(fill_masked(x, transition_mask) for x in (kl, log_likelihood))
-
-
-def taken_values(values: jax.Array, actions: jax.Array, mask: jax.Array) -> jax.Array:
-    """``[..., T, A] -> [..., T]``: the entry of each action; padded actions are 0."""
-    ids = jnp.expand_dims(fill_masked(actions, mask), -1)
-    return take_tokens(values, ids).squeeze(-1)
 
 
 def _shift_left(values: jax.Array) -> jax.Array:

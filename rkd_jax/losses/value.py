@@ -36,7 +36,7 @@ import jax.numpy as jnp
 from rkd_jax.losses.domain import check_choice, check_domain
 from rkd_jax.losses.pairs import log_ratio, pair_difference, scaled
 from rkd_jax.losses.reward import bradley_terry
-from rkd_jax.masking import accumulator, fill_masked, sequence_sum
+from rkd_jax.masking import accumulator, fill_masked, last_target, sequence_sum
 from rkd_jax.types import Pair
 
 # V(s_T) by a rule that needs no further values, or the values themselves.
@@ -265,7 +265,7 @@ def check_potential(*, power: float, value_source: ValueSource = "log_probs") ->
 
 def last_entry(values: jax.Array, mask: jax.Array) -> jax.Array:
     """The value at the last set entry, ``[*batch, T] -> [*batch]``; 0 where none is."""
-    return _first_entry(jnp.flip(values, -1), jnp.flip(mask, -1))
+    return sequence_sum(values, last_target(mask))
 
 
 def _first_entry(values: jax.Array, mask: jax.Array) -> jax.Array:

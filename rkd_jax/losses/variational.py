@@ -41,6 +41,7 @@ import jax
 
 from rkd_jax.losses.ava import ava_demonstration, ava_preference
 from rkd_jax.losses.domain import check_choice, check_domain
+from rkd_jax.losses.likelihood import taken_values
 from rkd_jax.losses.posterior import (
     AvrilTerms,
     DropLast,
@@ -50,7 +51,6 @@ from rkd_jax.losses.posterior import (
     gaussian_kl,
     gaussian_log_prob,
     posterior_terms,
-    taken_values,
     temporal_difference,
 )
 from rkd_jax.masking import accumulator, fill_masked

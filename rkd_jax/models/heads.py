@@ -21,7 +21,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from rkd_jax.masking import accumulator, fill_masked
+from rkd_jax.masking import accumulator, fill_masked, last_target
 from rkd_jax.models.api import CausalLM, action_hidden
 from rkd_jax.types import Params, Sequences
 
@@ -208,7 +208,7 @@ class RewardModel:
         Returns:
             float32[*batch, T]; an empty response has no last target and gives zeros.
         """
-        last = _last_target(sequences.response_mask)
+        last = last_target(sequences.response_mask)
         return self._rewards(params, sequences, features, last)
 
     def _rewards(self, params, sequences, features, credited) -> jax.Array:
@@ -255,7 +255,7 @@ def head_sequence_rewards(head: ScalarHead) -> HeadRewards:
     """
 
     def sequence_rewards(params, sequences, features):
-        last = _last_target(sequences.response_mask)
+        last = last_target(sequences.response_mask)
         return _read_features(head, params, features, last)
 
     return sequence_rewards
@@ -302,12 +302,6 @@ def _given_states(features: jax.Array | None, mask: jax.Array) -> jax.Array:
         )
     chex.assert_rank(features, mask.ndim + 1)
     return fill_masked(features, mask)
-
-
-def _last_target(mask: jax.Array) -> jax.Array:
-    """bool[..., T]: set on the last set entry of each row."""
-    following = jnp.flip(jnp.cumsum(jnp.flip(mask.astype(jnp.int32), -1), axis=-1), -1)
-    return mask.astype(bool) & (following == 1)
 
 
 def _init_readout(rng: jax.Array, dim: int, width: int | None, outputs: int) -> Params:

@@ -38,6 +38,7 @@ from rkd_jax.models.api import (
     response_states,
 )
 from rkd_jax.objectives.avril import posterior_metrics
+from rkd_jax.objectives.per_pair import real_pairs
 from rkd_jax.objectives.reward_model import TokenRewards
 from rkd_jax.types import (
     DemonstrationBatch,
@@ -239,7 +240,7 @@ def make_ava_p(
         regularizer = terms.kl - td_weight * terms.td_log_likelihood
         rows = reduce(terms.nll + terms.reject, terms.mask)
         rows = rows + irl_weight * reduce(regularizer, terms.transition_mask)
-        pairs = sequences.response_mask.any(axis=(-1, -2)).sum().astype(rows.dtype)
+        pairs = real_pairs(sequences).sum().astype(rows.dtype)
         contrast = terms.contrast.sum()
         metrics = posterior_metrics(terms, seen.log_std)
         metrics |= _weight_metric(seen.weights, sequences, terms)
@@ -351,7 +352,7 @@ def _weight_metric(weights, sequences: Sequences, terms) -> dict[str, Mean]:
 def _pair_metrics(terms, seen: _Seen, batch: PreferenceBatch) -> dict[str, Mean]:
     """Both policy terms per token of their own responses, and the reward's accuracy."""
     mask = batch.sequences.response_mask
-    real = mask.any(axis=(-1, -2))
+    real = real_pairs(batch.sequences)
     label = fill_masked(batch.label, real, 1.0).astype(terms.nll.dtype)
     lengths = terms.mask.sum(axis=-1).astype(label.dtype)
     preferred = label * lengths[..., 0] + (1.0 - label) * lengths[..., 1]

@@ -11,20 +11,13 @@ computed once (`rkd_jax.signals.teacher`); no reference model is in memory here.
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 
 from rkd_jax.losses import dpo
-from rkd_jax.masking import sequence_sum
+from rkd_jax.masking import fill_masked, sequence_sum
 from rkd_jax.models.api import CausalLM
+from rkd_jax.objectives.per_pair import per_pair, real_pairs
 from rkd_jax.objectives.policy import members, target_log_probs
-from rkd_jax.types import (
-    LossOutput,
-    Mean,
-    Objective,
-    Pair,
-    PreferenceBatch,
-    ReferenceSignal,
-)
+from rkd_jax.types import Objective, Pair, PreferenceBatch, ReferenceSignal
 
 
 def make_dpo(
@@ -55,28 +48,23 @@ def make_dpo(
         params, critic, frozen, batch: PreferenceBatch, signal: ReferenceSignal, rng
     ):
         del critic, frozen, rng
-        sequences = batch.sequences
-        mask = sequences.response_mask
+        sequences, real = batch.sequences, real_pairs(batch.sequences)
         log_probs = target_log_probs(model, params, sequences, temperature=temperature)
-        student = members(sequence_sum(log_probs, mask))
-        reference = members(jax.lax.stop_gradient(signal.log_probs))
+        student = members(sequence_sum(log_probs, sequences.response_mask))
+        reference = members(fill_masked(jax.lax.stop_gradient(signal.log_probs), real))
         keep = dpo(student, reference, beta=beta)
         swap = dpo(Pair(*student[::-1]), Pair(*reference[::-1]), beta=beta)
-        losses = batch.label * keep + (1.0 - batch.label) * swap
-
-        # A pair whose responses are both empty is padding, not data.
-        valid = mask.any(axis=(-1, -2))
-        weight = valid.sum().astype(losses.dtype)
+        label = fill_masked(batch.label, real)
+        losses = label * keep + (1.0 - label) * swap
         margin = beta * (
             student.chosen - student.rejected - reference.chosen + reference.rejected
         )
-        total = jnp.where(valid, losses, 0.0).sum()
-        accuracy = jnp.where(valid, (margin > 0).astype(losses.dtype), 0.0)
-        metrics = {
-            "student/preference_loss": Mean(total, weight),
-            "student/margin": Mean(jnp.where(valid, margin, 0.0).sum(), weight),
-            "student/accuracy": Mean(accuracy.sum(), weight),
-        }
-        return LossOutput(total, weight, metrics)
+        return per_pair(
+            losses,
+            real,
+            preference_loss=losses,
+            margin=margin,
+            accuracy=(margin > 0).astype(losses.dtype),
+        )
 
     return Objective("dpo", student_loss, requires=("log_probs",))

@@ -28,8 +28,15 @@ import jax.numpy as jnp
 from rkd_jax.losses import bradley_terry, drdo, token_log_probs
 from rkd_jax.losses.domain import check_choice, check_domain
 from rkd_jax.losses.reward_distillation import DrdoTerms, PreferenceTerm
-from rkd_jax.masking import fill_masked, masked_sum, sequence_mean, sequence_sum
+from rkd_jax.masking import (
+    fill_masked,
+    last_target,
+    masked_sum,
+    sequence_mean,
+    sequence_sum,
+)
 from rkd_jax.models.api import CausalLM, response_states
+from rkd_jax.objectives.per_pair import per_pair, real_pairs
 from rkd_jax.objectives.policy import members
 from rkd_jax.types import LossOutput, Mean, Objective, Pair, Params, PreferenceBatch
 
@@ -137,21 +144,22 @@ def make_drdo(
         student = members(reduce(log_probs, mask))
         if reward_source == "head":
             rewards = reward_head.apply(params["reward_head"], states.after)
-            rewards = members(_at_last_target(rewards, mask))
+            rewards = members(sequence_sum(rewards, last_target(mask)))
         else:
             rewards = Pair(*(beta * log_prob for log_prob in student))
 
-        # A pair whose responses are both empty is padding, not data.
-        valid = mask.any(axis=(-1, -2))
+        valid = real_pairs(sequences)
         oracle = members(fill_masked(batch.rewards, valid) / oracle_scale)
         label = fill_masked(batch.label, valid)
         keep = terms(student, rewards, oracle)
         swap = terms(*(Pair(*pair[::-1]) for pair in (student, rewards, oracle)))
         preference = label * keep.preference + (1.0 - label) * swap.preference
-        return _total(
-            {"distillation": keep.distillation, "preference": preference},
-            _watched(student, rewards, oracle),
+        return per_pair(
+            keep.distillation + preference,
             valid,
+            distillation=keep.distillation,
+            preference=preference,
+            **_watched(student, rewards, oracle),
         )
 
     return Objective("drdo", student_loss)
@@ -192,8 +200,8 @@ def make_drdo_oracle(reward_model: TrunkAndHead, *, alpha: float = 0.01) -> Obje
         mask = sequences.response_mask
         states = response_states(trunk, params["trunk"], sequences)
         rewards = head.apply(params["head"], states.after)
-        rewards = members(_at_last_target(rewards, mask))
-        valid = mask.any(axis=(-1, -2))
+        rewards = members(sequence_sum(rewards, last_target(mask)))
+        valid = real_pairs(sequences)
         nll = bradley_terry(rewards, label=fill_masked(batch.label, valid))
         weight = valid.sum().astype(nll.dtype)
         total = masked_sum(nll, valid)
@@ -216,12 +224,6 @@ def make_drdo_oracle(reward_model: TrunkAndHead, *, alpha: float = 0.01) -> Obje
     return Objective("drdo_oracle", student_loss)
 
 
-def _at_last_target(values: jax.Array, mask: jax.Array) -> jax.Array:
-    """The entry of the last target, ``[..., T] -> [...]``; 0 for an empty response."""
-    remaining = jnp.flip(jnp.cumsum(jnp.flip(mask, -1), axis=-1), -1)
-    return sequence_sum(values, mask & (remaining == 1))
-
-
 def _watched(student: Pair, rewards: Pair, oracle: Pair) -> dict[str, jax.Array]:
     """What to watch beside the loss, per pair."""
     better = student.chosen > student.rejected
@@ -232,16 +234,3 @@ def _watched(student: Pair, rewards: Pair, oracle: Pair) -> dict[str, jax.Array]
         "chosen_log_prob": student.chosen,
         "rejected_log_prob": student.rejected,
     }
-
-
-def _total(
-    parts: dict[str, jax.Array], watched: dict[str, jax.Array], valid: jax.Array
-) -> LossOutput:
-    """The sum of ``parts`` over pairs that are no padding, and everything's mean."""
-    sums = {
-        name: masked_sum(values, valid) for name, values in (parts | watched).items()
-    }
-    total = sum(sums[name] for name in parts)
-    weight = valid.sum().astype(total.dtype)
-    metrics = {f"student/{name}": Mean(value, weight) for name, value in sums.items()}
-    return LossOutput(total, weight, metrics)

@@ -44,6 +44,7 @@ from rkd_jax.losses.reward_distillation import Reduction
 from rkd_jax.masking import fill_masked, masked_sum, sequence_sum
 from rkd_jax.models.api import CausalLM
 from rkd_jax.objectives.dpo import make_dpo
+from rkd_jax.objectives.per_pair import real_pairs
 from rkd_jax.objectives.policy import members, target_log_probs
 from rkd_jax.types import (
     AnchoredPairs,
@@ -240,7 +241,7 @@ def make_pdpo(
         params, critic, frozen, batch: AnchoredPairs, signal: ReferenceSignal, rng
     ):
         out = dpo.student_loss(params, critic, frozen, batch.pairs, signal, rng)
-        valid = batch.pairs.sequences.response_mask.any(axis=(-1, -2))
+        valid = real_pairs(batch.pairs.sequences)
         return _penalised(out, model, params, batch, valid, kappa * beta, temperature)
 
     return Objective("pdpo", student_loss, requires=("log_probs",))
@@ -257,7 +258,7 @@ def _regression(
     """Losses [K, B], implicit reward differences [B], and which pairs are data [B]."""
     sequences = batch.pairs.sequences
     mask = sequences.response_mask
-    valid = mask.any(axis=(-1, -2))
+    valid = real_pairs(sequences)
     log_probs = target_log_probs(model, params, sequences, temperature=temperature)
     student = members(sequence_sum(log_probs, mask))
     reference = members(fill_masked(signal.log_probs, valid))

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from rkd_jax.losses import bradley_terry, trajectory_return
 from rkd_jax.losses.domain import check_domain
 from rkd_jax.masking import fill_masked
+from rkd_jax.objectives.per_pair import real_pairs
 from rkd_jax.types import (
     LossOutput,
     Mean,
@@ -48,17 +49,12 @@ def pair_returns(
     return Pair(returns[..., 0], returns[..., 1])
 
 
-def real_pairs(pairs: PreferenceBatch) -> jax.Array:
-    """bool[pairs]: False for a pair whose responses are both empty: padding."""
-    return pairs.sequences.response_mask.any(axis=(-1, -2))
-
-
 def pair_losses(returns: Pair, pairs: PreferenceBatch) -> tuple[jax.Array, jax.Array]:
     """Bradley-Terry loss of each pair, and which are not padding: ``[pairs]`` each.
 
     The loss of a padding pair is a number without meaning, whatever its label holds.
     """
-    real = real_pairs(pairs)
+    real = real_pairs(pairs.sequences)
     return bradley_terry(returns, label=fill_masked(pairs.label, real, 1.0)), real
 
 
@@ -182,7 +178,7 @@ def make_reward_ensemble(
         comparisons = jax.vmap(compare, out_axes=-1)(params)
         output = _likelihood(comparisons, params, batch, signal.weights, l2)
         margin = jax.lax.stop_gradient(comparisons.margin)
-        spread = fill_masked(margin, real_pairs(batch)).std(axis=-1).sum()
+        spread = fill_masked(margin, real_pairs(batch.sequences)).std(axis=-1).sum()
         metrics = {"reward_model/spread": Mean(spread, output.weight)}
         return LossOutput(output.total, output.weight, output.metrics | metrics)
 
@@ -204,7 +200,7 @@ def _compare(token_rewards, params, batch, features, gamma) -> _Comparisons:
 
 def _likelihood(comparisons: _Comparisons, params, batch, weights, l2) -> LossOutput:
     """Weighted sum over pairs and members, per pair; metrics per pair and member."""
-    real = real_pairs(batch)
+    real = real_pairs(batch.sequences)
     nll = fill_masked(comparisons.nll, real)
     hits = fill_masked(0.5 * (1.0 + jnp.sign(comparisons.margin)), real)
     pairs = real.sum().astype(nll.dtype)

@@ -36,12 +36,11 @@ from rkd_jax.losses.tvkd_release import (
     ReleaseSums,
     ReleaseVariant,
 )
-from rkd_jax.masking import fill_masked, masked_sum, sequence_sum
+from rkd_jax.masking import fill_masked, sequence_sum
 from rkd_jax.models.api import CausalLM, response_logits
+from rkd_jax.objectives.per_pair import per_pair, real_pairs
 from rkd_jax.objectives.policy import members, target_log_probs
 from rkd_jax.types import (
-    LossOutput,
-    Mean,
     Objective,
     Pair,
     Params,
@@ -91,7 +90,7 @@ def make_tvkd(
         params, critic, frozen, batch: PreferenceBatch, signal: ShapingSignal, rng
     ):
         del critic, frozen, rng
-        sequences, valid = batch.sequences, _valid(batch)
+        sequences, valid = batch.sequences, real_pairs(batch.sequences)
         log_probs = target_log_probs(model, params, sequences, temperature=temperature)
         scores = sequence_sum(log_probs, sequences.response_mask)
         shaping = fill_masked(signal.shaping, valid)
@@ -105,11 +104,12 @@ def make_tvkd(
             pairs = (Pair(*members(x)[::order]) for x in (scores, reference, shaping))
             return tvkd(*pairs, beta=beta, alpha=alpha, sign=sign)
 
-        label = batch.label.astype(scores.dtype)
+        label = fill_masked(batch.label, valid).astype(scores.dtype)
         losses = label * loss(1) + (1.0 - label) * loss(-1)
         margin = beta * _difference(scores - reference.astype(scores.dtype))
         added = weight_of_shaping * _difference(shaping)
-        return _per_pair(losses, valid, **_margin_metrics(margin), shaping_margin=added)
+        metrics = _margin_metrics(losses, margin)
+        return per_pair(losses, valid, **metrics, shaping_margin=added)
 
     requires = ("shaping",) if reference_free else ("log_probs", "shaping")
     return Objective("tvkd", student_loss, requires=requires)
@@ -158,7 +158,7 @@ def make_tvkd_release(
         params, critic, frozen, batch: PreferenceBatch, signal: ReleaseSignal, rng
     ):
         del critic, frozen, rng
-        valid = _valid(batch)
+        valid = real_pairs(batch.sequences)
         sums = _student_sums(model, params, batch, signal, own)
         data = {name: fill_masked(getattr(signal, name), valid) for name in cached}
         returns = release_return(
@@ -168,8 +168,9 @@ def make_tvkd_release(
             beta=beta,
             alpha=alpha,
         )
-        losses = bradley_terry(members(returns), label=batch.label)
-        return _per_pair(losses, valid, **_margin_metrics(_difference(returns)))
+        label = fill_masked(batch.label, valid)
+        losses = bradley_terry(members(returns), label=label)
+        return per_pair(losses, valid, **_margin_metrics(losses, _difference(returns)))
 
     ids = () if own == ("student",) else ("topk_ids",)
     return Objective(f"tvkd_{variant}", student_loss, requires=(*cached, *ids))
@@ -197,26 +198,11 @@ def _student_sums(
     return {name: sums[name] for name in names}
 
 
-def _valid(batch: PreferenceBatch) -> jax.Array:
-    """bool[B]. A pair whose responses are both empty is padding, not data."""
-    return batch.sequences.response_mask.any(axis=(-1, -2))
-
-
 def _difference(values: jax.Array) -> jax.Array:
     """Chosen minus rejected, ``[B, 2] -> [B]``."""
     return values[..., 0] - values[..., 1]
 
 
-def _margin_metrics(margin: jax.Array) -> dict[str, jax.Array]:
-    return {"margin": margin, "accuracy": (margin > 0).astype(margin.dtype)}
-
-
-def _per_pair(losses: jax.Array, valid: jax.Array, **metrics) -> LossOutput:
-    """Sums over the valid pairs; metrics are per pair too."""
-    weight = valid.sum().astype(losses.dtype)
-    total = masked_sum(losses, valid)
-    means = {
-        f"student/{name}": Mean(masked_sum(values, valid), weight)
-        for name, values in {"preference_loss": losses, **metrics}.items()
-    }
-    return LossOutput(total, weight, means)
+def _margin_metrics(losses: jax.Array, margin: jax.Array) -> dict[str, jax.Array]:
+    hits = (margin > 0).astype(margin.dtype)
+    return {"preference_loss": losses, "margin": margin, "accuracy": hits}

@@ -21,8 +21,7 @@ from rkd_jax.losses import (
     reward_to_go,
     trajectory_return,
 )
-from rkd_jax.losses.likelihood import tempered_log_softmax
-from rkd_jax.losses.minmax import taken_values
+from rkd_jax.losses.likelihood import taken_values, tempered_log_softmax
 from rkd_jax.masking import fill_masked, sequence_mean
 from rkd_jax.models.api import CausalLM, response_logits
 from rkd_jax.objectives.game import prompt_mean
