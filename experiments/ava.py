@@ -31,7 +31,13 @@ from experiments.settings import (
     WarmStartConfig,
 )
 from experiments.stages import Desk
-from experiments.system import TOY_FIT, SystemConfig, run_system, toy_system
+from experiments.system import (
+    TOY_FIT,
+    SystemConfig,
+    run_system,
+    stage_of,
+    toy_system,
+)
 from experiments.trainer import Trainer
 from rkd_jax.data.records import PreferenceRecord
 from rkd_jax.data.sources import read_jsonl, write_jsonl
@@ -137,18 +143,19 @@ class AvaP(_Ava):
 class AvaReward:
     """DPO on the course's pairs as AVA-p's reward orders them.
 
-    The reward model is trained for as many updates as the student after it.
+    The reward model is trained for as many updates as the student after it. It is the
+    same run as `AvaP`'s and made once: whoever comes second finds it finished.
     """
 
     metric = Dpo.metric
 
-    def __init__(self, lab: Lab, options: AvaConfig, dpo: DpoConfig):
-        self.ava, self.dpo = AvaP(lab, options), Dpo(lab, dpo)
+    def __init__(self, lab: Lab, ava: AvaP, dpo: DpoConfig):
+        self.ava, self.dpo = ava, Dpo(lab, dpo)
 
     def train(self, desk: Desk, stage: str, course: Course, *, steps, seed) -> Params:
         """Reward model, new labels, policy."""
         params = self.ava.fit(
-            desk, f"{stage}-rewards", course, course.pairs, steps=steps, seed=seed
+            desk, stage_of("AVA-p"), course, course.pairs, steps=steps, seed=seed
         )
         labels = desk.run.stage(f"{stage}-labels")
         path = labels.path / "pairs.jsonl"
@@ -208,10 +215,11 @@ def tiny() -> AvaExperiment:
 
 def family(lab: Lab, options: AvaConfig, dpo: DpoConfig) -> dict:
     """AVA-p's reward under DPO, AVA-d and AVA-p."""
+    ava_p = AvaP(lab, options)
     return {
-        "AVA-p reward, DPO": AvaReward(lab, options, dpo),
+        "AVA-p reward, DPO": AvaReward(lab, ava_p, dpo),
         "AVA-d": AvaD(lab, options),
-        "AVA-p": AvaP(lab, options),
+        "AVA-p": ava_p,
     }
 
 

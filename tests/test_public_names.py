@@ -9,6 +9,8 @@ NAMES = {
     "rkd_jax.masking": "masked_mean masked_sum sequence_sum sequence_mean fill_masked",
     "rkd_jax.losses": "token_log_probs forward_kl reverse_kl generalized_jsd "
     "skew_forward_kl skew_reverse_kl total_variation topk_forward_kl dpo ipo simpo "
+    "linear_token_log_probs linear_divergence linear_topk_divergence "
+    "linear_soft_value linear_expectation "
     "bradley_terry confidence_slack trajectory_return reward_to_go reward_gap "
     "triviality_threshold reward_player_loss leave_one_out_per_step next_value_sum "
     "dual_update leave_one_out reinforce on_policy_distillation "
@@ -24,6 +26,8 @@ NAMES = {
     "rkd_jax.objectives.ava": "make_ava_d make_ava_p ava_token_rewards",
     "rkd_jax.losses.divergences": "forward_kl reverse_kl generalized_jsd "
     "skew_forward_kl skew_reverse_kl total_variation topk_forward_kl",
+    "rkd_jax.losses.fused": "linear_token_log_probs linear_divergence "
+    "linear_topk_divergence linear_soft_value linear_expectation Tiles",
     "rkd_jax.losses.preference": "dpo ipo simpo",
     "rkd_jax.losses.reward": "bradley_terry confidence_slack check_epsilon drdo "
     "reward_distillation pessimistic_reduce",

@@ -3,6 +3,10 @@
 ===================  ===================================================================
 likelihood           log-probs of given tokens
 divergences          between next-token distributions, ``[..., V] x [..., V] -> [...]``
+divergence_terms     what they sum over the vocabulary
+fused                both from states and heads: ``[.., T, V]`` logits never exist
+fused_plan           how a fused loss is cut; vocabulary_tiles, row_losses, row_order:
+                     how it is computed
 preference           on pairs of sequence log-probs, ``Pair -> [...]``
 reward               Bradley-Terry and the confidence set of rewards
 reward_distillation  an oracle's reward differences as a target (DRDO, the e-DPO family)
@@ -32,6 +36,13 @@ from rkd_jax.losses.divergences import (
     skew_reverse_kl,
     topk_forward_kl,
     total_variation,
+)
+from rkd_jax.losses.fused import (
+    linear_divergence,
+    linear_expectation,
+    linear_soft_value,
+    linear_token_log_probs,
+    linear_topk_divergence,
 )
 from rkd_jax.losses.likelihood import log1mexp, token_log_probs
 from rkd_jax.losses.minmax import (
@@ -123,6 +134,11 @@ __all__ = [
     "ipo",
     "leave_one_out",
     "leave_one_out_per_step",
+    "linear_divergence",
+    "linear_expectation",
+    "linear_soft_value",
+    "linear_token_log_probs",
+    "linear_topk_divergence",
     "log1mexp",
     "moment_gap",
     "next_value_sum",

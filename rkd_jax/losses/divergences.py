@@ -18,12 +18,19 @@ No function here takes a mask. Where padding may hold NaN, mask the inputs with
 
 from __future__ import annotations
 
-import numbers
-
 import chex
 import jax
 import jax.numpy as jnp
 
+from rkd_jax.losses.divergence_terms import (
+    forward_kl_terms,
+    generalized_jsd_terms,
+    kl_terms,
+    reverse_kl_terms,
+    skew_forward_kl_terms,
+    skew_reverse_kl_terms,
+    total_variation_terms,
+)
 from rkd_jax.losses.domain import check_domain
 from rkd_jax.losses.likelihood import take_tokens, tempered_log_softmax
 
@@ -58,7 +65,7 @@ def forward_kl(
         Sec. 2. Deviation: no factor temperature squared; the teacher's entropy is kept.
     """
     q, p = _log_probs(student_logits, teacher_logits, temperature)
-    return _kl(p, q)
+    return forward_kl_terms(q, p).sum(-1)
 
 
 def reverse_kl(
@@ -94,7 +101,7 @@ def reverse_kl(
         Deviation: none.
     """
     q, p = _log_probs(student_logits, teacher_logits, temperature)
-    return _kl(q, p)
+    return reverse_kl_terms(q, p).sum(-1)
 
 
 def generalized_jsd(
@@ -140,11 +147,7 @@ def generalized_jsd(
     """
     check_domain("beta", beta, "[0, 1]")
     q, p = _log_probs(student_logits, teacher_logits, temperature)
-    if isinstance(beta, numbers.Real) and beta in (0, 1):
-        return _kl(p, q) if beta == 0 else _kl(q, p)
-    beta = jnp.asarray(beta, q.dtype)
-    m = _log_mixture(p, q, beta)
-    return beta * _kl(p, m) + (1.0 - beta) * _kl(q, m)
+    return generalized_jsd_terms(q, p, beta=beta).sum(-1)
 
 
 def skew_forward_kl(
@@ -184,7 +187,7 @@ def skew_forward_kl(
     """
     check_domain("alpha", alpha, "[0, 1)")
     q, p = _log_probs(student_logits, teacher_logits, temperature)
-    return _kl(p, _log_mixture(p, q, alpha))
+    return skew_forward_kl_terms(q, p, alpha=alpha).sum(-1)
 
 
 def skew_reverse_kl(
@@ -224,7 +227,7 @@ def skew_reverse_kl(
     """
     check_domain("alpha", alpha, "[0, 1)")
     q, p = _log_probs(student_logits, teacher_logits, temperature)
-    return _kl(q, _log_mixture(q, p, alpha))
+    return skew_reverse_kl_terms(q, p, alpha=alpha).sum(-1)
 
 
 def total_variation(
@@ -256,12 +259,8 @@ def total_variation(
     References:
         Wen et al., f-Distill, 2307.15190, TVD. Deviation: none.
     """
-    q, p = map(jnp.exp, _log_probs(student_logits, teacher_logits, temperature))
-    difference = q - p
-    # The sign of a rounding error is no direction: it would push q away from q == p.
-    noise = 16 * jnp.finfo(q.dtype).eps * jnp.maximum(q, p)
-    difference = jnp.where(jnp.abs(difference) > noise, difference, 0.0)
-    return 0.5 * jnp.sum(jnp.abs(difference), axis=-1)
+    q, p = _log_probs(student_logits, teacher_logits, temperature)
+    return total_variation_terms(q, p).sum(-1)
 
 
 def topk_forward_kl(
@@ -312,10 +311,11 @@ def topk_forward_kl(
     p = jax.lax.stop_gradient(topk_log_probs.astype(q.dtype))
     present = p > -jnp.inf
     listed = jnp.where(present, take_tokens(q, topk_ids), -jnp.inf)
-    return _kl(
-        jnp.concatenate([p, _log_rest(p, q.shape[-1])], axis=-1),
+    terms = kl_terms(
+        jnp.concatenate([p, log_rest(p, q.shape[-1])], axis=-1),
         jnp.concatenate([listed, _logsumexp_without(q, topk_ids, present)], axis=-1),
     )
+    return terms.sum(-1)
 
 
 def _log_probs(student_logits, teacher_logits, temperature):
@@ -333,29 +333,7 @@ def _log_probs(student_logits, teacher_logits, temperature):
     return q, tempered_log_softmax(teacher_logits, temperature)
 
 
-def _kl(left: jax.Array, right: jax.Array) -> jax.Array:
-    """KL(left || right) of log-probs, with 0 log 0 = 0 in value and gradient."""
-    support = left > -jnp.inf
-    # Both `where`s are needed: 0 * inf is NaN in the value, and again in the gradient.
-    mass = jnp.where(support, jnp.exp(left), 0.0)
-    log_ratio = jnp.where(support, left, 0.0) - jnp.where(support, right, 0.0)
-    # The masses sum to 0, but term by term they cancel the rounding of both
-    # normalisers, which would leave an error of some 1e-7 however small the value.
-    return jnp.sum(mass * log_ratio - mass + jnp.exp(right), axis=-1)
-
-
-def _log_mixture(left: jax.Array, right: jax.Array, weight) -> jax.Array:
-    """log(weight * exp(left) + (1 - weight) * exp(right)), -inf where both are."""
-    weight = jnp.asarray(weight, left.dtype)
-    left, right = left + jnp.log(weight), right + jnp.log1p(-weight)
-    possible = (left > -jnp.inf) | (right > -jnp.inf)
-    mixture = jnp.logaddexp(
-        jnp.where(possible, left, 0.0), jnp.where(possible, right, 0.0)
-    )
-    return jnp.where(possible, mixture, -jnp.inf)
-
-
-def _log_rest(log_probs: jax.Array, vocabulary: int) -> jax.Array:
+def log_rest(log_probs: jax.Array, vocabulary: int) -> jax.Array:
     """Log of the mass that K of V log-probs leave, [..., 1]; -inf if only rounding."""
     rest = 1.0 - jnp.sum(jnp.exp(log_probs), axis=-1, keepdims=True)
     # A list of all V tokens leaves nothing, however coarsely it was stored.

@@ -1,0 +1,225 @@
+"""The losses that `rkd_jax.losses.vocabulary_tiles` can walk over."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from rkd_jax.losses import divergence_terms as terms
+from rkd_jax.losses import divergences
+from rkd_jax.losses.divergence_terms import kl_terms
+from rkd_jax.losses.divergences import log_rest
+from rkd_jax.losses.likelihood import take_tokens
+
+
+class Logs(NamedTuple):
+    """Log-probs of some rows and columns, ``[C, V']``, and which tokens these are."""
+
+    student: jax.Array
+    teacher: jax.Array | None
+    columns: jax.Array  # int32[V']
+
+
+class RowLoss(Protocol):
+    """A loss per row of log-probs; hashable, for it is static.
+
+    ``data`` is a pytree of arrays with C rows, such as targets.
+    """
+
+    def stats(self, logs: Logs, data: Any, axis_name: str | None) -> Any:
+        """What a column has to know of its row: a pytree of arrays with C rows.
+
+        ``logs`` are all columns, or under ``axis_name`` a shard of them.
+        """
+
+    def partial(self, logs: Logs, data: Any, stats: Any) -> jax.Array:
+        """``[C]``: the loss, or under ``axis_name`` this shard's summand of it."""
+
+    def slopes(self, logs: Logs, data: Any, stats: Any) -> jax.Array:
+        """``[C, V']``: derivative of the loss in each of the student's log-probs."""
+
+
+TERMS = {
+    divergences.forward_kl: terms.forward_kl_terms,
+    divergences.reverse_kl: terms.reverse_kl_terms,
+    divergences.generalized_jsd: terms.generalized_jsd_terms,
+    divergences.skew_forward_kl: terms.skew_forward_kl_terms,
+    divergences.skew_reverse_kl: terms.skew_reverse_kl_terms,
+    divergences.total_variation: terms.total_variation_terms,
+}
+"""What a divergence sums over the vocabulary."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenLogProb:
+    """Log-probability of the target; ``data`` is int32[C]."""
+
+    def stats(self, logs: Logs, data: jax.Array, axis_name: str | None) -> None:
+        """Nothing."""
+
+    def partial(self, logs: Logs, data: jax.Array, stats: None) -> jax.Array:
+        """The target's entry, where it is among the columns."""
+        place = data - logs.columns[0]
+        here = (place >= 0) & (place < logs.columns.size)
+        place = jnp.where(here, place, 0)[:, None]
+        return jnp.where(here, take_tokens(logs.student, place)[:, 0], 0.0)
+
+    def slopes(self, logs: Logs, data: jax.Array, stats: None) -> jax.Array:
+        """1 at the target."""
+        return (logs.columns[None] == data[:, None]).astype(logs.student.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class PerToken:
+    """A sum over the vocabulary of a function of both log-probs."""
+
+    summand: Callable[[jax.Array, jax.Array], jax.Array]
+
+    def stats(self, logs: Logs, data: None, axis_name: str | None) -> None:
+        """Nothing."""
+
+    def partial(self, logs: Logs, data: None, stats: None) -> jax.Array:
+        """The sum over these columns."""
+        return self.summand(logs.student, logs.teacher).sum(-1)
+
+    def slopes(self, logs: Logs, data: None, stats: None) -> jax.Array:
+        """Elementwise derivatives."""
+
+        def summand(student):
+            return self.summand(student, logs.teacher)
+
+        return jax.jvp(summand, (logs.student,), (jnp.ones_like(logs.student),))[1]
+
+
+class _Tail(NamedTuple):
+    """Log of the mass outside the list, ``[C]``."""
+
+    student: jax.Array
+    teacher: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class TopK:
+    """Forward KL with one bucket for the tail; ``data`` is ids and log-probs [C, K]."""
+
+    vocabulary: int  # V, all shards together
+
+    def stats(self, logs: Logs, data, axis_name: str | None) -> _Tail:
+        """Both tails."""
+        ids, present = self._places(logs, data)
+        rest = jnp.put_along_axis(
+            logs.student, ids, -jnp.inf, -1, inplace=False, mode="drop"
+        )
+        top = rest.max(-1)
+        if axis_name is not None:
+            top = jax.lax.pmax(top, axis_name)
+        top = jnp.where(top > -jnp.inf, top, 0.0)
+        mass = jnp.exp(rest - top[:, None]).sum(-1)
+        if axis_name is not None:
+            mass = jax.lax.psum(mass, axis_name)
+        teacher = log_rest(data[1].astype(top.dtype), self.vocabulary)[:, 0]
+        return _Tail(top + jnp.log(mass), teacher)
+
+    def partial(self, logs: Logs, data, stats: _Tail) -> jax.Array:
+        """The listed tokens among these columns; the first shard adds the bucket."""
+        ids, present = self._places(logs, data)
+        listed = take_tokens(logs.student, jnp.where(present, ids, 0))
+        p = jnp.where(present, data[1].astype(listed.dtype), -jnp.inf)
+        listed = kl_terms(p, jnp.where(present, listed, -jnp.inf)).sum(-1)
+        bucket = kl_terms(stats.teacher, stats.student)
+        return listed + jnp.where(logs.columns[0] == 0, bucket, 0.0)
+
+    def slopes(self, logs: Logs, data, stats: _Tail) -> jax.Array:
+        """Minus the teacher's mass; the bucket's is shared out as the student's is."""
+        ids, present = self._places(logs, data)
+        some = (stats.teacher > -jnp.inf) & (stats.student > -jnp.inf)
+        ratio = jnp.where(some, stats.teacher - stats.student, -jnp.inf)
+        slopes = -jnp.exp(logs.student + ratio[:, None])
+        p = jnp.exp(data[1].astype(slopes.dtype))
+        return jnp.put_along_axis(slopes, ids, -p, -1, inplace=False, mode="drop")
+
+    def _places(self, logs: Logs, data) -> tuple[jax.Array, jax.Array]:
+        """Where the listed tokens are among the columns, past the end if they are not.
+
+        An entry with log-prob -inf counts as absent.
+        """
+        ids, log_probs = data
+        width = logs.columns.size
+        places = ids - logs.columns[0]
+        present = (log_probs > -jnp.inf) & (places >= 0) & (places < width)
+        return jnp.where(present, places, width), present
+
+
+@dataclasses.dataclass(frozen=True)
+class SoftValue:
+    """``scale * logsumexp(power * log_probs)``."""
+
+    power: float
+    scale: float
+
+    def stats(self, logs: Logs, data: None, axis_name: str | None) -> jax.Array:
+        """The log-sum-exp."""
+        scaled = self.power * logs.student
+        top = scaled.max(-1)
+        if axis_name is not None:
+            top = jax.lax.pmax(top, axis_name)
+        total = jnp.exp(scaled - top[:, None]).sum(-1)
+        if axis_name is not None:
+            total = jax.lax.psum(total, axis_name)
+        return top + jnp.log(total)
+
+    def partial(self, logs: Logs, data: None, stats: jax.Array) -> jax.Array:
+        """All of it from the first shard."""
+        return jnp.where(logs.columns[0] == 0, self.scale * stats, 0.0)
+
+    def slopes(self, logs: Logs, data: None, stats: jax.Array) -> jax.Array:
+        """Scale times power times the softmax of the powers."""
+        share = jnp.exp(self.power * logs.student - stats[:, None])
+        return self.scale * self.power * share
+
+
+def expected_value_terms(log_probs: jax.Array, values: jax.Array) -> jax.Array:
+    """Summands of an expectation: 0 where there is no mass, whatever the value."""
+    mass = jnp.exp(log_probs)
+    return jnp.where(mass > 0.0, mass * values, 0.0)
+
+
+def expected_under_terms(values: jax.Array, log_probs: jax.Array) -> jax.Array:
+    """The same as a function of the values."""
+    return expected_value_terms(log_probs, values)
+
+
+def terms_of(
+    divergence: Callable[..., jax.Array],
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """The summands of a dense divergence, with its options."""
+    function, options = divergence, {}
+    if isinstance(divergence, functools.partial):
+        function, options = divergence.func, divergence.keywords
+    if function not in TERMS or getattr(divergence, "args", ()):
+        known = ", ".join(one.__name__ for one in TERMS)
+        raise ValueError(
+            f"{divergence!r} cannot be fused; give one of {known}, or a "
+            "functools.partial of one with options by name"
+        )
+    if "temperature" in options:
+        raise ValueError("give the temperature to linear_divergence itself")
+    one = jnp.zeros(1)
+    jax.eval_shape(functools.partial(function, **options), one, one)  # checks options
+    return _Bound(TERMS[function], tuple(sorted(options.items())))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Bound:
+    """A partial that compares by what it does."""
+
+    function: Callable
+    options: tuple[tuple[str, Any], ...]
+
+    def __call__(self, student: jax.Array, teacher: jax.Array) -> jax.Array:
+        return self.function(student, teacher, **dict(self.options))

@@ -1,0 +1,373 @@
+r"""Losses over a vocabulary from states and heads: the logits never exist as a whole.
+
+A loss is a function of normalised log-probs. With
+:math:`\ell = z - \log\sum_u e^{z_u}` and the *slope*
+:math:`s_v = \partial L / \partial \ell_v`, its gradient in the logits is
+
+.. math:: \frac{\partial L}{\partial z_v} = s_v - e^{\ell_v} \sum_u s_u
+
+so a column has to know of its row the normaliser, the sum of the slopes and what the
+loss itself keeps (`RowLoss`): a first pass over chunks of rows finds them, and then any
+tile of columns can be visited in any order.
+
+Two ways to a gradient, both exact for any cotangent:
+
+- ``"recompute"``: the backward pass computes the logits again, tile by tile. The head's
+  gradient is summed over all rows in float32 before it is stored in the head's dtype;
+  temporaries are a few tiles. Six matrix products of the size of the logits, where the
+  dense gradient takes four.
+- ``"ahead"``: the first pass leaves the gradient of ``sum(weights * loss)`` behind. If
+  the cotangent turns out to be proportional to ``weights``, as that of a weighted sum
+  or mean is, it is scaled and done: four products. Otherwise it is computed again. One
+  array of the size of the head is kept in float32.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rkd_jax.losses.row_losses import Logs, RowLoss
+from rkd_jax.losses.row_order import order_rows, take_rows, unorder_rows
+from rkd_jax.masking import accumulator
+
+Gradient = Literal["recompute", "ahead"]
+
+
+class Readout(NamedTuple):
+    """A model's side of the loss."""
+
+    hidden: jax.Array  # [N, D]
+    head: jax.Array  # [D, V]
+    bias: jax.Array | None = None  # [V]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Everything static."""
+
+    loss: RowLoss
+    temperatures: tuple[float, float]  # of student and teacher
+    softcaps: tuple[float | None, float | None]  # of student and teacher
+    rows: int  # of a chunk of the first pass, which sees all columns
+    block: int  # rows of a chunk of the second pass, a multiple of ``rows``
+    columns: int  # of a tile of the second pass
+    gradient: Gradient
+    axis_name: str | None
+    normalised: tuple[bool, bool] = (True, True)  # or what the head says, as it is
+
+
+class _Rows(NamedTuple):
+    """What the first pass finds, with N' rows each."""
+
+    values: jax.Array
+    normalisers: jax.Array  # [N', sides]
+    pull: jax.Array  # sum of the slopes
+    stats: Any
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def vocabulary_loss(
+    plan: Plan,
+    student: Readout,
+    teacher: Readout | None,
+    data: Any,
+    weights: jax.Array,
+    mask: jax.Array | None,
+) -> jax.Array:
+    """The loss of every row, ``[N]``; 0 where ``mask`` [N] is not set.
+
+    Gradient flows to ``student`` alone. ``weights`` [N] change no value: see the
+    module's docstring.
+    """
+    rows = order_rows(plan.block, student, teacher, data, mask)
+    found, _ = _first_pass(plan, rows, student, teacher, None)
+    return unorder_rows(found.values, rows, len(student.hidden))
+
+
+def _forward(plan, student, teacher, data, weights, mask):
+    rows = order_rows(plan.block, student, teacher, data, mask)
+    weights = take_rows(weights, rows.index) if plan.gradient == "ahead" else None
+    found, ahead = _first_pass(plan, rows, student, teacher, weights)
+    values = unorder_rows(found.values, rows, len(student.hidden))
+    return values, (rows, found, student, teacher, weights, ahead)
+
+
+def _backward(plan, residuals, cotangent):
+    rows, found, student, teacher, weights, ahead = residuals
+    cotangent = take_rows(cotangent, rows.index)
+
+    def again():
+        return _second_pass(plan, rows, found, student, teacher, cotangent)
+
+    if ahead is None:
+        gradient = again()
+    else:
+        scale, exact = _proportion(cotangent, weights)
+        gradient = jax.lax.cond(
+            exact, lambda: jax.tree.map(lambda x: scale * x, ahead), again
+        )
+    hidden = unorder_rows(gradient.hidden, rows, len(student.hidden))
+    gradient = gradient._replace(hidden=hidden)
+    gradient = jax.tree.map(lambda x, like: x.astype(like.dtype), gradient, student)
+    return gradient, None, None, None, None
+
+
+vocabulary_loss.defvjp(_forward, _backward)
+
+
+def _first_pass(plan, rows, student, teacher, weights):
+    """`_Rows`, and the gradient of their sum under ``weights`` if there are any."""
+    columns = _columns(plan, student, 0, student.head.shape[1])
+
+    def of_chunk(hidden, data):
+        logits = _logits(plan, student, teacher, hidden, slice(None))
+        normalisers = _normalisers(plan, logits)
+        logs = _log_probs(logits, normalisers, columns)
+        stats = plan.loss.stats(logs, data, plan.axis_name)
+        values = plan.loss.partial(logs, data, stats)
+        pull = plan.loss.slopes(logs, data, stats).sum(-1)
+        return _Rows(values, normalisers, pull, stats), logs
+
+    def body(i, carry):
+        found, gradient = carry
+        here = functools.partial(_chunk, start=i * plan.rows, size=plan.rows)
+        hidden, data = jax.tree.map(here, (rows.hidden, rows.data))
+        new, logs = of_chunk(hidden, data)
+        if gradient is not None:
+            new = _together(plan, new)
+            live = i * plan.rows + jnp.arange(plan.rows, dtype=jnp.int32) < rows.live
+            scale = jnp.where(live, here(weights), 0.0)
+            delta = _logit_gradient(plan, logs, data, new, scale)
+            gradient = _accumulate(plan, gradient, i, delta, hidden[0], student)
+        return _write(found, new, i * plan.rows), gradient
+
+    size = len(rows.index)
+    here = functools.partial(_chunk, start=0, size=plan.rows)
+    example, _ = jax.eval_shape(of_chunk, *jax.tree.map(here, (rows.hidden, rows.data)))
+    blank = jax.tree.map(lambda x: jnp.zeros((size, *x.shape[1:]), x.dtype), example)
+    gradient = None
+    if weights is not None:
+        gradient = _zeros(plan, student, size)
+    else:  # each shard keeps its own sums until the end
+        own = _shard_zeros(plan, size, blank.values.dtype)
+        blank = blank._replace(values=own, pull=own)
+    count = -(-rows.live // plan.rows)
+    found, gradient = jax.lax.fori_loop(0, count, body, (blank, gradient))
+    if weights is None:
+        found = _together(plan, found)
+    live = jnp.arange(size, dtype=jnp.int32) < rows.live
+    return found._replace(values=jnp.where(live, found.values, 0.0)), gradient
+
+
+def _together(plan: Plan, rows: _Rows) -> _Rows:
+    """Sums over the vocabulary out of those of its shards."""
+    if plan.axis_name is None:
+        return rows
+    values, pull = jax.lax.psum((rows.values, rows.pull), plan.axis_name)
+    return rows._replace(values=values, pull=pull)
+
+
+def _accumulate(plan, gradient, i, delta, hidden, student):
+    """Add the gradient of chunk i of the first pass, whose columns are complete."""
+    states = _product(delta.astype(student.head.dtype), student.head, (1, 1))
+    narrow = delta.astype(hidden.dtype)
+    if plan.axis_name is not None:
+        states = jax.lax.psum(states, plan.axis_name)
+
+    def tile(start, size, head):
+        part = jax.lax.dynamic_slice_in_dim(narrow, start, size, axis=1)
+        old = jax.lax.dynamic_slice_in_dim(head, start, size, axis=1)
+        new = old + _product(hidden, part, (0, 0))
+        return jax.lax.dynamic_update_slice_in_dim(head, new, start, axis=1)
+
+    head = _over_tiles(plan, student, tile, gradient.head)
+    bias = None if student.bias is None else gradient.bias + delta.sum(0)
+    return Readout(_write(gradient.hidden, states, i * plan.rows), head, bias)
+
+
+def _second_pass(plan, rows, found, student, teacher, cotangent):
+    """The gradient under any cotangent, logits computed again."""
+    dtype, count = accumulator(student.hidden), -(-rows.live // plan.block)
+    zeros = functools.partial(_shard_zeros, plan)
+
+    def tile(start, size, carry):
+        span = _Span(start, size)
+        columns = _columns(plan, student, start, size)
+        column_head = span.of(student.head)
+
+        def body(i, carry):
+            hidden_gradient, head, bias = carry
+            here = functools.partial(_chunk, start=i * plan.block, size=plan.block)
+            hidden, data, known, scale = jax.tree.map(
+                here, (rows.hidden, rows.data, found, cotangent)
+            )
+            live = i * plan.block + jnp.arange(plan.block, dtype=jnp.int32) < rows.live
+            logits = _logits(plan, student, teacher, hidden, span)
+            logs = _log_probs(logits, known.normalisers, columns)
+            scale = jnp.where(live, scale, 0.0)
+            delta = _logit_gradient(plan, logs, data, known, scale)
+            states = _product(delta.astype(column_head.dtype), column_head, (1, 1))
+            states = here(hidden_gradient) + states
+            hidden_gradient = _write(hidden_gradient, states, i * plan.block)
+            narrow = delta.astype(hidden[0].dtype)
+            head = head + _product(hidden[0], narrow, (0, 0))
+            return hidden_gradient, head, bias + delta.sum(0)
+
+        states, head_gradient, bias_gradient = carry
+        blank = states, zeros(column_head.shape, dtype), zeros(size, dtype)
+        states, head, bias = jax.lax.fori_loop(0, count, body, blank)
+        head_gradient = jax.lax.dynamic_update_slice_in_dim(
+            head_gradient, head.astype(student.head.dtype), start, axis=1
+        )
+        bias_gradient = jax.lax.dynamic_update_slice_in_dim(
+            bias_gradient, bias, start, axis=0
+        )
+        return states, head_gradient, bias_gradient
+
+    width = student.hidden.shape[-1]
+    blank = (
+        zeros((len(rows.index), width), dtype),
+        zeros(student.head.shape, student.head.dtype),
+        zeros(student.head.shape[1], dtype),
+    )
+    states, head, bias = _over_tiles(plan, student, tile, blank)
+    if plan.axis_name is not None:
+        states = jax.lax.psum(states, plan.axis_name)
+    return Readout(states, head, None if student.bias is None else bias)
+
+
+def _logit_gradient(plan, logs: Logs, data, known: _Rows, scale) -> jax.Array:
+    """``[C, V']``: gradient in the head's output, each row times ``scale``."""
+    slopes = plan.loss.slopes(logs, data, known.stats)
+    delta = slopes
+    if plan.normalised[0]:
+        delta = slopes - jnp.exp(logs.student) * known.pull[:, None]
+    cap = plan.softcaps[0]
+    if cap is not None:
+        logits = (logs.student + known.normalisers[:, :1]) * plan.temperatures[0]
+        delta = delta * (1.0 - (logits / cap) ** 2)
+    # A row without weight may hold anything, and 0 times anything may be NaN.
+    scale = scale[:, None] / plan.temperatures[0]
+    return jnp.where(scale != 0.0, delta * scale, 0.0)
+
+
+class _Span(NamedTuple):
+    """Some columns of a head."""
+
+    start: Any
+    size: int
+
+    def of(self, array: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice_in_dim(array, self.start, self.size, axis=-1)
+
+
+def _logits(plan, student, teacher, hidden, columns) -> list[jax.Array]:
+    """Tempered logits of both sides, ``[C, V']`` each."""
+    found = []
+    sides = (student, teacher)[: len(hidden)]
+    options = zip(sides, hidden, plan.softcaps, plan.temperatures, strict=False)
+    for side, states, cap, temperature in options:
+        head, bias = side.head, side.bias
+        if isinstance(columns, _Span):
+            head = columns.of(head)
+            bias = None if bias is None else columns.of(bias)
+        logits = _product(states, head, (1, 0))
+        logits = logits if bias is None else logits + bias[None]
+        logits = logits if cap is None else jnp.tanh(logits / cap) * cap
+        found.append(logits / temperature)
+    return found
+
+
+def _normalisers(plan: Plan, logits: list[jax.Array]) -> jax.Array:
+    """Log of the sum of exponentials of each side, ``[C, sides]``, or 0."""
+    top = jnp.stack([z.max(-1) for z in logits], axis=-1)
+    if plan.axis_name is not None:
+        top = jax.lax.pmax(top, plan.axis_name)
+    total = [jnp.exp(z - top[:, i, None]).sum(-1) for i, z in enumerate(logits)]
+    total = jnp.stack(total, axis=-1)
+    if plan.axis_name is not None:
+        total = jax.lax.psum(total, plan.axis_name)
+    has = jnp.array(plan.normalised[: len(logits)])
+    return jnp.where(has[None], top + jnp.log(total), 0.0)
+
+
+def _log_probs(logits: list[jax.Array], normalisers, columns) -> Logs:
+    logs = [z - normalisers[:, i, None] for i, z in enumerate(logits)]
+    return Logs(logs[0], logs[1] if len(logs) > 1 else None, columns)
+
+
+def _product(left: jax.Array, right: jax.Array, axes: tuple[int, int]) -> jax.Array:
+    """Matrix product over one axis of each, summed wide."""
+    if left.dtype != right.dtype:  # both to the wider, or bfloat16 x float16 to wide
+        wider = max(left, right, key=lambda x: x.dtype.itemsize)
+        same = left.dtype.itemsize == right.dtype.itemsize
+        dtype = accumulator(wider) if same else wider.dtype
+        left, right = left.astype(dtype), right.astype(dtype)
+    wide = accumulator(left)
+    return jax.lax.dot_general(
+        left, right, (((axes[0],), (axes[1],)), ((), ())), preferred_element_type=wide
+    )
+
+
+def _over_tiles(plan, student, tile: Callable, carry):
+    """``tile(start, size, carry)`` for all columns; the last may be narrower."""
+    width = student.head.shape[1]
+    size = min(plan.columns, width)
+    whole = width // size
+    carry = jax.lax.fori_loop(
+        0, whole, lambda i, carry: tile(i * size, size, carry), carry
+    )
+    rest = width - whole * size
+    return tile(whole * size, rest, carry) if rest else carry
+
+
+def _columns(plan, student, start, size) -> jax.Array:
+    """Which tokens these columns of the head are."""
+    first = start
+    if plan.axis_name is not None:
+        first = start + jax.lax.axis_index(plan.axis_name) * student.head.shape[1]
+    return first + jnp.arange(size, dtype=jnp.int32)
+
+
+def _proportion(values: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The factor between two vectors, and whether there is one, up to rounding."""
+    largest = jnp.argmax(jnp.abs(weights))
+    scale = values[largest] / weights[largest]
+    noise = 4 * jnp.finfo(values.dtype).eps * jnp.abs(values)
+    return scale, jnp.all(jnp.abs(values - scale * weights) <= noise)
+
+
+def _zeros(plan: Plan, student: Readout, size: int) -> Readout:
+    """An accumulator of the gradient, with N' rows of states."""
+    dtype = accumulator(student.hidden)
+    states = jnp.zeros((size, student.hidden.shape[-1]), dtype)
+    head = _shard_zeros(plan, student.head.shape, dtype)
+    bias = None if student.bias is None else _shard_zeros(plan, head.shape[1], dtype)
+    return Readout(states, head, bias)
+
+
+def _shard_zeros(plan: Plan, shape, dtype) -> jax.Array:
+    """Zeros to which every shard of the vocabulary will add what is its own."""
+    zeros = jnp.zeros(shape, dtype)
+    if plan.axis_name is None:
+        return zeros
+    return jax.lax.pcast(zeros, plan.axis_name, to="varying")
+
+
+def _chunk(array: jax.Array, start, size: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(array, start, size, axis=0)
+
+
+def _write(buffers, parts, start):
+    """Parts in place of the rows from ``start`` on, leaf by leaf."""
+    return jax.tree.map(
+        lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=0),
+        buffers,
+        parts,
+    )

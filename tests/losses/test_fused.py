@@ -1,0 +1,343 @@
+"""Fused losses against the dense ones, in value and gradient."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rkd_jax.losses import (
+    forward_kl,
+    generalized_jsd,
+    reverse_kl,
+    skew_forward_kl,
+    skew_reverse_kl,
+    soft_value,
+    token_log_probs,
+    topk_forward_kl,
+    total_variation,
+)
+from rkd_jax.losses.fused import (
+    Tiles,
+    linear_divergence,
+    linear_expectation,
+    linear_soft_value,
+    linear_token_log_probs,
+    linear_topk_divergence,
+)
+
+pytestmark = pytest.mark.usefixtures("x64", "quick_compiler")
+
+ROWS, WIDTH, TEACHER_WIDTH, VOCABULARY, TOP = 37, 6, 9, 53, 5
+SMALL = functools.partial(Tiles, logits=53 * 8, block=16, columns=20)
+GRADIENTS = ("recompute", "ahead")
+DIVERGENCES = {
+    "forward": forward_kl,
+    "reverse": reverse_kl,
+    "jsd-0": functools.partial(generalized_jsd, beta=0),
+    "jsd-0.1": functools.partial(generalized_jsd, beta=0.1),
+    "jsd-0.5": functools.partial(generalized_jsd, beta=0.5),
+    "jsd-1": functools.partial(generalized_jsd, beta=1),
+    "skew-forward": functools.partial(skew_forward_kl, alpha=0.3),
+    "skew-reverse": functools.partial(skew_reverse_kl, alpha=0.3),
+    "total-variation": total_variation,
+}
+RNG = np.random.default_rng(0)
+
+
+def normal(*shape):
+    return RNG.normal(size=shape)  # numpy: float64 before x64 is switched on
+
+
+HIDDEN, HEAD, BIAS = normal(ROWS, WIDTH), normal(WIDTH, VOCABULARY), normal(VOCABULARY)
+TEACHER_HIDDEN = normal(ROWS, TEACHER_WIDTH)
+TEACHER_HEAD, TEACHER_BIAS = normal(TEACHER_WIDTH, VOCABULARY), normal(VOCABULARY)
+TARGETS = RNG.integers(0, VOCABULARY, ROWS)
+MASK = RNG.random(ROWS) < 0.6
+ANY = normal(ROWS)  # a cotangent that is no multiple of the mask
+IDS = np.argsort(RNG.random((ROWS, VOCABULARY)))[:, :TOP]
+
+
+def logits(hidden, head, bias=None, softcap=None):
+    found = jnp.matmul(hidden, head)
+    found = found if bias is None else found + bias[None]
+    return found if softcap is None else jnp.tanh(found / softcap) * softcap
+
+
+def agree(fused, dense, *arguments, mask=None, rtol=1e-10, atol=1e-12):
+    """Values and gradients, for a sum and for a cotangent without a pattern.
+
+    Masked rows of the fused loss's states hold NaN.
+    """
+    arguments = [jnp.asarray(x) for x in arguments]
+    inputs = list(arguments)
+    if mask is not None:
+        inputs[0] = jnp.where(mask[:, None], inputs[0], jnp.nan)
+    for weights in (jnp.ones(ROWS), ANY):
+
+        def total(loss, weights=weights):
+            def value(*arguments):
+                values = loss(*arguments)
+                if mask is not None:
+                    values = jnp.where(mask, values, 0.0)
+                return (weights * values).sum(), values
+
+            every = tuple(range(len(arguments)))
+            return jax.jit(jax.value_and_grad(value, every, has_aux=True))
+
+        ((_, values), gradients) = total(fused)(*inputs)
+        ((_, expected), slopes) = total(dense)(*arguments)
+        np.testing.assert_allclose(values, expected, rtol=rtol, atol=atol)
+        for found, slope in zip(gradients, slopes, strict=True):
+            np.testing.assert_allclose(found, slope, rtol=rtol, atol=atol)
+    if mask is not None:
+        assert not np.asarray(fused(*inputs))[~np.asarray(mask)].any()
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_divergences_are_the_dense_ones(name, gradient):
+    divergence, masked = DIVERGENCES[name], name != "forward"
+    mask = MASK if masked else None
+
+    def fused(hidden, head, bias):
+        return linear_divergence(
+            hidden,
+            head,
+            TEACHER_HIDDEN,
+            TEACHER_HEAD,
+            divergence=divergence,
+            mask=mask,
+            temperature=0.7,
+            student_bias=bias,
+            teacher_bias=TEACHER_BIAS,
+            student_softcap=4.0,
+            teacher_softcap=3.0,
+            tiles=SMALL(gradient=gradient),
+        )
+
+    def dense(hidden, head, bias):
+        teacher = logits(TEACHER_HIDDEN, TEACHER_HEAD, TEACHER_BIAS, 3.0)
+        return divergence(logits(hidden, head, bias, 4.0), teacher, temperature=0.7)
+
+    agree(fused, dense, HIDDEN, HEAD, BIAS, mask=mask)
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_token_log_probs_are_the_dense_ones(gradient):
+    def fused(hidden, head, bias, mask=MASK):
+        return linear_token_log_probs(
+            hidden,
+            head,
+            TARGETS,
+            mask=mask,
+            temperature=0.5,
+            bias=bias,
+            softcap=5.0,
+            tiles=SMALL(gradient=gradient),
+        )
+
+    def dense(hidden, head, bias):
+        return token_log_probs(
+            logits(hidden, head, bias, 5.0), TARGETS, temperature=0.5
+        )
+
+    agree(fused, dense, HIDDEN, HEAD, BIAS, mask=MASK)
+    np.testing.assert_allclose(
+        fused(HIDDEN, HEAD, BIAS, None), dense(HIDDEN, HEAD, BIAS), rtol=1e-12
+    )
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_topk_is_the_dense_one_with_its_bucket(gradient):
+    teacher = jax.nn.log_softmax(logits(TEACHER_HIDDEN, TEACHER_HEAD))
+    listed = jnp.take_along_axis(teacher, IDS, -1).at[3, 2].set(-jnp.inf)
+
+    def fused(hidden, head):
+        return linear_topk_divergence(
+            hidden, head, IDS, listed, mask=MASK, tiles=SMALL(gradient=gradient)
+        )
+
+    def dense(hidden, head):
+        return topk_forward_kl(logits(hidden, head), IDS, listed)
+
+    agree(fused, dense, HIDDEN, HEAD, mask=MASK)
+
+
+def test_topk_of_all_tokens_is_forward_kl():
+    teacher = jax.nn.log_softmax(logits(TEACHER_HIDDEN, TEACHER_HEAD))
+    ids = jnp.broadcast_to(jnp.arange(VOCABULARY), teacher.shape)
+    found = linear_topk_divergence(HIDDEN, HEAD, ids, teacher, tiles=SMALL())
+    np.testing.assert_allclose(
+        found, forward_kl(logits(HIDDEN, HEAD), teacher), rtol=1e-9
+    )
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_soft_values_are_the_dense_ones(gradient):
+    def fused(hidden, head):
+        return linear_soft_value(
+            hidden,
+            head,
+            power=0.7,
+            scale=2.0,
+            mask=MASK,
+            tiles=SMALL(gradient=gradient),
+        )
+
+    def dense(hidden, head):
+        log_probs = jax.nn.log_softmax(logits(hidden, head))
+        return soft_value(log_probs, power=0.7, scale=2.0)
+
+    agree(fused, dense, HIDDEN, HEAD, mask=MASK)
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("trains", ["policy", "values"])
+def test_expectations_train_one_side(trains, gradient):
+    sides = {
+        "policy": (HIDDEN, HEAD, BIAS),
+        "values": (TEACHER_HIDDEN, TEACHER_HEAD, TEACHER_BIAS),
+    }
+
+    def both(own):
+        return {**sides, trains: own}
+
+    def fused(*own):
+        (policy, head, bias), (state, q_head, q_bias) = both(own).values()
+        return linear_expectation(
+            policy,
+            head,
+            state,
+            q_head,
+            trains=trains,
+            mask=MASK,
+            temperature=0.7,
+            policy_bias=bias,
+            value_bias=q_bias,
+            value_softcap=2.0,
+            tiles=SMALL(gradient=gradient),
+        )
+
+    def dense(*own):
+        policy, q = both(own).values()
+        return (jax.nn.softmax(logits(*policy) / 0.7) * logits(*q, 2.0)).sum(-1)
+
+    agree(fused, dense, *sides[trains], mask=MASK)
+    other = "values" if trains == "policy" else "policy"
+
+    def through(own):
+        return linear_expectation(
+            *(own if other == "policy" else sides["policy"][:2]),
+            *(own if other == "values" else sides["values"][:2]),
+            trains=trains,
+            tiles=SMALL(gradient=gradient),
+        ).sum()
+
+    for slope in jax.tree.leaves(jax.grad(through)(sides[other][:2])):
+        assert not np.asarray(slope).any()
+
+
+def test_no_gradient_reaches_the_teacher():
+    def total(teacher):
+        return linear_divergence(
+            HIDDEN, HEAD, *teacher, divergence=reverse_kl, tiles=SMALL()
+        ).sum()
+
+    for slope in jax.tree.leaves(jax.grad(total)((TEACHER_HIDDEN, TEACHER_HEAD))):
+        assert not np.asarray(slope).any()
+
+
+def test_weights_are_a_hint():
+    """Right, wrong or centred on zero: the gradient is the same."""
+    advantages = ANY - ANY.mean()
+
+    def slopes(weights, gradient):
+        def total(hidden, head):
+            values = linear_token_log_probs(
+                hidden, head, TARGETS, weights=weights, tiles=SMALL(gradient=gradient)
+            )
+            return (advantages * values).sum() / 7.0
+
+        return jax.grad(total, (0, 1))(HIDDEN, HEAD)
+
+    expected = slopes(None, "recompute")
+    for weights in (advantages, -3.0 * advantages, jnp.ones(ROWS), jnp.zeros(ROWS)):
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-13),
+            slopes(weights, "ahead"),
+            expected,
+        )
+
+
+def test_impossible_tokens_of_the_teacher_are_legal():
+    bias = jnp.asarray(TEACHER_BIAS).at[7].set(-jnp.inf).at[40].set(-jnp.inf)
+    for divergence in (forward_kl, generalized_jsd, skew_reverse_kl, total_variation):
+
+        def fused(hidden, head, divergence=divergence):
+            return linear_divergence(
+                hidden,
+                head,
+                TEACHER_HIDDEN,
+                TEACHER_HEAD,
+                divergence=divergence,
+                teacher_bias=bias,
+                tiles=SMALL(),
+            )
+
+        def dense(hidden, head, divergence=divergence):
+            return divergence(
+                logits(hidden, head), logits(TEACHER_HIDDEN, TEACHER_HEAD, bias)
+            )
+
+        agree(fused, dense, HIDDEN, HEAD)
+
+
+def test_nothing_counted_is_zero_and_has_zero_gradient():
+    hidden = jnp.full_like(HIDDEN, jnp.nan)
+
+    def total(hidden, head):
+        return linear_token_log_probs(
+            hidden, head, TARGETS, mask=jnp.zeros(ROWS, bool), tiles=SMALL()
+        ).sum()
+
+    value, slopes = jax.value_and_grad(total, (0, 1))(hidden, HEAD)
+    assert float(value) == 0.0
+    assert not any(np.asarray(slope).any() for slope in slopes)
+
+
+def test_a_target_outside_the_vocabulary_is_nan():
+    targets = jnp.asarray(TARGETS).at[0].set(VOCABULARY).at[1].set(-1)
+    found = np.asarray(linear_token_log_probs(HIDDEN, HEAD, targets, tiles=SMALL()))
+    assert np.isnan(found[:2]).all()
+    assert np.isfinite(found[2:]).all()
+
+
+def test_leading_axes_are_kept():
+    def shaped(x):
+        return x[:36].reshape(3, 4, 3, *x.shape[1:])
+
+    found = linear_token_log_probs(shaped(HIDDEN), HEAD, shaped(TARGETS))
+    flat = linear_token_log_probs(HIDDEN[:36], HEAD, TARGETS[:36])
+    np.testing.assert_array_equal(found, flat.reshape(3, 4, 3))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"divergence": lambda q, p: q.sum(-1)}, "cannot be fused"),
+        ({"divergence": functools.partial(generalized_jsd, beta=2.0)}, "beta"),
+        ({"divergence": functools.partial(forward_kl, temperature=2.0)}, "itself"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"student_softcap": -1.0}, "softcap"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        linear_divergence(HIDDEN, HEAD, TEACHER_HIDDEN, TEACHER_HEAD, **options)
+
+
+def test_vocabularies_of_two_sizes_are_refused():
+    with pytest.raises(ValueError, match=r"53.*52.*align_vocab"):
+        linear_divergence(HIDDEN, HEAD, TEACHER_HIDDEN, TEACHER_HEAD[:, 1:])
