@@ -12,8 +12,8 @@ default, ``mask``, fits every sum or mean over positions (`Tiles.gradient`).
 >>> import jax, jax.numpy as jnp
 >>> from rkd_jax.losses import generalized_jsd
 >>> states, head = jnp.eye(2), jnp.array([[1.0, 0.0, 2.0], [0.0, 1.0, 3.0]])
->>> print(jnp.exp(linear_token_log_probs(states, head, jnp.array([2, 2]))).round(3))
-[0.665 0.844]
+>>> print(jnp.exp(linear_token_log_probs(states, head, jnp.array([2, 2]))).round(1))
+[0.7 0.8]
 >>> print(linear_divergence(states, head, states, head, divergence=generalized_jsd))
 [0. 0.]
 
@@ -133,10 +133,15 @@ def linear_divergence(
         teacher_head: float[E, V].
         divergence: a function of `rkd_jax.losses.divergences` over full distributions,
             or a `functools.partial` of one: ``partial(generalized_jsd, beta=0.1)``.
-        mask, weights, axis_name, tiles: see `linear_token_log_probs`.
+        mask: see `linear_token_log_probs`.
+        weights: see `linear_token_log_probs`.
         temperature: positive; divides both logits. Give it here, not to the divergence.
-        student_bias, teacher_bias: float[V].
-        student_softcap, teacher_softcap: see `linear_token_log_probs`.
+        student_bias: float[V].
+        teacher_bias: float[V].
+        student_softcap: see `linear_token_log_probs`.
+        teacher_softcap: see `linear_token_log_probs`.
+        axis_name: see `linear_token_log_probs`.
+        tiles: see `linear_token_log_probs`.
 
     Returns:
         float32[*batch], as the dense divergence; 0 where ``mask`` is not set. Not
@@ -193,8 +198,13 @@ def linear_topk_divergence(
         head: float[D, V] of the student.
         topk_ids: int[*batch, K], as `topk_forward_kl`.
         topk_log_probs: float[*batch, K], taken at the same temperature.
-        mask, weights, temperature, bias, softcap, axis_name, tiles: see
-            `linear_token_log_probs`.
+        mask: see `linear_token_log_probs`.
+        weights: see `linear_token_log_probs`.
+        temperature: see `linear_token_log_probs`.
+        bias: see `linear_token_log_probs`.
+        softcap: see `linear_token_log_probs`.
+        axis_name: see `linear_token_log_probs`.
+        tiles: see `linear_token_log_probs`.
 
     Returns:
         float32[*batch], as `topk_forward_kl`; 0 where ``mask`` is not set. Not reduced.
@@ -243,9 +253,15 @@ def linear_soft_value(
     Args:
         hidden: float[*batch, D].
         head: float[D, V].
-        power, scale: see `soft_value`; at power 1 every value is 0.
-        mask, weights, temperature, bias, softcap, axis_name, tiles: see
-            `linear_token_log_probs`.
+        power: see `soft_value`; at 1 every value is 0.
+        scale: see `soft_value`.
+        mask: see `linear_token_log_probs`.
+        weights: see `linear_token_log_probs`.
+        temperature: see `linear_token_log_probs`.
+        bias: see `linear_token_log_probs`.
+        softcap: see `linear_token_log_probs`.
+        axis_name: see `linear_token_log_probs`.
+        tiles: see `linear_token_log_probs`.
 
     Returns:
         float32[*batch], nats times ``scale``; 0 where ``mask`` is not set.
@@ -301,11 +317,15 @@ def linear_expectation(
         value_hidden: float[*batch, E].
         value_head: float[E, V].
         trains: who gets the gradient; the other is data.
-        mask, weights, axis_name, tiles: see `linear_token_log_probs`.
+        mask: see `linear_token_log_probs`.
+        weights: see `linear_token_log_probs`.
         temperature: of the policy.
-        policy_bias, value_bias: float[V].
-        policy_softcap, value_softcap: see `linear_token_log_probs`; for values a smooth
-            bound.
+        policy_bias: float[V].
+        value_bias: float[V].
+        policy_softcap: see `linear_token_log_probs`.
+        value_softcap: a smooth bound of the values.
+        axis_name: see `linear_token_log_probs`.
+        tiles: see `linear_token_log_probs`.
 
     Returns:
         float32[*batch], unit of Q; 0 where ``mask`` is not set. A token without mass

@@ -1,4 +1,9 @@
-"""How a fused loss is cut into chunks and tiles, checked and run."""
+"""How a fused loss is cut into chunks and tiles, checked and run.
+
+>>> half = Tiles(logits=2**24)  # half the memory of the first pass
+>>> half.gradient is None
+True
+"""
 
 from __future__ import annotations
 

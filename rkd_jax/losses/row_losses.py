@@ -1,4 +1,9 @@
-"""The losses that `rkd_jax.losses.vocabulary_tiles` can walk over."""
+"""The losses that `rkd_jax.losses.vocabulary_tiles` can walk over.
+
+>>> summand = terms_of(functools.partial(divergences.generalized_jsd, beta=0.3))
+>>> summand.options
+(('beta', 0.3),)
+"""
 
 from __future__ import annotations
 

@@ -20,6 +20,13 @@ Two ways to a gradient, both exact for any cotangent:
   the cotangent turns out to be proportional to ``weights``, as that of a weighted sum
   or mean is, it is scaled and done: four products. Otherwise it is computed again. One
   array of the size of the head is kept in float32.
+
+>>> from rkd_jax.losses.row_losses import TokenLogProb
+>>> plan = Plan(TokenLogProb(), (1.0, 1.0), (None, None), 2, 2, 2, "recompute", None)
+>>> side = Readout(jnp.zeros((2, 1)), jnp.ones((1, 4)))
+>>> targets, weights = jnp.array([0, 3], jnp.int32), jnp.ones(2)
+>>> print(jnp.exp(vocabulary_loss(plan, side, None, targets, weights, None)))
+[0.25 0.25]
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from experiments.game import Game
 from experiments.lab import open_lab
 from experiments.reward_models import RewardModels
 from experiments.settings import SettingsError, WarmStartConfig
-from experiments.stages import Desk
+from experiments.stages import Desk, as_key
 from experiments.warm_start import warm_start
 from rkd_jax.training.metrics import read_metrics
 from rkd_jax.training.progress import Progress
@@ -135,8 +135,8 @@ def test_tiny_trains_and_judges_every_method(name, lab, courses, tmp_path):
     # Nobody has read a prompt on whose pairs the students are ranked.
     read = (course.demonstrations, course.lesson, course.pairs, *course.fresh)
     assert all(read)
-    prompts = {record.prompt for records in read for record in records}
-    assert prompts.isdisjoint(pair.prompt for pair in course.held_out_pairs)
+    prompts = {as_key(record) for records in read for record in records}
+    assert prompts.isdisjoint(as_key(pair) for pair in course.held_out_pairs)
     if name == "drdo":  # one oracle for both, trained once
         entries = read_metrics(tmp_path / "run/3-oracle")
         assert len(list(entries)) == config.drdo.oracle_steps
