@@ -74,23 +74,23 @@ def agree(fused, dense, *arguments, mask=None, rtol=1e-10, atol=1e-12):
     inputs = list(arguments)
     if mask is not None:
         inputs[0] = jnp.where(mask[:, None], inputs[0], jnp.nan)
-    for weights in (jnp.ones(ROWS), ANY):
 
-        def total(loss, weights=weights):
-            def value(*arguments):
-                values = loss(*arguments)
-                if mask is not None:
-                    values = jnp.where(mask, values, 0.0)
-                return (weights * values).sum(), values
+    def step(loss):
+        def value(arguments, weights):
+            values = loss(*arguments)
+            if mask is not None:
+                values = jnp.where(mask, values, 0.0)
+            return (weights * values).sum(), values
 
-            every = tuple(range(len(arguments)))
-            return jax.jit(jax.value_and_grad(value, every, has_aux=True))
+        return jax.jit(jax.value_and_grad(value, has_aux=True))
 
-        ((_, values), gradients) = total(fused)(*inputs)
-        ((_, expected), slopes) = total(dense)(*arguments)
+    found, wanted = step(fused), step(dense)
+    for weights in (jnp.ones(ROWS), jnp.asarray(ANY)):
+        (_, values), gradients = found(inputs, weights)
+        (_, expected), slopes = wanted(arguments, weights)
         np.testing.assert_allclose(values, expected, rtol=rtol, atol=atol)
-        for found, slope in zip(gradients, slopes, strict=True):
-            np.testing.assert_allclose(found, slope, rtol=rtol, atol=atol)
+        for gradient, slope in zip(gradients, slopes, strict=True):
+            np.testing.assert_allclose(gradient, slope, rtol=rtol, atol=atol)
     if mask is not None:
         assert not np.asarray(fused(*inputs))[~np.asarray(mask)].any()
 
