@@ -54,14 +54,10 @@ class FusedBenchmark:
     gradients: tuple[Literal["recompute", "ahead"], ...] = ("recompute", "ahead")
     turns: int = 5
     """Times that every version is run; the median counts."""
-    most_dense_gib: float = 8.0
-    """Dense versions with more temporaries are compiled, not run."""
+    most_temp_gib: float = 8.0
+    """Versions with more temporaries are compiled, not run."""
     json: bool = False
     """Print one JSON line per row in place of the table."""
-
-
-class Measured(dict):
-    """One version: ``temp_bytes``, and ``seconds`` if it was run."""
 
 
 def inputs(config: FusedBenchmark, rows: int) -> dict[str, jax.Array]:
@@ -111,8 +107,8 @@ def fused(gradient: str, loss: str, hidden, head, given) -> jax.Array:
     ).sum()
 
 
-def measure(config: FusedBenchmark, loss: str, rows: int) -> dict[str, Measured]:
-    """All versions of one loss at one size."""
+def measure(config: FusedBenchmark, loss: str, rows: int) -> dict[str, dict]:
+    """Versions of one loss at one size: ``temp_bytes``, ``seconds`` if it was run."""
     versions = {"dense": dense} | {
         name: functools.partial(fused, name) for name in config.gradients
     }
@@ -123,8 +119,8 @@ def measure(config: FusedBenchmark, loss: str, rows: int) -> dict[str, Measured]
         step = jax.jit(jax.value_and_grad(functools.partial(version, loss), (0, 1)))
         compiled = step.lower(hidden, head, given).compile()
         temporary = compiled.memory_analysis().temp_size_in_bytes
-        found[name] = Measured(temp_bytes=temporary)
-        if temporary <= config.most_dense_gib * 2**30:
+        found[name] = {"temp_bytes": temporary}
+        if temporary <= config.most_temp_gib * 2**30:
             runs[name] = compiled
     seconds = {name: [] for name in runs}
     for compiled in runs.values():
@@ -139,7 +135,7 @@ def measure(config: FusedBenchmark, loss: str, rows: int) -> dict[str, Measured]
     return found
 
 
-def row_of(loss: str, rows: int, found: dict[str, Measured]) -> dict[str, Any]:
+def row_of(loss: str, rows: int, found: dict[str, dict]) -> dict[str, Any]:
     """One line of the table."""
     line = {"loss": loss, "rows": rows}
     whole = found["dense"]

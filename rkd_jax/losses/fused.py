@@ -96,7 +96,7 @@ def linear_token_log_probs(
         targets,
         mask=mask,
         weights=weights,
-        temperature=temperature,
+        temperatures=(temperature, temperature),
         softcaps=(softcap, None),
         axis_name=axis_name,
         tiles=tiles,
@@ -151,8 +151,8 @@ def linear_divergence(
         Flows to the student's states, head and bias. The teacher is data: exactly 0.
 
     Raises:
-        ValueError: a divergence that is not in `TERMS`, options out of range, or
-            sizes that disagree.
+        ValueError: a divergence that is none of those, options out of range, or sizes
+            that disagree.
 
     References:
         See the dense divergence. Deviation: none.
@@ -170,7 +170,7 @@ def linear_divergence(
         None,
         mask=mask,
         weights=weights,
-        temperature=temperature,
+        temperatures=(temperature, temperature),
         softcaps=(student_softcap, teacher_softcap),
         axis_name=axis_name,
         tiles=tiles,
@@ -227,7 +227,7 @@ def linear_topk_divergence(
         (topk_ids.astype(jnp.int32), log_probs),
         mask=mask,
         weights=weights,
-        temperature=temperature,
+        temperatures=(temperature, temperature),
         softcaps=(softcap, None),
         axis_name=axis_name,
         tiles=tiles,
@@ -283,7 +283,7 @@ def linear_soft_value(
         None,
         mask=mask,
         weights=weights,
-        temperature=temperature,
+        temperatures=(temperature, temperature),
         softcaps=(softcap, None),
         axis_name=axis_name,
         tiles=tiles,
@@ -360,7 +360,7 @@ def linear_expectation(
         None,
         mask=mask,
         weights=weights,
-        temperature=temperatures,
+        temperatures=temperatures,
         softcaps=softcaps,
         axis_name=axis_name,
         tiles=tiles,

@@ -55,7 +55,7 @@ def run(
     *,
     mask,
     weights,
-    temperature,
+    temperatures: tuple[float, float],
     softcaps,
     axis_name,
     tiles: Tiles,
@@ -70,9 +70,6 @@ def run(
     for array in (mask, weights):
         if array is not None:
             chex.assert_shape(array, batch)
-    temperatures = temperature
-    if not isinstance(temperature, tuple):
-        temperatures = (temperature, temperature)
     for one in temperatures:
         check_domain("temperature", one, "(0, inf)")
     for cap in softcaps:
