@@ -172,8 +172,11 @@ MINI_PAIRS = np.array([(0, 0, 1), (0, 0, 2), (0, 1, 3), (0, 2, 3)])
 # action a leads to from prefix k. A state before a target and a state after one are
 # then both nodes, and a one-hot of the node is a hidden state that loses nothing.
 _NODES = 1 + BED_E.prefixes * BED_E.vocabulary
-_PREFIX_NODES = np.array(  # prefix k > 0 is action (k - 1) % 2 from its parent
-    [0, *(1 + 3 * ((k - 1) // 2) + (k - 1) % 2 for k in range(1, BED_E.prefixes))]
+# Prefix k > 0 is action (k - 1) % 2 from its parent. As int32, an index means the same
+# in both precisions: jax keeps what it traced in one of them for the other.
+_PREFIX_NODES = np.array(
+    [0, *(1 + 3 * ((k - 1) // 2) + (k - 1) % 2 for k in range(1, BED_E.prefixes))],
+    np.int32,
 )
 _CHILDREN = np.tile(np.arange(_NODES)[:, None], 3)  # a terminal node stays where it is
 _CHILDREN[_PREFIX_NODES] = 1 + np.arange(BED_E.prefixes * 3).reshape(-1, 3)
