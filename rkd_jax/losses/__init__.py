@@ -5,8 +5,8 @@ likelihood           log-probs of given tokens
 divergences          between next-token distributions, ``[..., V] x [..., V] -> [...]``
 divergence_terms     what they sum over the vocabulary
 fused                both from states and heads: ``[.., T, V]`` logits never exist
-fused_plan           how a fused loss is cut; vocabulary_tiles, row_losses, row_order:
-                     how it is computed
+fused_plan           how a fused loss is cut; how it is computed: vocabulary_tiles,
+                     readouts, row_losses, row_order
 preference           on pairs of sequence log-probs, ``Pair -> [...]``
 reward               Bradley-Terry and the confidence set of rewards
 reward_distillation  an oracle's reward differences as a target (DRDO, the e-DPO family)
