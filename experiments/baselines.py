@@ -145,7 +145,9 @@ class MiniLlm:
 
     def __init__(self, lab: Lab, fit: FitConfig):
         self.lab = lab
-        objective = make_minillm(lab.student, temperature=lab.policy.temperature)
+        objective = make_minillm(
+            lab.student, teacher=lab.teacher, temperature=lab.policy.temperature
+        )
         self.trainer = Trainer(lab, objective, fit)
 
     def train(self, desk: Desk, stage: str, course: Course, *, steps, seed) -> Params:
@@ -157,7 +159,8 @@ class MiniLlm:
             course.demonstrations,
             steps=steps,
             seed=seed,
-            prepare=prepare_imitation(self.lab, rho=1.0),
+            prepare=prepare_imitation(self.lab, rho=1.0, teach=self.lab.teach),
+            frozen=self.lab.frozen,
         )
 
 

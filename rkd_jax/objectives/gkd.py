@@ -21,7 +21,8 @@ import jax.numpy as jnp
 from rkd_jax.losses import forward_kl
 from rkd_jax.losses.domain import check_domain
 from rkd_jax.models.api import CausalLM
-from rkd_jax.objectives.kd import Divergence, make_kd
+from rkd_jax.objectives.kd import make_kd
+from rkd_jax.objectives.teaching import Divergence
 from rkd_jax.types import DemonstrationBatch, ImitationBatch, Objective
 
 _T = TypeVar("_T")

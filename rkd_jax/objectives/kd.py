@@ -10,25 +10,15 @@ kept; one that is known by its log-probs alone gives those.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import jax
 
-from rkd_jax.losses import forward_kl, linear_divergence, token_log_probs
+from rkd_jax.losses import forward_kl, token_log_probs
 from rkd_jax.losses.domain import check_domain
-from rkd_jax.masking import fill_masked, masked_sum
-from rkd_jax.models.api import CausalLM, response_hidden, response_logits
-from rkd_jax.objectives.policy import frozen_params
-from rkd_jax.types import (
-    DemonstrationBatch,
-    LossOutput,
-    Mean,
-    Objective,
-    TeacherSignal,
-    TeacherStates,
-)
-
-Divergence = Callable[..., jax.Array]
+from rkd_jax.masking import masked_sum
+from rkd_jax.models.api import CausalLM
+from rkd_jax.objectives.policy import read
+from rkd_jax.objectives.teaching import Divergence, Teaching
+from rkd_jax.types import DemonstrationBatch, LossOutput, Mean, Objective
 
 
 def make_kd(
@@ -68,57 +58,20 @@ def make_kd(
         temperature squared.
     """
     check_domain("temperature", temperature, "(0, inf)")
-    if teacher is None:
-        return _from_log_probs(model, divergence, temperature)
+    teaching = Teaching(teacher)
 
-    def student_loss(
-        params, critic, frozen, batch: DemonstrationBatch, signal: TeacherStates, rng
-    ):
+    def student_loss(params, critic, frozen, batch: DemonstrationBatch, signal, rng):
         del critic, rng
-        sequences = batch.sequences
-        mask = sequences.response_mask
-        teacher_params = frozen_params(frozen, "teacher", "kd")
-        values = linear_divergence(
-            response_hidden(model, params, sequences),
-            model.head(params),
-            signal.hidden,
-            teacher.head(teacher_params),
-            divergence=divergence,
-            mask=mask,
-            temperature=temperature,
-            student_bias=model.head_bias(params),
-            teacher_bias=teacher.head_bias(teacher_params),
-            student_softcap=model.config.logit_softcap,
-            teacher_softcap=teacher.config.logit_softcap,
-        )
+        seen = read(model, params, batch.sequences, temperature=temperature)
+        mask = batch.sequences.response_mask
+        values = teaching.divergence(divergence, seen, frozen, signal)
         total = masked_sum(values, mask)
         weight = mask.sum().astype(total.dtype)
-        return LossOutput(total, weight, {"student/divergence": Mean(total, weight)})
-
-    return Objective("kd", student_loss, requires=("hidden",))
-
-
-def _from_log_probs(
-    model: CausalLM, divergence: Divergence, temperature: float
-) -> Objective:
-    """Of a teacher whose log-probs are known and no more."""
-
-    def student_loss(
-        params, critic, frozen, batch: DemonstrationBatch, signal: TeacherSignal, rng
-    ):
-        del critic, frozen, rng
-        sequences = batch.sequences
-        mask = sequences.response_mask
-        student = fill_masked(response_logits(model, params, sequences), mask)
-        student = student / temperature
-        teacher = jax.lax.stop_gradient(fill_masked(signal.log_probs, mask))
-        total = masked_sum(divergence(student, teacher), mask)
-        nll = masked_sum(-token_log_probs(student, sequences.targets), mask)
-        weight = mask.sum().astype(total.dtype)
-        metrics = {
-            "student/divergence": Mean(total, weight),
-            "student/nll": Mean(jax.lax.stop_gradient(nll), weight),
-        }
+        metrics = {"student/divergence": Mean(total, weight)}
+        if teacher is None:  # out of states it would be another pass of the head
+            nll = -token_log_probs(seen.logits, batch.sequences.targets)
+            nll = jax.lax.stop_gradient(masked_sum(nll, mask))
+            metrics["student/nll"] = Mean(nll, weight)
         return LossOutput(total, weight, metrics)
 
-    return Objective("kd", student_loss, requires=("log_probs",))
+    return Objective("kd", student_loss, requires=teaching.requires)

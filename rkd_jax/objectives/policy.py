@@ -6,13 +6,21 @@ batch never exist as a whole.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from typing import Any
 
 import jax
 
 from rkd_jax.losses import linear_token_log_probs
 from rkd_jax.losses.fused import Tiles
-from rkd_jax.models.api import CausalLM, response_hidden
+from rkd_jax.masking import fill_masked
+from rkd_jax.models.api import (
+    CausalLM,
+    ResponseStates,
+    response_hidden,
+    response_states,
+)
 from rkd_jax.types import Pair, Params, Sequences
 
 TILES = Tiles()
@@ -79,7 +87,57 @@ def log_probs_of_states(
     )
 
 
-def frozen_params(frozen: Any, name: str, reader: str) -> Params:
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """A policy along given responses, after one pass of its trunk.
+
+    What it says is computed when it is first asked for.
+    """
+
+    model: CausalLM
+    params: Params
+    sequences: Sequences  # [*batch]
+    states: ResponseStates
+    temperature: float
+    tiles: Tiles
+
+    @functools.cached_property
+    def log_probs(self) -> jax.Array:
+        """`target_log_probs`."""
+        return log_probs_of_states(
+            self.model,
+            self.params,
+            self.states.before,
+            self.sequences,
+            temperature=self.temperature,
+            tiles=self.tiles,
+        )
+
+    @functools.cached_property
+    def logits(self) -> jax.Array:
+        """``[*batch, T, V]``, over the temperature; 0 where masked.
+
+        For what reads whole distributions: this array is what the rest avoids.
+        """
+        logits = self.model.unembed(self.params, self.states.before)
+        logits = fill_masked(logits, self.sequences.response_mask)
+        return logits / self.temperature
+
+
+def read(
+    model: CausalLM,
+    params: Params,
+    sequences: Sequences,
+    *,
+    temperature: float = 1.0,
+    tiles: Tiles = TILES,
+) -> Reading:
+    """Arguments as `target_log_probs`."""
+    states = response_states(model, params, sequences)
+    return Reading(model, params, sequences, states, temperature, tiles)
+
+
+def frozen_params(frozen: Any, name: str) -> Params:
     """The parameters ``frozen[name]``.
 
     Raises:
@@ -89,8 +147,8 @@ def frozen_params(frozen: Any, name: str, reader: str) -> Params:
         return frozen[name]
     except (KeyError, TypeError) as error:
         raise ValueError(
-            f'{reader} reads the head of the {name}: give frozen={{"{name}": its '
-            "parameters}"
+            f"the head of the {name} is read in the loss: give the update "
+            f'frozen={{"{name}": its parameters}}'
         ) from error
 
 

@@ -1,5 +1,6 @@
 """Objectives read policies from states and heads: the dense numbers, without logits."""
 
+import dataclasses
 import functools
 
 import jax
@@ -18,10 +19,14 @@ from rkd_jax.losses.fused import Tiles
 from rkd_jax.masking import masked_sum
 from rkd_jax.models.api import response_hidden, response_logits
 from rkd_jax.models.decoder import Decoder, DecoderConfig
-from rkd_jax.objectives.gkd import make_gkd
+from rkd_jax.models.heads import GaussianHead
+from rkd_jax.objectives.gkd import imitated_responses, make_gkd
 from rkd_jax.objectives.kd import make_kd
+from rkd_jax.objectives.minillm import make_minillm
 from rkd_jax.objectives.policy import LATER, target_log_probs
+from rkd_jax.objectives.reward_inference import RewardInference
 from rkd_jax.objectives.sft import make_sft
+from rkd_jax.objectives.xkd import make_xkd_gkd, make_xkd_minillm
 from rkd_jax.signals.teacher import make_sequence_scorer, make_teacher_log_probs
 from rkd_jax.types import (
     DemonstrationBatch,
@@ -116,32 +121,81 @@ def test_log_probs_of_targets_are_those_of_the_dense_logits(model, tiles):
     ids=["forward", "reverse", "total-variation", "jsd"],
 )
 def test_divergence_to_the_states_of_a_teacher_is_that_to_its_log_probs(divergence):
-    """A teacher of another width and cap than the student's."""
     text = sequences()
     batch = DemonstrationBatch(text, text, jnp.arange(B))
-    params, teacher_params = loud(CAPPED, 1), loud(TEACHER, 2)
-    states = TeacherStates(response_hidden(TEACHER, teacher_params, text))
-    log_probs = make_teacher_log_probs(TEACHER, temperature=0.7)(teacher_params, text)
-    frozen = {"teacher": teacher_params}
-
-    def total(make, frozen, signal, batch, params):
-        return make.student_loss(params, None, frozen, batch, signal, None).total
-
     for make, given in (
         (make_kd, batch),
         (make_gkd, batch),
         (make_gkd, ImitationBatch(batch, imitated=batch)),
     ):
-        fused = make(CAPPED, divergence, teacher=TEACHER, temperature=0.7)
-        dense = make(CAPPED, divergence, temperature=0.7)
-        compare(
-            jax.value_and_grad(functools.partial(total, fused, frozen, states, given))(
-                params
-            ),
-            jax.value_and_grad(
-                functools.partial(total, dense, None, TeacherSignal(log_probs), given)
-            )(params),
-        )
+        agree(functools.partial(make, CAPPED, divergence), given, loud(CAPPED, 1))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"gamma": 0.8, "long_part": "inclusive"}, {"length_normalised": True}],
+    ids=str,
+)
+def test_the_sequence_level_divergence_is_that_to_the_log_probs(options):
+    text = sequences()
+    batch = DemonstrationBatch(text, text, jnp.arange(B))
+    agree(functools.partial(make_minillm, CAPPED, **options), batch, loud(CAPPED, 1))
+
+
+@pytest.mark.parametrize("make", [make_xkd_gkd, make_xkd_minillm])
+@pytest.mark.parametrize("td_sequences", ["fixed", "all"])
+@pytest.mark.parametrize("q_source", ["log_probs", "raw_logits"])
+def test_reward_inference_beside_either_kind_of_teacher(make, td_sequences, q_source):
+    """Demonstrations and imitated responses are not the same."""
+    head, fixed = GaussianHead(), sequences()
+    samples = dataclasses.replace(fixed, tokens=(fixed.tokens + 3) % 23)
+    batch = ImitationBatch(
+        DemonstrationBatch(fixed, fixed, jnp.arange(B)),
+        DemonstrationBatch(samples, samples, jnp.arange(B)),
+    )
+    inference = RewardInference(head.apply, q_source=q_source, gamma=0.9)
+    params = {
+        "policy": loud(CAPPED, 1),
+        "reward_head": jax.tree.map(
+            lambda x: x.astype(jnp.float64), head.init(jax.random.key(4), 8)
+        ),
+    }
+    make = functools.partial(make, CAPPED, inference, td_sequences=td_sequences)
+    agree(make, batch, params)
+
+
+def test_an_expected_next_value_is_not_read_from_states():
+    inference = RewardInference(GaussianHead().apply, next_value="expected")
+    with pytest.raises(ValueError, match="give teacher=None and a signal"):
+        make_xkd_gkd(TIED, inference, teacher=TEACHER)
+
+
+def agree(make, batch, params):
+    """Total, metrics and gradient, to a teacher as a model and to its log-probs.
+
+    The teacher has another width and cap than the student.
+    """
+    text = imitated_responses(batch).sequences
+    teacher_params = loud(TEACHER, 2)
+    states = TeacherStates(response_hidden(TEACHER, teacher_params, text))
+    log_probs = make_teacher_log_probs(TEACHER, temperature=0.7)(teacher_params, text)
+
+    def step(objective, frozen, signal):
+        def total(params):
+            out = objective.student_loss(params, None, frozen, batch, signal, None)
+            return out.total, out.metrics
+
+        return jax.value_and_grad(total, has_aux=True)(params)
+
+    fused = make(teacher=TEACHER, temperature=0.7)
+    dense = make(temperature=0.7)
+    (value, metrics), slopes = step(fused, {"teacher": teacher_params}, states)
+    (wanted, expected), gradient = step(dense, None, TeacherSignal(log_probs))
+    compare((value, slopes), (wanted, gradient))
+    assert fused.requires == ("hidden",)
+    assert dense.requires == ("log_probs",)
+    assert set(metrics) >= set(expected) - {"student/nll"}
+    compare(metrics, {name: expected[name] for name in metrics})
 
 
 def test_nothing_reaches_the_teacher_and_its_padding_may_hold_nan():
@@ -171,7 +225,7 @@ def test_a_missing_teacher_is_named(frozen):
     batch = DemonstrationBatch(text, text, jnp.arange(B))
     signal = TeacherStates(jnp.zeros((B, T, 6)))
     objective = make_kd(TIED, teacher=TEACHER)
-    with pytest.raises(ValueError, match="kd reads the head of the teacher: give froz"):
+    with pytest.raises(ValueError, match="the head of the teacher is read in the loss"):
         objective.student_loss(loud(TIED, 1), None, frozen, batch, signal, None)
 
 
