@@ -208,7 +208,7 @@ class RewardModel:
         Returns:
             float32[*batch, T]; an empty response has no last target and gives zeros.
         """
-        last = last_target(sequences.response_mask)
+        last = last_target(sequences.response_mask, sequences.target_segments)
         return self._rewards(params, sequences, features, last)
 
     def _rewards(self, params, sequences, features, credited) -> jax.Array:
@@ -255,7 +255,7 @@ def head_sequence_rewards(head: ScalarHead) -> HeadRewards:
     """
 
     def sequence_rewards(params, sequences, features):
-        last = last_target(sequences.response_mask)
+        last = last_target(sequences.response_mask, sequences.target_segments)
         return _read_features(head, params, features, last)
 
     return sequence_rewards

@@ -75,4 +75,4 @@ def make_kd(
         }
         return LossOutput(total, weight, metrics)
 
-    return Objective("kd", student_loss, requires=("log_probs",))
+    return Objective("kd", student_loss, requires=("log_probs",), packed=True)
