@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+import jax
 import tyro
 
 from experiments.settings import SettingsError
@@ -50,6 +51,8 @@ def run_command(
     presets = {f"--{name}": make for name, make in presets.items()} | {"--tiny": tiny}
     named = [argument for argument in arguments if argument in presets]
     arguments = [argument for argument in arguments if argument not in presets]
+    if named[-1:] == ["--tiny"]:  # a toy spends its time in the compiler
+        jax.config.update("jax_disable_most_optimizations", True)
     default = presets[named[-1]]() if named else config()
     options = tyro.cli(
         type(default),

@@ -1,6 +1,19 @@
-"""Preference pairs of which several share a row, and sums over their responses.
+"""Rows of several records, pairs of which share a row, and sums over their responses.
 
-What a row looks like is in `rkd_jax.types`, how it is made in `rkd_jax.data.packing`.
+``7 8 -> 5 2`` and ``9 -> 2`` in one row of L = 7 columns::
+
+    Sequences(
+        tokens=[[7, 8, 5, 2, 9, 2, 0]],
+        token_mask=[[True, True, True, True, True, True, False]],
+        response_mask=[[False, True, True, False, True, False]],
+        segment_ids=[[1, 1, 1, 1, 2, 2, 0]],
+    )
+
+Segment ids ascend from 1 along a row, the columns of a segment lie side by side, and
+padding, anywhere between them, has id 0. The first column of a segment is never a
+target: the state before it belongs to another record. `rkd_jax.data.packing` makes such
+rows.
+
 Token-level losses read packed rows as they are; a loss per response asks here for its
 sums and then does not know whether the pairs were packed.
 """
@@ -36,6 +49,13 @@ Pairs = PreferenceBatch | PackedPreferenceBatch
 """Preference pairs in either layout."""
 
 
+def target_segments(sequences: Sequences) -> jax.Array | None:
+    """int32[*batch, T]: segment ids aligned with ``response_mask``; None: not packed."""
+    if sequences.segment_ids is None:
+        return None
+    return sequences.segment_ids[..., sequences.prompt_width :]
+
+
 def pair_sums(values: jax.Array, pairs: Pairs) -> jax.Array:
     """Sum over the targets of each response of a pair, whether pairs are packed or not.
 
@@ -59,7 +79,7 @@ def pair_sums(values: jax.Array, pairs: Pairs) -> jax.Array:
     sums = segment_sum(
         values,
         sequences.response_mask,
-        sequences.target_segments,
+        target_segments(sequences),
         segments=2 * pairs.label.shape[-1],
     )
     return sums.reshape(*pairs.label.shape, 2)

@@ -23,9 +23,9 @@ head need never run on a prompt position. This module is where "targets are
 shifted once" happens: `Sequences.targets` are the last T columns, and states are
 read one column earlier (`rkd_jax.models.api.response_hidden`). Nothing else shifts.
 
-Layout of a packed row (`rkd_jax.data.packing`): several records one behind another,
-prompts included, told apart by `Sequences.segment_ids`. It is the same layout at P = 1:
-all columns but the first are target positions, and the mask is set on true targets.
+Layout of a packed row (`rkd_jax.packed`): several records, prompts included, one behind
+another, told apart by `Sequences.segment_ids`. It is the same layout at P = 1: all
+columns but the first are target positions, and the mask is set on true targets.
 
 Everything here is a frozen dataclass registered as a pytree, so it crosses
 `jax.jit` as it is.
@@ -84,16 +84,7 @@ class Sequences:
             response_mask=[[True, True, True, False]],
         )
 
-    Packed rows, P = 1, have segment ids as well. In a row they ascend from 1, are 0 on
-    padding, and the first column of a segment, whose state before belongs to another
-    record, is never a target. ``7 8 -> 5 2`` and ``9 -> 2`` in one row of L = 7::
-
-        Sequences(
-            tokens=[[7, 8, 5, 2, 9, 2, 0]],
-            token_mask=[[True, True, True, True, True, True, False]],
-            response_mask=[[False, True, True, False, True, False]],
-            segment_ids=[[1, 1, 1, 1, 2, 2, 0]],
-        )
+    Packed rows have segment ids as well; `rkd_jax.packed` shows one.
     """
 
     tokens: jax.Array  # int32[*batch, P + T]
@@ -105,13 +96,6 @@ class Sequences:
     def targets(self) -> jax.Array:
         """int32[*batch, T]: the response tokens, aligned with ``response_mask``."""
         return self.tokens[..., self.prompt_width :]
-
-    @property
-    def target_segments(self) -> jax.Array | None:
-        """int32[*batch, T]: segment ids aligned with ``response_mask``, if packed."""
-        if self.segment_ids is None:
-            return None
-        return self.segment_ids[..., self.prompt_width :]
 
     @property
     def prompt_width(self) -> int:
@@ -239,6 +223,19 @@ class TeacherSignal:
     """
 
     log_probs: jax.Array  # float[B, T, V], natural log, -inf allowed
+
+
+@struct
+class TeacherStates:
+    """The teacher's states before every target, under its own prompt.
+
+    What its head says of them is left to the loss, so ``[B, T, V]`` numbers never
+    exist; the head's parameters are in ``frozen["teacher"]``.
+
+    Example: ``TeacherStates(hidden=bfloat16[B, T, D])``.
+    """
+
+    hidden: jax.Array  # float[B, T, D], D of the teacher
 
 
 @struct

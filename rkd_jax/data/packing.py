@@ -1,7 +1,7 @@
 """Several records in one row: how many fit, where they lie, and what padding is left.
 
 A row of L columns holds whole records one behind another, prompts included, with
-segment ids that attention, positions and losses respect (`rkd_jax.types.Sequences`).
+segment ids that attention, positions and losses respect (`rkd_jax.packed`).
 Rows are filled by first-fit decreasing: the longest record first, each into the first
 row that has room. Both members of a preference pair are one item, so that they share a
 row and a batch may be cut between any two rows.

@@ -8,20 +8,16 @@ True
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import chex
 import jax
 import jax.numpy as jnp
 
 from rkd_jax.losses.domain import check_domain
+from rkd_jax.losses.readouts import Plan, Readout
 from rkd_jax.losses.row_losses import RowLoss
-from rkd_jax.losses.vocabulary_tiles import (
-    Gradient,
-    Plan,
-    Readout,
-    vocabulary_loss,
-)
+from rkd_jax.losses.vocabulary_tiles import vocabulary_loss
 from rkd_jax.masking import accumulator
 
 
@@ -37,12 +33,14 @@ class Tiles:
             least memory. ``"ahead"`` prepares the gradient of ``sum(weights * values)``
             in the first pass, a third less time, for one float32 array of the size of
             the head. None: ahead for float32 heads, whose gradient is that array.
+            Rows that all fit into the first pass at once keep their log-probs instead:
+            nothing is computed twice.
     """
 
     logits: int = 2**25
     block: int = 2048
     columns: int = 4096
-    gradient: Gradient | None = None
+    gradient: Literal["recompute", "ahead"] | None = None
 
 
 TILES = Tiles()
@@ -90,7 +88,9 @@ def run(
         teacher = jax.lax.stop_gradient(teacher)
     chunk, block = _cut(student, tiles)
     gradient = tiles.gradient
-    if gradient is None:
+    if chunk >= len(student.hidden):
+        gradient = "keep"
+    elif gradient is None:
         wide = student.head.dtype.itemsize >= 4 and axis_name is None
         gradient = "ahead" if wide else "recompute"
     plan = Plan(

@@ -17,7 +17,7 @@ from rkd_jax.losses import dpo
 from rkd_jax.masking import fill_masked
 from rkd_jax.models.api import CausalLM
 from rkd_jax.objectives.per_pair import per_pair, real_pairs_of
-from rkd_jax.objectives.policy import members, target_log_probs
+from rkd_jax.objectives.policy import LATER, members, target_log_probs
 from rkd_jax.packed import Pairs, pair_sums
 from rkd_jax.types import Objective, Pair, ReferenceSignal
 
@@ -51,7 +51,9 @@ def make_dpo(
     ):
         del critic, frozen, rng
         sequences, real = batch.sequences, real_pairs_of(batch)
-        log_probs = target_log_probs(model, params, sequences, temperature=temperature)
+        log_probs = target_log_probs(
+            model, params, sequences, temperature=temperature, tiles=LATER
+        )
         student = members(pair_sums(log_probs, batch))
         reference = members(fill_masked(jax.lax.stop_gradient(signal.log_probs), real))
         keep = dpo(student, reference, beta=beta)

@@ -22,7 +22,7 @@ from rkd_jax.losses.domain import check_domain
 from rkd_jax.losses.returns import discount_weights
 from rkd_jax.masking import accumulator, fill_masked
 from rkd_jax.objectives.per_pair import real_pairs_of
-from rkd_jax.packed import Pairs, pair_sums, refuse_packed
+from rkd_jax.packed import Pairs, pair_sums, refuse_packed, target_segments
 from rkd_jax.types import (
     LossOutput,
     Mean,
@@ -63,9 +63,8 @@ def batch_returns(
     mask = sequences.response_mask
     rewards = token_rewards(params, sequences, features)
     rewards = fill_masked(rewards.astype(accumulator(rewards)), mask)
-    discounts = discount_weights(
-        mask, gamma=gamma, segment_ids=sequences.target_segments
-    )
+    segments = target_segments(sequences)
+    discounts = discount_weights(mask, gamma=gamma, segment_ids=segments)
     returns = pair_sums(discounts.astype(rewards.dtype) * rewards, pairs)
     return Pair(returns[..., 0], returns[..., 1])
 

@@ -16,6 +16,7 @@ from rkd_jax.models.api import (
     sequence_hidden,
 )
 from rkd_jax.models.decoder import Decoder
+from rkd_jax.packed import target_segments
 from rkd_jax.types import Sequences
 from tests.models.reference import LLAMA
 
@@ -99,8 +100,8 @@ def test_packed_targets_are_predicted_from_the_column_before_in_their_segment():
     np.testing.assert_array_equal(after[mask][:, 0], [5, 2, 2, 6, 3, 1])
     np.testing.assert_array_equal(before[mask][:, 2], after[mask][:, 2])
     np.testing.assert_array_equal(PACKED.targets, after[..., 0])
-    np.testing.assert_array_equal(PACKED.target_segments, after[..., 2])
-    assert SEQUENCES.target_segments is None
+    np.testing.assert_array_equal(target_segments(PACKED), after[..., 2])
+    assert target_segments(SEQUENCES) is None
 
 
 def test_a_model_without_segments_refuses_packed_rows():

@@ -44,6 +44,7 @@ from rkd_jax.types import (
     ReferenceSignal,
     Sequences,
     TeacherSignal,
+    TeacherStates,
 )
 from tests.models import reference as numpy_model
 from tests.models.reference import GEMMA, QWEN, random_params
@@ -129,15 +130,15 @@ def test_log_probs_are_those_of_numpy_on_each_record_by_itself():
         response = row.responses[0]
         states = range(len(row.prompt) - 1, tokens.shape[1] - 1)
         expected = log_probs[list(states), response]
-        mine = sequences.response_mask[b] & (sequences.target_segments[b] == m + 1)
+        mine = sequences.response_mask[b] & (sequences.segment_ids[b, 1:] == m + 1)
         np.testing.assert_allclose(found[b][mine], expected, rtol=1e-6, atol=1e-6)
 
 
-def value_and_gradient(objective, weights, batch, signal):
+def value_and_gradient(objective, weights, batch, signal, frozen=None):
     """Jitted once: ``(LossOutput, gradient)``."""
 
     def total(weights):
-        out = objective.student_loss(weights, None, None, batch, signal, None)
+        out = objective.student_loss(weights, None, frozen, batch, signal, None)
         return out.total, out
 
     (_, out), gradient = jax.jit(jax.value_and_grad(total, has_aux=True))(weights)
@@ -152,12 +153,12 @@ def assert_equal(found, expected):
     )
 
 
-def one_by_one(objective, weights, batches, signals):
+def one_by_one(objective, weights, batches, signals, frozen=None):
     """Sum over batches of one record each; all in one program."""
 
     def total(weights):
         outs = [
-            objective.student_loss(weights, None, None, batch, signal, None)
+            objective.student_loss(weights, None, frozen, batch, signal, None)
             for batch, signal in zip(batches, signals, strict=True)
         ]
         out = jax.tree.map(lambda *leaves: sum(leaves), *outs)
@@ -184,17 +185,23 @@ def test_likelihood_of_packed_rows_is_the_sum_over_records(make):
     assert_equal(found, expected)
 
 
-def test_distillation_of_packed_rows_is_the_sum_over_records():
+@pytest.mark.parametrize("known_by", ["log_probs", "states"])
+def test_distillation_of_packed_rows_is_the_sum_over_records(known_by):
     """The teacher has other prompts, longer and shorter ones."""
-    objective = make_kd(MODEL, temperature=0.7)
-    score = make_teacher_log_probs(EXPERT, temperature=0.7)
     expert = params(TEACHER, seed=1)
+    if known_by == "log_probs":
+        objective, kind = make_kd(MODEL, temperature=0.7), TeacherSignal
+        score = make_teacher_log_probs(EXPERT, temperature=0.7)
+    else:
+        objective = make_kd(MODEL, teacher=EXPERT, temperature=0.7)
+        score, kind = make_features(EXPERT, states="before"), TeacherStates
     singles = [demonstration(row) for row in SINGLES]
-    signals = [TeacherSignal(score(expert, s.teacher_sequences)) for s in singles]
-    expected = one_by_one(objective, params(), singles, signals)
+    signals = [kind(score(expert, s.teacher_sequences)) for s in singles]
+    frozen = {"teacher": expert}
+    expected = one_by_one(objective, params(), singles, signals, frozen)
     batch = packed()
-    signal = TeacherSignal(score(expert, batch.teacher_sequences))
-    found = value_and_gradient(objective, params(), batch, signal)
+    signal = kind(score(expert, batch.teacher_sequences))
+    found = value_and_gradient(objective, params(), batch, signal, frozen)
     assert float(found[0].metrics["student/divergence"].total) > 1.0
     assert_equal(found, expected)
 
