@@ -50,7 +50,7 @@ Pairs = PreferenceBatch | PackedPreferenceBatch
 
 
 def target_segments(sequences: Sequences) -> jax.Array | None:
-    """int32[*batch, T]: segment ids aligned with ``response_mask``; None: not packed."""
+    """int32[*batch, T], the segment ids of the targets; None of rows not packed."""
     if sequences.segment_ids is None:
         return None
     return sequences.segment_ids[..., sequences.prompt_width :]

@@ -62,6 +62,7 @@ class BatchIterator(Iterator[Batch | PackedBatch]):
         order: Mapping[str, Any],
         num_batches: int | None,
     ):
+        self._steps = steps
         self._iterator = iter(steps)
         self._order = dict(order)
         self.num_batches = num_batches
@@ -99,6 +100,8 @@ class BatchIterator(Iterator[Batch | PackedBatch]):
                 f"the saved data position is of another run: {'; '.join(differing)}; "
                 "restore these or start anew"
             )
+        # grain's flat map, set to its end, would still hand out what it held before.
+        self._iterator = iter(self._steps)
         self._iterator.set_state(dict(state["iterator"]))
 
 

@@ -360,6 +360,11 @@ def test_the_end_of_a_run_survives_resume(make):
     for finished in (iterator, restored):
         with pytest.raises(StopIteration):
             next(finished)
+    used = make(epochs=1)
+    next(used)
+    used.set_state(iterator.get_state())
+    with pytest.raises(StopIteration):
+        next(used)
 
 
 @pytest.mark.parametrize("make", MAKERS)

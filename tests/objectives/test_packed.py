@@ -15,6 +15,7 @@ import pytest
 from rkd_jax.data.collate import collate
 from rkd_jax.data.packing import collate_packed, pack, packed_length
 from rkd_jax.data.tokenize import TokenizeConfig, Tokenized
+from rkd_jax.evaluation.likelihood import teacher_nll
 from rkd_jax.models.attention_weights import response_attention
 from rkd_jax.models.decoder import Decoder
 from rkd_jax.models.heads import RewardModel, ScalarHead, head_sequence_rewards
@@ -36,6 +37,7 @@ from rkd_jax.signals.teacher import (
     make_teacher_log_probs,
     make_token_scorer,
 )
+from rkd_jax.signals.values import make_shaping
 from rkd_jax.training.state import init_state
 from rkd_jax.training.update import make_update
 from rkd_jax.types import (
@@ -183,6 +185,20 @@ def test_likelihood_of_packed_rows_is_the_sum_over_records(make):
     found = value_and_gradient(objective, params(), packed(), ())
     assert float(found[0].weight) == 15.0
     assert_equal(found, expected)
+
+
+def test_any_lengths_give_the_loss_and_gradient_of_padded_rows():
+    generator = np.random.default_rng(11)
+    rows = [
+        Tokenized(i, ids(p), ids(p), (ids(r),))
+        for i, (p, r) in enumerate(generator.integers(1, 12, (20, 2)))
+    ]
+    batch = collate_packed(pack(rows, 32), 32)
+    assert max((batch.index >= 0).sum(axis=1)) > 2
+    objective = make_sft(MODEL)
+    padded = collate(rows, TokenizeConfig(12, 12))
+    found = value_and_gradient(objective, params(), batch, ())
+    assert_equal(found, value_and_gradient(objective, params(), padded, ()))
 
 
 @pytest.mark.parametrize("known_by", ["log_probs", "states"])
@@ -392,6 +408,10 @@ def test_who_takes_a_row_for_a_response_refuses_packed_rows():
         make_return_scorer(REWARD.token_rewards)(reward_params(), sequences)
     with pytest.raises(ValueError, match="response_attention: these rows are packed"):
         response_attention(MODEL, weights, sequences)
+    with pytest.raises(ValueError, match="state values: these rows are packed"):
+        make_shaping(MODEL)(weights, sequences)
+    with pytest.raises(ValueError, match="teacher_nll: these rows are packed"):
+        teacher_nll(MODEL, weights, sequences)
     with pytest.raises(ValueError, match="pair_returns: these rows are packed"):
         pair_returns(REWARD.token_rewards, reward_params(), sequences, None, 1.0)
     optimizer = optax.sgd(0.1)
