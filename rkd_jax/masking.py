@@ -70,10 +70,57 @@ def sequence_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
     return masked_mean(values, mask, axis=-1)
 
 
-def last_target(mask: jax.Array) -> jax.Array:
-    """bool[..., T]: set on the last set entry of each row, if there is one."""
-    remaining = jnp.flip(jnp.cumsum(jnp.flip(mask.astype(jnp.int32), -1), axis=-1), -1)
-    return mask.astype(bool) & (remaining == 1)
+def segment_sum(
+    values: jax.Array, mask: jax.Array, segment_ids: jax.Array, *, segments: int
+) -> jax.Array:
+    """Sum over the target positions of each segment of a row.
+
+    Args:
+        values: float[*batch, T], any unit.
+        mask: bool or 0/1 numbers, [*batch, T].
+        segment_ids: int32[*batch, T]; 0, and ids above ``segments``, are left out.
+        segments: how many segments are summed, those with ids 1 to ``segments``.
+
+    Returns:
+        float32[*batch, segments]; 0 for a segment without a set entry.
+
+    Gradient:
+        Flows to set entries only; exactly 0 elsewhere.
+
+    Raises:
+        AssertionError: shapes differ.
+    """
+    chex.assert_equal_shape([values, mask, segment_ids])
+    *batch, width = values.shape
+    kept = jnp.where(mask.astype(bool), values.astype(accumulator(values)), 0.0)
+
+    def row_sums(row, ids):
+        return jax.ops.segment_sum(row, ids, num_segments=segments + 1)
+
+    sums = jax.vmap(row_sums)(kept.reshape(-1, width), segment_ids.reshape(-1, width))
+    return sums[:, 1:].reshape(*batch, segments)
+
+
+def last_target(mask: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
+    """The last set entry of each row, or of each segment of it, if there is one.
+
+    Args:
+        mask: bool or 0/1 numbers, [*batch, T].
+        segment_ids: int32[*batch, T], ascending along a row; None: one segment.
+
+    Returns:
+        bool[*batch, T], set on those entries only.
+    """
+    mask = mask.astype(bool)
+    ids = jnp.ones(mask.shape, jnp.int32) if segment_ids is None else segment_ids
+    none = jnp.iinfo(ids.dtype).max
+    following = jnp.where(mask, ids, none)[..., 1:]
+    end = jnp.full_like(ids[..., :1], none)
+    # Ids ascend: the smallest one behind an entry is that of the next set entry.
+    following = jax.lax.cummin(
+        jnp.concatenate([following, end], axis=-1), axis=mask.ndim - 1, reverse=True
+    )
+    return mask & (following != ids)
 
 
 def fill_masked(values: jax.Array, mask: jax.Array, fill: float = 0.0) -> jax.Array:

@@ -5,6 +5,7 @@ Axis letters, the same everywhere:
 ========  ==========================================================
 B         batch row (one record)
 N         pair member, 0 = chosen, 1 = rejected
+M         record (demonstration or pair) of a packed row
 G         sample of the same prompt
 P         prompt column (prompts are padded on the left)
 T         target position: a column of the response (padded on the right)
@@ -21,6 +22,10 @@ row, the state before target ``t`` is column ``P - 1 + t``, and the vocabulary
 head need never run on a prompt position. This module is where "targets are
 shifted once" happens: `Sequences.targets` are the last T columns, and states are
 read one column earlier (`rkd_jax.models.api.response_hidden`). Nothing else shifts.
+
+Layout of a packed row (`rkd_jax.packed`): several records, prompts included, one behind
+another, told apart by `Sequences.segment_ids`. It is the same layout at P = 1: all
+columns but the first are target positions, and the mask is set on true targets.
 
 Everything here is a frozen dataclass registered as a pytree, so it crosses
 `jax.jit` as it is.
@@ -78,11 +83,14 @@ class Sequences:
             token_mask=[[False, True, True, True, True, True, False]],
             response_mask=[[True, True, True, False]],
         )
+
+    Packed rows have segment ids as well; `rkd_jax.packed` shows one.
     """
 
     tokens: jax.Array  # int32[*batch, P + T]
     token_mask: jax.Array  # bool[*batch, P + T], True on real tokens
     response_mask: jax.Array  # bool[*batch, T], True on response targets, EOS included
+    segment_ids: jax.Array | None = None  # int32[*batch, P + T]; None: a record per row
 
     @property
     def targets(self) -> jax.Array:
@@ -96,7 +104,9 @@ class Sequences:
 
     @property
     def prompts(self) -> Prompts:
-        """The prompt columns alone."""
+        """The prompt columns alone; of packed rows ValueError: they have no such."""
+        if self.segment_ids is not None:
+            raise ValueError("packed rows hold several prompts each; use make_batches")
         width = self.prompt_width
         return Prompts(self.tokens[..., :width], self.token_mask[..., :width])
 
@@ -120,12 +130,13 @@ class DemonstrationBatch:
     """One response per prompt, seen under the student's and the teacher's prompt.
 
     Example: ``DemonstrationBatch(sequences, teacher_sequences, index=[17, 4])``; the
-    last T columns of both `Sequences` are the same response.
+    last T columns of both `Sequences` are the same response. Packed rows hold the same
+    targets in the same columns; entry m of a row of ``index`` is segment m + 1.
     """
 
     sequences: Sequences  # [B, P + T]
     teacher_sequences: Sequences  # [B, P' + T], same T, same response
-    index: jax.Array  # int32[B]
+    index: jax.Array  # int32[B]; int32[B, M] of packed rows, -1 where no record is
 
 
 @struct
@@ -234,7 +245,7 @@ class ReferenceSignal:
     Example: ``ReferenceSignal(log_probs=[[-3.0, -2.3]])`` for one pair.
     """
 
-    log_probs: jax.Array  # float32[B, 2]
+    log_probs: jax.Array  # float32[B, 2]; [B, M, 2] of packed pairs
 
 
 @struct
@@ -329,13 +340,14 @@ class PreferenceSignal:
     """Frozen-trunk features of both responses of a pair, and how much each pair counts.
 
     For the features see `GameSignal`. Weights have mean 1 over the data set; those of
-    an ensemble resample it for each member (`rkd_jax.signals.resampling`).
+    an ensemble resample it for each member (`rkd_jax.signals.resampling`). Of packed
+    pairs, features are [B, T, D] and weights [B, M] or [B, M, K].
 
     Example: ``PreferenceSignal(features=float32[B, 2, T, D], weights=None)``.
     """
 
     features: jax.Array | None = None  # float[B, 2, T, D]
-    weights: jax.Array | None = None  # float32[B], or [B, K] for an ensemble
+    weights: jax.Array | None = None  # float32[B]; [B, K] for an ensemble
 
 
 class Mean(NamedTuple):
@@ -369,7 +381,8 @@ class Objective:
     signal, rng) -> LossOutput`` is differentiated in ``critic``; None when there is no
     second player. ``dual_step(dual, metrics) -> dual`` moves the multiplier after the
     critic's steps, given the critic's metrics as plain scalars. ``requires`` names the
-    fields the signal must have.
+    fields the signal must have. ``packed`` says that packed rows are understood; the
+    update refuses them elsewhere.
 
     Example: ``Objective("sft", student_loss)``.
     """
@@ -379,3 +392,4 @@ class Objective:
     critic_loss: Callable[..., LossOutput] | None = None
     dual_step: Callable[[jax.Array, Mapping[str, jax.Array]], jax.Array] | None = None
     requires: tuple[str, ...] = ()
+    packed: bool = False

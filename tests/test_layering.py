@@ -2,7 +2,7 @@
 
 The layers, each of which may import those to its left and, within limits, itself::
 
-    types <- masking, sharding <- losses | models | data
+    types <- masking <- packed, sharding <- losses | models | data
           <- interop, signals, objectives, evaluation, training <- cli
 """
 
@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "rkd_jax"
-BASE = {"types", "masking", "sharding"}
+BASE = {"types", "masking", "packed", "sharding"}
 
 # Part of the package -> the other parts, or single modules, that it may import.
 LAYERS = {
     "types": set(),
     "masking": {"types"},
+    "packed": {"types", "masking"},
     "sharding": {"types"},
     "losses": {"types", "masking"},
     "models": BASE,

@@ -12,6 +12,7 @@ from rkd_jax.masking import (
     last_target,
     masked_mean,
     masked_sum,
+    segment_sum,
     sequence_mean,
     sequence_sum,
 )
@@ -116,3 +117,44 @@ def test_last_target_is_found_by_the_mask_alone():
     np.testing.assert_array_equal(last_target(jnp.asarray(mask)), expected)
     found = last_target(jnp.asarray(mask, jnp.float32))  # a mask of numbers
     np.testing.assert_array_equal(found, expected)
+
+
+SEGMENTS = np.array([[1, 1, 2, 2, 2, 0], [1, 2, 3, 3, 0, 0]], np.int32)
+SET = np.array([[0, 1, 0, 1, 1, 0], [1, 0, 1, 1, 0, 0]], bool)
+
+
+def test_segment_sums_by_hand():
+    values = np.arange(12.0, dtype=np.float32).reshape(2, 6)
+    dirty = np.where(SET, values, np.nan)
+    for segments, expected in ((3, [[1, 7, 0], [6, 0, 17]]), (2, [[1, 7], [6, 0]])):
+        got = segment_sum(dirty, SET, SEGMENTS, segments=segments)
+        assert got.dtype == jnp.float32
+        np.testing.assert_array_equal(got, expected)
+    stacked = segment_sum(
+        np.stack([dirty] * 3),
+        np.stack([SET] * 3),
+        np.stack([SEGMENTS] * 3),
+        segments=3,
+    )
+    np.testing.assert_array_equal(stacked, [[[1, 7, 0], [6, 0, 17]]] * 3)
+    weights = np.array([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]], np.float32)
+
+    def weighted(v):
+        return (weights * segment_sum(v, SET, SEGMENTS, segments=3)).sum()
+
+    gradient = jax.grad(weighted)(jnp.asarray(dirty))
+    expected = np.array([[0, 1, 0, 2, 2, 0], [4, 0, 6, 6, 0, 0]])
+    np.testing.assert_array_equal(gradient, expected)
+    with pytest.raises(AssertionError):
+        segment_sum(values, SET, SEGMENTS[:1], segments=3)
+
+
+def test_last_target_of_every_segment():
+    got = last_target(SET, SEGMENTS)
+    expected = np.array([[0, 1, 0, 0, 1, 0], [1, 0, 0, 1, 0, 0]], bool)
+    np.testing.assert_array_equal(got, expected)
+    padding = np.where(SEGMENTS == 0, 7, SEGMENTS)  # ids on padding may be anything
+    np.testing.assert_array_equal(last_target(SET, padding), expected)
+    np.testing.assert_array_equal(
+        last_target(SET), [[0, 0, 0, 0, 1, 0], [0, 0, 0, 1, 0, 0]]
+    )

@@ -6,7 +6,12 @@ import inspect
 import pytest
 
 NAMES = {
-    "rkd_jax.masking": "masked_mean masked_sum sequence_sum sequence_mean fill_masked",
+    "rkd_jax.masking": "masked_mean masked_sum sequence_sum sequence_mean fill_masked "
+    "segment_sum",
+    "rkd_jax.packed": "PackedPreferenceBatch pair_sums target_segments refuse_packed",
+    "rkd_jax.data.packing": "pack first_fit_decreasing collate_packed unpack unpacked "
+    "padding_waste Padding",
+    "rkd_jax.data.windows": "make_packed_batches make_bucketed_batches",
     "rkd_jax.losses": "token_log_probs forward_kl reverse_kl generalized_jsd "
     "skew_forward_kl skew_reverse_kl total_variation topk_forward_kl dpo ipo simpo "
     "linear_token_log_probs linear_divergence linear_topk_divergence "
@@ -37,7 +42,7 @@ NAMES = {
     "rkd_jax.objectives.kd": "make_kd",
     "rkd_jax.objectives.dpo": "make_dpo",
     "rkd_jax.signals.teacher": "make_teacher_log_probs make_token_scorer "
-    "make_sequence_scorer make_features",
+    "make_sequence_scorer make_pair_scorer make_features",
     "rkd_jax.objectives.drdo": "make_drdo make_drdo_oracle",
     "rkd_jax.objectives.edpo": "make_ddpo make_pdpo make_dpdpo make_edpo",
     "rkd_jax.losses.minmax": "trajectory_return reward_to_go reward_gap dual_update "

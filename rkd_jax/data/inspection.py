@@ -1,6 +1,7 @@
 """Look at a batch before training on it: what is shown, what is trained, where it ends.
 
-Both functions are cheap and meant for the first batch of every run.
+Both functions are cheap and meant for the first batch of every run. A packed batch is
+looked at record by record: row i is its i-th record.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 import jax
 import numpy as np
 
+from rkd_jax.data.packing import PackedBatch, unpacked
 from rkd_jax.types import (
     DemonstrationBatch,
     PreferenceBatch,
@@ -24,7 +26,9 @@ if TYPE_CHECKING:
     from rkd_jax.data.tokenizer import Tokenizer
 
 
-def describe_batch(tokenizer: Tokenizer, batch: Batch, row: int = 0) -> str:
+def describe_batch(
+    tokenizer: Tokenizer, batch: Batch | PackedBatch, row: int = 0
+) -> str:
     """One decoded row of a batch; the tokens that are trained on stand in ⟦brackets⟧.
 
     Padding is left out, control tokens are shown. The brackets come from the response
@@ -35,6 +39,7 @@ def describe_batch(tokenizer: Tokenizer, batch: Batch, row: int = 0) -> str:
         record 17, student: 3 prompt tokens of 8, 4 targets of 8
         <|im_start|>hi⟦yes<|im_end|>⟧
     """
+    batch = unpacked(batch)
     index = int(batch.index[row])
     lines = []
     for name, part in _parts(batch):
@@ -45,7 +50,7 @@ def describe_batch(tokenizer: Tokenizer, batch: Batch, row: int = 0) -> str:
 
 
 def check_end_of_turn(
-    tokenizer: Tokenizer, batch: DemonstrationBatch | PreferenceBatch
+    tokenizer: Tokenizer, batch: DemonstrationBatch | PreferenceBatch | PackedBatch
 ) -> None:
     """Assert that the student can learn to stop: EOS is a target, and only the last.
 
@@ -56,6 +61,7 @@ def check_end_of_turn(
     Raises:
         ValueError: one line that names the record and the fault.
     """
+    batch = unpacked(batch)
     members = 2 if isinstance(batch, PreferenceBatch) else 1
     records = np.repeat(np.asarray(batch.index), members)
     ended = False

@@ -32,6 +32,7 @@ import grain
 import numpy as np
 
 from rkd_jax.data.collate import Batch, batch_widths, collate
+from rkd_jax.data.packing import PackedBatch
 from rkd_jax.data.records import Record
 from rkd_jax.data.tokenize import (
     TokenizeConfig,
@@ -46,31 +47,29 @@ if TYPE_CHECKING:
 _DIGEST_RECORDS = 64
 
 
-class BatchIterator(Iterator[Batch]):
-    """Batches of one kind of record; made by `make_batches`.
+class BatchIterator(Iterator[Batch | PackedBatch]):
+    """Batches of one kind of record; made by `make_batches` and its neighbours.
 
     Attributes:
         report: what truncation did to the rows handed out so far by this object.
-        num_batches: how many batches the whole run has; None when it never ends.
+        num_batches: how many batches the whole run has; None when it never ends, or
+            when packing decides it.
     """
 
     def __init__(
         self,
-        batches: grain.MapDataset,
+        steps: grain.IterDataset,
         order: Mapping[str, Any],
         num_batches: int | None,
-        num_threads: int,
     ):
-        options = grain.ReadOptions(
-            num_threads=num_threads, prefetch_buffer_size=2 * num_threads
-        )
-        self._iterator = iter(batches.to_iter_dataset(options))
+        self._steps = steps
+        self._iterator = iter(steps)
         self._order = dict(order)
         self.num_batches = num_batches
         self.report = TokenizeReport()
 
-    def __next__(self) -> Batch:
-        step: _Step = next(self._iterator)
+    def __next__(self) -> Batch | PackedBatch:
+        step: Step = next(self._iterator)
         for row in step.rows:
             self.report.add(row)
         return step.batch
@@ -101,6 +100,8 @@ class BatchIterator(Iterator[Batch]):
                 f"the saved data position is of another run: {'; '.join(differing)}; "
                 "restore these or start anew"
             )
+        # grain's flat map, set to its end, would still hand out what it held before.
+        self._iterator = iter(self._steps)
         self._iterator.set_state(dict(state["iterator"]))
 
 
@@ -172,31 +173,52 @@ def make_batches(
     Raises:
         ValueError: no or too few records, sizes that do not divide, a bad shard.
     """
-    index, count = shard
-    _check_sizes(len(records), batch_size, epochs, drop_remainder, index, count)
-    numbers = grain.MapDataset.range(len(records))
-    if shuffle:
-        numbers = numbers.shuffle(seed)
+    _, count = shard
+    check_sizes(len(records), batch_size, epochs, shard)
+    check_remainder(len(records), batch_size, epochs, drop_remainder, count)
     batches = (
-        numbers.repeat(epochs)
+        record_numbers(len(records), seed if shuffle else None)
+        .repeat(epochs)
         .batch(batch_size, drop_remainder=drop_remainder, batch_fn=np.array)
-        .map(_MakeBatch(records, tokenizer, config, index, count))
+        .map(_MakeBatch(records, tokenizer, config, shard))
     )
-    order = {
-        "records": len(records),
-        "digest": _digest(records),
-        "batch_size": batch_size,
-        "shuffle": shuffle,
-        "seed": seed,
-    }
+    order = order_of(records, batch_size=batch_size, shuffle=shuffle, seed=seed)
     num_batches = None if epochs is None else len(batches)
-    return BatchIterator(batches, order, num_batches, num_threads)
+    return BatchIterator(read(batches, num_threads), order, num_batches)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Step:
-    batch: Batch
+class Step:
+    """One batch on its way to a `BatchIterator`, and what its report counts."""
+
+    batch: Batch | PackedBatch
     rows: list[Tokenized]  # of this process
+
+
+def record_numbers(records: int, seed: int | None) -> grain.MapDataset:
+    """Record numbers of one epoch, shuffled anew in each unless ``seed`` is None."""
+    numbers = grain.MapDataset.range(records)
+    return numbers if seed is None else numbers.shuffle(seed)
+
+
+def read(dataset: grain.MapDataset, num_threads: int) -> grain.IterDataset:
+    """The data set in order, prepared ahead by so many threads."""
+    options = grain.ReadOptions(
+        num_threads=num_threads, prefetch_buffer_size=2 * num_threads
+    )
+    return dataset.to_iter_dataset(options)
+
+
+def order_of(records: Sequence[Record], **settings: Any) -> dict[str, Any]:
+    """What a data position means nothing without: the data, and ``settings``."""
+    return {"records": len(records), "digest": _digest(records), **settings}
+
+
+def my_block(rows: int, shard: tuple[int, int]) -> slice:
+    """The rows of a global batch that one process takes."""
+    index, count = shard
+    size = rows // count
+    return slice(index * size, (index + 1) * size)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -206,21 +228,19 @@ class _MakeBatch:
     records: Sequence[Record]
     tokenizer: Tokenizer
     config: TokenizeConfig
-    shard_index: int
-    shard_count: int
+    shard: tuple[int, int]
 
-    def __call__(self, numbers: np.ndarray) -> _Step:
-        size = len(numbers) // self.shard_count
-        mine = slice(self.shard_index * size, (self.shard_index + 1) * size)
-        if self.shard_count == 1 or self._one_shape():
+    def __call__(self, numbers: np.ndarray) -> Step:
+        mine = my_block(len(numbers), self.shard)
+        if self.shard[1] == 1 or self._one_shape():
             rows = self._tokenize(numbers[mine])
-            return _Step(collate(rows, self.config), rows)
+            return Step(collate(rows, self.config), rows)
         # Processes that padded to different widths would compile different programs
         # and wait for each other for ever.
         everyone = self._tokenize(numbers)
         rows = everyone[mine]
         widths = batch_widths(everyone, self.config)
-        return _Step(collate(rows, self.config, widths), rows)
+        return Step(collate(rows, self.config, widths), rows)
 
     def _one_shape(self) -> bool:
         config = self.config
@@ -232,29 +252,28 @@ class _MakeBatch:
         return all(len(choices) == 1 for choices in widths)
 
     def _tokenize(self, numbers: np.ndarray) -> list[Tokenized]:
-        return [
-            tokenize_record(self.records[i], self.tokenizer, self.config, i)
-            for i in numbers.tolist()
-        ]
+        return tokenize_numbers(numbers, self.records, self.tokenizer, self.config)
 
 
-def _check_sizes(
-    records: int,
-    batch_size: int,
-    epochs: int | None,
-    drop_remainder: bool,
-    index: int,
-    count: int,
+def tokenize_numbers(
+    numbers: np.ndarray,
+    records: Sequence[Record],
+    tokenizer: Tokenizer,
+    config: TokenizeConfig,
+) -> list[Tokenized]:
+    """`tokenize_record` of the records with these numbers."""
+    return [tokenize_record(records[i], tokenizer, config, i) for i in numbers.tolist()]
+
+
+def check_sizes(
+    records: int, batch_size: int, epochs: int | None, shard: tuple[int, int]
 ) -> None:
+    """Raise ValueError for sizes that no pipeline can serve."""
+    index, count = shard
     if records == 0:
         raise ValueError("no records; check what the reader skipped")
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; at least 1 is needed")
-    if batch_size > records and drop_remainder:
-        raise ValueError(
-            f"batch_size {batch_size} exceeds the {records} records; lower it or add "
-            "records (drop_remainder=False allows one short batch)"
-        )
     if epochs is not None and epochs < 1:
         raise ValueError(f"epochs is {epochs}; give at least 1, or None for ever")
     if not 0 <= index < count:
@@ -263,7 +282,18 @@ def _check_sizes(
         raise ValueError(
             f"batch_size {batch_size} does not divide among {count} processes"
         )
-    rest = 0 if epochs is None or drop_remainder else records * epochs % batch_size
+
+
+def check_remainder(
+    records: int, batch_size: int, epochs: int | None, drop: bool, count: int
+) -> None:
+    """Raise ValueError where the last batch is none, or does not divide."""
+    if batch_size > records and drop:
+        raise ValueError(
+            f"batch_size {batch_size} exceeds the {records} records; lower it or add "
+            "records (drop_remainder=False allows one short batch)"
+        )
+    rest = 0 if epochs is None or drop else records * epochs % batch_size
     if rest % count:
         raise ValueError(
             f"the last batch of {rest} rows does not divide among {count} processes; "

@@ -25,6 +25,7 @@ from rkd_jax.evaluation.intervals import Interval, mean_interval, ratio_interval
 from rkd_jax.losses import forward_kl, reverse_kl, token_log_probs
 from rkd_jax.masking import sequence_sum
 from rkd_jax.models.api import CausalLM, response_logits
+from rkd_jax.packed import refuse_packed
 from rkd_jax.types import Params, Sequences
 
 
@@ -162,6 +163,7 @@ def _divergence_totals(
     student, student_params, teacher, teacher_params, rows, teacher_rows, *, temperature
 ):
     """Summed forward KL, reverse KL and teacher NLL of each row, three float32[R]."""
+    refuse_packed(rows, "sequence_divergences")
     student_logits = response_logits(student, student_params, rows)
     teacher_logits = response_logits(teacher, teacher_params, teacher_rows)
     logits = (student_logits, teacher_logits)
@@ -176,6 +178,7 @@ def _divergence_totals(
 @functools.partial(jax.jit, static_argnames=("teacher",))
 def _nll_totals(teacher, params, rows):
     """Summed negative log-prob of each row, float32[R]."""
+    refuse_packed(rows, "teacher_nll")
     log_probs = token_log_probs(response_logits(teacher, params, rows), rows.targets)
     return sequence_sum(-log_probs, rows.response_mask)
 

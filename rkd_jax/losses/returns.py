@@ -21,12 +21,16 @@ from rkd_jax.losses.domain import check_domain
 from rkd_jax.masking import accumulator, fill_masked, sequence_sum
 
 
-def discount_weights(mask: jax.Array, *, gamma: float) -> jax.Array:
+def discount_weights(
+    mask: jax.Array, *, gamma: float, segment_ids: jax.Array | None = None
+) -> jax.Array:
     r"""The discount of each step, :math:`\gamma^h`, h counting response tokens from 0.
 
     Args:
         mask: bool or 0/1 numbers, [*batch, T].
         gamma: in [0, 1].
+        segment_ids: int32[*batch, T], whose segments lie side by side and are counted
+            each by itself; None: a row is one response.
 
     Returns:
         float32[*batch, T]; 1 at the first set entry, 0 where the mask is not set.
@@ -42,10 +46,25 @@ def discount_weights(mask: jax.Array, *, gamma: float) -> jax.Array:
     """
     check_domain("gamma", gamma, "[0, 1]")
     kept = mask.astype(bool)
-    step = jnp.maximum(jnp.cumsum(kept, axis=-1) - 1, 0)
+    counts = jnp.cumsum(kept, axis=-1)
+    if segment_ids is not None:
+        counts = counts - _counted_before(counts, kept, segment_ids)
+    step = jnp.maximum(counts - 1, 0)
     dtype = jnp.result_type(float)
     weights = jnp.power(jnp.asarray(gamma, dtype), step.astype(dtype))
     return jnp.where(kept, weights, 0.0)
+
+
+def _counted_before(
+    counts: jax.Array, kept: jax.Array, segment_ids: jax.Array
+) -> jax.Array:
+    """int[*batch, T]: set entries of the row in front of the segment of each entry."""
+    chex.assert_equal_shape([kept, segment_ids])
+    first = jnp.ones_like(kept[..., :1])
+    change = segment_ids[..., 1:] != segment_ids[..., :-1]
+    begins = jnp.concatenate([first, change], axis=-1)
+    before = jnp.where(begins, counts - kept.astype(counts.dtype), 0)
+    return jax.lax.cummax(before, axis=before.ndim - 1)
 
 
 def trajectory_return(

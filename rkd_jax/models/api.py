@@ -14,6 +14,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from rkd_jax.packed import refuse_packed
 from rkd_jax.types import Params, Sequences
 
 
@@ -47,7 +48,9 @@ class CausalLM(Protocol):
 
     Attention rule: position i attends to position j iff ``j <= i`` in column order and
     their segment ids are equal and non-zero. Segment id 0 is padding: it influences no
-    other position, and its own rows are finite but meaningless.
+    other position, and its own rows are finite but meaningless. A model that knows
+    padding but no segments says so by an attribute ``single_segment = True``; packed
+    rows are then refused.
     """
 
     config: ModelConfig
@@ -117,8 +120,33 @@ def positions_from_mask(token_mask: jax.Array) -> jax.Array:
     return jnp.maximum(counts - 1, 0)
 
 
+def positions_from_segments(segment_ids: jax.Array) -> jax.Array:
+    """Positions that start anew in every segment of a packed row.
+
+    >>> import jax.numpy as jnp
+    >>> positions_from_segments(jnp.array([[1, 1, 1, 2, 2, 0, 3]])).tolist()
+    [[0, 1, 2, 0, 1, 0, 0]]
+
+    Args:
+        segment_ids: int32[..., L]; the columns of a segment lie side by side.
+
+    Returns:
+        int32[..., L]: 0 in the first column of a segment; meaningless (but valid) on
+        padding.
+    """
+    first = jnp.ones_like(segment_ids[..., :1], bool)
+    change = segment_ids[..., 1:] != segment_ids[..., :-1]
+    begins = jnp.concatenate([first, change], axis=-1)
+    columns = jax.lax.broadcasted_iota(jnp.int32, begins.shape, begins.ndim - 1)
+    start = jax.lax.cummax(jnp.where(begins, columns, 0), axis=begins.ndim - 1)
+    return columns - start
+
+
 def sequence_hidden(model: CausalLM, params: Params, sequences: Sequences) -> jax.Array:
     """The state of every column, ``[*batch, L, D]`` in the model's compute dtype.
+
+    A packed record gets the states it would get in a row of its own: it attends to its
+    own segment, and its positions start at 0.
 
     Args:
         model: the model.
@@ -129,16 +157,27 @@ def sequence_hidden(model: CausalLM, params: Params, sequences: Sequences) -> ja
         ``[*batch, L, D]``; columns of padding are finite and meaningless.
 
     Raises:
-        ValueError: L exceeds the model's context.
+        ValueError: L exceeds the model's context, or the rows are packed and the model
+        knows no segments.
     """
     chex.assert_equal_shape([sequences.tokens, sequences.token_mask])
     batch, length = sequences.tokens.shape[:-1], sequences.tokens.shape[-1]
     mask = sequences.token_mask.reshape(-1, length)
+    if sequences.segment_ids is None:
+        segment_ids, positions = mask.astype(jnp.int32), positions_from_mask(mask)
+    else:
+        chex.assert_equal_shape([sequences.tokens, sequences.segment_ids])
+        if getattr(model, "single_segment", False):
+            name = type(model).__name__
+            refuse_packed(sequences, f"{name} (it knows no segments)")
+        # Padding may hold anything, its ids included.
+        segment_ids = jnp.where(mask, sequences.segment_ids.reshape(-1, length), 0)
+        positions = positions_from_segments(segment_ids)
     hidden = model.hidden(
         params,
         sequences.tokens.reshape(-1, length),
-        positions=positions_from_mask(mask),
-        segment_ids=mask.astype(jnp.int32),
+        positions=positions,
+        segment_ids=segment_ids,
     )
     return hidden.reshape(*batch, length, hidden.shape[-1])
 

@@ -23,6 +23,7 @@ from rkd_jax.models.config import DecoderConfig
 from rkd_jax.models.decoder import Decoder
 from rkd_jax.models.linear import project
 from rkd_jax.models.rope import rope_frequencies, rope_table, rotate
+from rkd_jax.packed import refuse_packed
 from rkd_jax.types import Params, Sequences
 
 
@@ -47,7 +48,7 @@ def response_attention(
         Flows to ``params``, of the layers below and the last layer's queries and keys.
 
     Raises:
-        ValueError: the model has one layer; L exceeds its context.
+        ValueError: the model has one layer; L exceeds its context; packed rows.
 
     References:
         AVA, 2411.09341. Reconstruction: layer, heads and mask are not published in what
@@ -56,6 +57,7 @@ def response_attention(
     """
     if model.config.num_layers < 2:
         raise ValueError("response_attention needs a model of two layers or more")
+    refuse_packed(sequences, "response_attention")
     width, length = sequences.prompt_width, sequences.tokens.shape[-1]
     tokens = sequences.token_mask.reshape(-1, length)
     mask = sequences.response_mask.reshape(tokens.shape[0], -1)

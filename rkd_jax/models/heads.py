@@ -23,6 +23,7 @@ import jax.numpy as jnp
 
 from rkd_jax.masking import accumulator, fill_masked, last_target
 from rkd_jax.models.api import CausalLM, action_hidden
+from rkd_jax.packed import target_segments
 from rkd_jax.types import Params, Sequences
 
 
@@ -208,7 +209,7 @@ class RewardModel:
         Returns:
             float32[*batch, T]; an empty response has no last target and gives zeros.
         """
-        last = last_target(sequences.response_mask)
+        last = last_target(sequences.response_mask, target_segments(sequences))
         return self._rewards(params, sequences, features, last)
 
     def _rewards(self, params, sequences, features, credited) -> jax.Array:
@@ -255,7 +256,7 @@ def head_sequence_rewards(head: ScalarHead) -> HeadRewards:
     """
 
     def sequence_rewards(params, sequences, features):
-        last = last_target(sequences.response_mask)
+        last = last_target(sequences.response_mask, target_segments(sequences))
         return _read_features(head, params, features, last)
 
     return sequence_rewards

@@ -17,8 +17,9 @@ scaling (ignored by the classes) and the other options that they ignore, listed 
 `rkd_jax.models.hf_flax_config.unsupported`. Llama, Mistral and Gemma then go to the
 native decoder, through `rkd_jax.interop`.
 
-These classes know a padding mask, no segments: a row packed with several segment ids is
-refused when the ids are concrete and must not be passed inside `jax.jit`.
+These classes know a padding mask, no segments: packed `Sequences` are refused by all
+that reads states (`HFFlaxLM.single_segment`), and a row of several segment ids given to
+`HFFlaxLM.hidden` itself is refused when the ids are concrete, i.e. outside `jax.jit`.
 """
 
 from __future__ import annotations
@@ -74,6 +75,8 @@ class HFFlaxLM:
     the logits of the Flax class. The parameter tree is that of
     ``Flax...ForCausalLM`` without ``lm_head/kernel`` where the embedding is tied.
     """
+
+    single_segment = True  # see the module docstring
 
     def __init__(
         self, config: Any, *, dtype: str = "float32", max_length: int | None = None

@@ -5,7 +5,8 @@
     - (\\log\\pi_\\theta - \\log\\pi_{ref})(y^l)]\\big)
 
 with log-probs summed over the response. The reference enters as two numbers per pair,
-computed once (`rkd_jax.signals.teacher`); no reference model is in memory here.
+computed once (`rkd_jax.signals.teacher`); no reference model is in memory here. Pairs
+may be packed, several to a row.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from __future__ import annotations
 import jax
 
 from rkd_jax.losses import dpo
-from rkd_jax.masking import fill_masked, sequence_sum
+from rkd_jax.masking import fill_masked
 from rkd_jax.models.api import CausalLM
-from rkd_jax.objectives.per_pair import per_pair, real_pairs
+from rkd_jax.objectives.per_pair import per_pair, real_pairs_of
 from rkd_jax.objectives.policy import LATER, members, target_log_probs
-from rkd_jax.types import Objective, Pair, PreferenceBatch, ReferenceSignal
+from rkd_jax.packed import Pairs, pair_sums
+from rkd_jax.types import Objective, Pair, ReferenceSignal
 
 
 def make_dpo(
@@ -45,14 +47,14 @@ def make_dpo(
     """
 
     def student_loss(
-        params, critic, frozen, batch: PreferenceBatch, signal: ReferenceSignal, rng
+        params, critic, frozen, batch: Pairs, signal: ReferenceSignal, rng
     ):
         del critic, frozen, rng
-        sequences, real = batch.sequences, real_pairs(batch.sequences)
+        sequences, real = batch.sequences, real_pairs_of(batch)
         log_probs = target_log_probs(
             model, params, sequences, temperature=temperature, tiles=LATER
         )
-        student = members(sequence_sum(log_probs, sequences.response_mask))
+        student = members(pair_sums(log_probs, batch))
         reference = members(fill_masked(jax.lax.stop_gradient(signal.log_probs), real))
         keep = dpo(student, reference, beta=beta)
         swap = dpo(Pair(*student[::-1]), Pair(*reference[::-1]), beta=beta)
@@ -69,4 +71,4 @@ def make_dpo(
             accuracy=(margin > 0).astype(losses.dtype),
         )
 
-    return Objective("dpo", student_loss, requires=("log_probs",))
+    return Objective("dpo", student_loss, requires=("log_probs",), packed=True)

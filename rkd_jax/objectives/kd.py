@@ -74,4 +74,4 @@ def make_kd(
             metrics["student/nll"] = Mean(nll, weight)
         return LossOutput(total, weight, metrics)
 
-    return Objective("kd", student_loss, requires=teaching.requires)
+    return Objective("kd", student_loss, requires=teaching.requires, packed=True)

@@ -19,15 +19,16 @@ import jax.numpy as jnp
 
 from rkd_jax.losses import bradley_terry, trajectory_return
 from rkd_jax.losses.domain import check_domain
-from rkd_jax.masking import fill_masked
-from rkd_jax.objectives.per_pair import real_pairs
+from rkd_jax.losses.returns import discount_weights
+from rkd_jax.masking import accumulator, fill_masked
+from rkd_jax.objectives.per_pair import real_pairs_of
+from rkd_jax.packed import Pairs, pair_sums, refuse_packed, target_segments
 from rkd_jax.types import (
     LossOutput,
     Mean,
     Objective,
     Pair,
     Params,
-    PreferenceBatch,
     PreferenceSignal,
     Sequences,
 )
@@ -44,17 +45,36 @@ def pair_returns(
     gamma: float,
 ) -> Pair:
     """Discounted return of both responses of each pair, ``[pairs]`` each."""
+    refuse_packed(sequences, "pair_returns")
     rewards = token_rewards(params, sequences, features)
     returns = trajectory_return(rewards, sequences.response_mask, gamma=gamma)
     return Pair(returns[..., 0], returns[..., 1])
 
 
-def pair_losses(returns: Pair, pairs: PreferenceBatch) -> tuple[jax.Array, jax.Array]:
+def batch_returns(
+    token_rewards: TokenRewards,
+    params: Params,
+    pairs: Pairs,
+    features: jax.Array | None,
+    gamma: float,
+) -> Pair:
+    """`pair_returns` of a batch, packed or not: ``[B]`` or ``[B, M]`` each."""
+    sequences = pairs.sequences
+    mask = sequences.response_mask
+    rewards = token_rewards(params, sequences, features)
+    rewards = fill_masked(rewards.astype(accumulator(rewards)), mask)
+    segments = target_segments(sequences)
+    discounts = discount_weights(mask, gamma=gamma, segment_ids=segments)
+    returns = pair_sums(discounts.astype(rewards.dtype) * rewards, pairs)
+    return Pair(returns[..., 0], returns[..., 1])
+
+
+def pair_losses(returns: Pair, pairs: Pairs) -> tuple[jax.Array, jax.Array]:
     """Bradley-Terry loss of each pair, and which are not padding: ``[pairs]`` each.
 
     The loss of a padding pair is a number without meaning, whatever its label holds.
     """
-    real = real_pairs(pairs.sequences)
+    real = real_pairs_of(pairs)
     return bradley_terry(returns, label=fill_masked(pairs.label, real, 1.0)), real
 
 
@@ -93,13 +113,13 @@ def make_reward_model(
     check_domain("l2", l2, "[0, inf)")
 
     def student_loss(
-        params, critic, frozen, batch: PreferenceBatch, signal: PreferenceSignal, rng
+        params, critic, frozen, batch: Pairs, signal: PreferenceSignal, rng
     ):
         del critic, frozen, rng
         comparisons = _compare(token_rewards, params, batch, signal.features, gamma)
         return _likelihood(comparisons, params, batch, signal.weights, l2)
 
-    return Objective("reward_model", student_loss)
+    return Objective("reward_model", student_loss, packed=True)
 
 
 def init_members(
@@ -165,12 +185,12 @@ def make_reward_ensemble(
     check_domain("l2", l2, "[0, inf)")
 
     def student_loss(
-        params, critic, frozen, batch: PreferenceBatch, signal: PreferenceSignal, rng
+        params, critic, frozen, batch: Pairs, signal: PreferenceSignal, rng
     ):
         del critic, frozen, rng
         chex.assert_tree_shape_prefix(params, (members,))
         if signal.weights is not None:
-            chex.assert_shape(signal.weights, (None, members))
+            chex.assert_axis_dimension(signal.weights, -1, members)
 
         def compare(member):
             return _compare(token_rewards, member, batch, signal.features, gamma)
@@ -178,29 +198,32 @@ def make_reward_ensemble(
         comparisons = jax.vmap(compare, out_axes=-1)(params)
         output = _likelihood(comparisons, params, batch, signal.weights, l2)
         margin = jax.lax.stop_gradient(comparisons.margin)
-        spread = fill_masked(margin, real_pairs(batch.sequences)).std(axis=-1).sum()
+        spread = fill_masked(margin, real_pairs_of(batch)).std(axis=-1).sum()
         metrics = {"reward_model/spread": Mean(spread, output.weight)}
         return LossOutput(output.total, output.weight, output.metrics | metrics)
 
-    return Objective("reward_ensemble", student_loss)
+    return Objective("reward_ensemble", student_loss, packed=True)
 
 
 class _Comparisons(NamedTuple):
-    """What a reward says about every pair, ``[B]``, or ``[B, K]`` for K of them."""
+    """What a reward says about every pair, ``[B]``, or ``[B, K]`` for K of them.
+
+    Of packed pairs, ``[B, M]`` takes the place of ``[B]``.
+    """
 
     margin: jax.Array  # return of the chosen minus that of the rejected
     nll: jax.Array
 
 
 def _compare(token_rewards, params, batch, features, gamma) -> _Comparisons:
-    returns = pair_returns(token_rewards, params, batch.sequences, features, gamma)
+    returns = batch_returns(token_rewards, params, batch, features, gamma)
     nll, _ = pair_losses(returns, batch)
     return _Comparisons(returns.chosen - returns.rejected, nll)
 
 
 def _likelihood(comparisons: _Comparisons, params, batch, weights, l2) -> LossOutput:
     """Weighted sum over pairs and members, per pair; metrics per pair and member."""
-    real = real_pairs(batch.sequences)
+    real = real_pairs_of(batch)
     nll = fill_masked(comparisons.nll, real)
     hits = fill_masked(0.5 * (1.0 + jnp.sign(comparisons.margin)), real)
     pairs = real.sum().astype(nll.dtype)

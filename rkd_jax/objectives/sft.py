@@ -50,7 +50,7 @@ def make_sft(model: CausalLM, *, temperature: float = 1.0) -> Objective:
         weight = mask.sum().astype(total.dtype)
         return LossOutput(total, weight, {"student/nll": Mean(total, weight)})
 
-    return Objective("sft", student_loss)
+    return Objective("sft", student_loss, packed=True)
 
 
 def make_seqkd(model: CausalLM, *, temperature: float = 1.0) -> Objective:
@@ -72,4 +72,5 @@ def make_seqkd(model: CausalLM, *, temperature: float = 1.0) -> Objective:
         Kim and Rush, Sequence-Level Knowledge Distillation, 2016. Deviation: sampled
         text where the paper decodes with a beam.
     """
-    return Objective("seqkd", make_sft(model, temperature=temperature).student_loss)
+    sft = make_sft(model, temperature=temperature)
+    return Objective("seqkd", sft.student_loss, packed=sft.packed)

@@ -23,6 +23,7 @@ from rkd_jax.data.tokenize import (
     tokenize_record,
 )
 from rkd_jax.losses import trajectory_return
+from rkd_jax.packed import refuse_packed
 from rkd_jax.signals.oracles import OracleError
 from rkd_jax.signals.teacher import Scorer
 from rkd_jax.types import Params, Sequences
@@ -59,6 +60,7 @@ def make_return_scorer(
     """
 
     def returns(params: Params, sequences: Sequences) -> jax.Array:
+        refuse_packed(sequences, "a return scorer")
         rewards = token_rewards(jax.lax.stop_gradient(params), sequences)
         return trajectory_return(rewards, sequences.response_mask, gamma=gamma)
 

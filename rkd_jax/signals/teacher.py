@@ -4,7 +4,8 @@ Each ``make_*`` returns one jitted function of ``(params, sequences)``; XLA comp
 once per shape bucket. The results carry no gradient.
 
 A teacher that reads another prompt than the student needs nothing special here: pass
-the batch's ``teacher_sequences``, whose targets are the same.
+the batch's ``teacher_sequences``, whose targets are the same. Rows may be packed, but
+for `make_sequence_scorer`, which takes a row for one response.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from rkd_jax.models.api import (
     response_hidden,
     response_logits,
 )
+from rkd_jax.packed import Pairs, pair_sums, refuse_packed
 from rkd_jax.types import Params, Sequences
 
 Scorer = Callable[[Params, Sequences], jax.Array]
@@ -76,16 +78,43 @@ def make_token_scorer(model: CausalLM, *, temperature: float = 1.0) -> Scorer:
 def make_sequence_scorer(model: CausalLM, *, temperature: float = 1.0) -> Scorer:
     """Summed log-prob of each response under a frozen model, ``[*batch]``.
 
-    The reference signal of DPO is this on a `PreferenceBatch`, ``[B, 2]``. Arguments
-    and gradient as `make_teacher_log_probs`.
+    The reference signal of DPO is this on the sequences of a `PreferenceBatch`,
+    ``[B, 2]``. Arguments and gradient as `make_teacher_log_probs`. Packed rows are
+    refused with a ValueError; see `make_pair_scorer`.
     """
     token_scores = make_token_scorer(model, temperature=temperature)
 
     @jax.jit
     def sequence_scores(params: Params, sequences: Sequences) -> jax.Array:
+        refuse_packed(sequences, "a sequence scorer")
         return sequence_sum(token_scores(params, sequences), sequences.response_mask)
 
     return sequence_scores
+
+
+def make_pair_scorer(
+    model: CausalLM, *, temperature: float = 1.0
+) -> Callable[[Params, Pairs], jax.Array]:
+    """Summed log-prob of both responses of each pair, whether pairs are packed or not.
+
+    Args:
+        model: the reference.
+        temperature: divides the logits.
+
+    Returns:
+        Jitted ``(params, pairs) -> float32[B, 2]``, of packed pairs ``[B, M, 2]``: the
+        reference signal of DPO. It reads the student's prompts, ``pairs.sequences``.
+
+    Gradient:
+        None: stopped at the model's parameters.
+    """
+    token_scores = make_token_scorer(model, temperature=temperature)
+
+    @jax.jit
+    def pair_scores(params: Params, pairs: Pairs) -> jax.Array:
+        return pair_sums(token_scores(params, pairs.sequences), pairs)
+
+    return pair_scores
 
 
 def make_features(

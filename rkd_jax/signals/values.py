@@ -40,6 +40,7 @@ from rkd_jax.losses.value import (
 )
 from rkd_jax.masking import fill_masked, sequence_sum
 from rkd_jax.models.api import CausalLM, response_states
+from rkd_jax.packed import refuse_packed
 from rkd_jax.signals.teacher import Scorer
 from rkd_jax.types import Params, ReleaseSignal, Sequences
 
@@ -293,6 +294,7 @@ def _state_logits(model: CausalLM, params: Params, sequences: Sequences) -> jax.
 
 def _states(model: CausalLM, params: Params, sequences: Sequences) -> jax.Array:
     """Those states, ``[*batch, T + 1, D]``."""
+    refuse_packed(sequences, "state values")
     states = response_states(model, params, sequences)
     return jnp.concatenate([states.before, states.after[..., -1:, :]], axis=-2)
 

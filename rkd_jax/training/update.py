@@ -23,6 +23,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from rkd_jax.masking import accumulator
+from rkd_jax.packed import refuse_packed
 from rkd_jax.training.state import Player, TrainState, step_keys
 from rkd_jax.types import LossOutput, Mean, Objective, Sequences
 
@@ -70,7 +71,8 @@ def make_update(
 
     Raises:
         ValueError: here, for a critic without optimiser or the reverse; when traced,
-            for a missing signal or a batch that cannot be cut.
+            for a missing signal, packed rows that the objective cannot read, or a batch
+            that cannot be cut.
         RuntimeError: when traced for more than ``max_traces`` shapes.
     """
     game = _Game(
@@ -84,7 +86,7 @@ def make_update(
 
     def play(state, frozen, batch, signal):
         nonlocal traces
-        _check_inputs(objective, state, signal)
+        _check_inputs(objective, state, batch, signal)
         parts = _cut((batch, signal), accumulation, batch_sharding)
         traces += 1
         _check_traces(traces, max_traces)
@@ -281,17 +283,21 @@ def _name(path) -> str:
     return ("batch", "signal")[path[0].idx] + jax.tree_util.keystr(path[1:])
 
 
-def _tokens(batch: Any) -> jax.Array:
-    """Real tokens in the student's `Sequences`; the teacher's copies do not count."""
+def _sequences(batch: Any) -> list[tuple[str, Sequences]]:
+    """Every `Sequences` of a batch, with the name of its field."""
     found = jax.tree_util.tree_leaves_with_path(
         batch, is_leaf=lambda node: isinstance(node, Sequences)
     )
-    masks = [
-        leaf.token_mask
+    return [
+        (jax.tree_util.keystr(path[-1:]), leaf)
         for path, leaf in found
         if isinstance(leaf, Sequences)
-        and "teacher" not in jax.tree_util.keystr(path[-1:])
     ]
+
+
+def _tokens(batch: Any) -> jax.Array:
+    """Real tokens in the student's `Sequences`; the teacher's copies do not count."""
+    masks = [s.token_mask for name, s in _sequences(batch) if "teacher" not in name]
     return sum((jnp.sum(m, dtype=jnp.float32) for m in masks), jnp.float32(0))
 
 
@@ -303,7 +309,12 @@ def _check_traces(traces: int, allowed: int) -> None:
         )
 
 
-def _check_inputs(objective: Objective, state: TrainState, signal: Any) -> None:
+def _check_inputs(
+    objective: Objective, state: TrainState, batch: Any, signal: Any
+) -> None:
+    if not objective.packed:
+        for _, sequences in _sequences(batch):
+            refuse_packed(sequences, f"objective {objective.name!r}")
     if objective.critic_loss is not None and state.critic is None:
         raise ValueError(
             f"objective {objective.name!r} has a critic, the state has none: "

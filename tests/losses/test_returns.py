@@ -61,3 +61,17 @@ def test_domains_and_shapes():
         reward_to_go(jnp.zeros((2, 3)), jnp.ones((2, 4), bool))
     with pytest.raises(AssertionError):
         trajectory_return(jnp.zeros((2, 3)), jnp.ones((2, 4), bool))
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.9, 0.0])
+def test_the_discount_of_a_packed_row_starts_anew_in_every_segment(gamma):
+    mask = np.array([[0, 1, 1, 0, 1, 1, 1, 0], [1, 0, 0, 1, 0, 1, 0, 0]], bool)
+    segments = np.array([[1, 1, 1, 2, 2, 2, 2, 0], [1, 2, 2, 2, 3, 3, 0, 0]], np.int32)
+    steps = np.array([[0, 0, 1, 0, 0, 1, 2, 0], [0] * 8])
+    expected = np.where(mask, gamma**steps, 0.0)
+    for padding in (0, 9):
+        ids = np.where(segments == 0, padding, segments).astype(np.int32)
+        got = discount_weights(mask, gamma=gamma, segment_ids=ids)
+        np.testing.assert_allclose(got, expected, rtol=1e-12)
+    with pytest.raises(AssertionError):
+        discount_weights(mask, gamma=gamma, segment_ids=segments[:1])

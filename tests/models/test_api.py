@@ -10,11 +10,13 @@ from rkd_jax.models.api import (
     CausalLM,
     action_hidden,
     positions_from_mask,
+    positions_from_segments,
     response_hidden,
     response_logits,
     sequence_hidden,
 )
 from rkd_jax.models.decoder import Decoder
+from rkd_jax.packed import target_segments
 from rkd_jax.types import Sequences
 from tests.models.reference import LLAMA
 
@@ -53,6 +55,63 @@ def test_the_model_is_told_positions_and_padding():
         got[..., 1], [[0, 0, 1, 2, 3, 4, 4], [0, 1, 2, 3, 4, 4, 4]]
     )
     np.testing.assert_array_equal(got[..., 2], SEQUENCES.token_mask)
+
+
+PACKED = Sequences(
+    tokens=jnp.array([[7, 8, 5, 2, 9, 2, 0], [4, 6, 3, 0, 0, 5, 1]], jnp.int32),
+    token_mask=jnp.array([[1, 1, 1, 1, 1, 1, 0], [1, 1, 1, 0, 0, 1, 1]], bool),
+    response_mask=jnp.array([[0, 1, 1, 0, 1, 0], [1, 1, 0, 0, 0, 1]], bool),
+    segment_ids=jnp.array([[1, 1, 1, 1, 2, 2, 0], [1, 1, 1, 0, 0, 2, 2]], jnp.int32),
+)
+
+
+def test_positions_start_anew_in_every_segment():
+    segments = np.array([[1, 1, 2, 2, 2, 3, 0], [0, 0, 1, 1, 1, 1, 1], [0] * 7])
+    positions = positions_from_segments(segments.astype(np.int32))
+    assert positions.dtype == jnp.int32
+    np.testing.assert_array_equal(positions[0], [0, 1, 0, 1, 2, 0, 0])
+    np.testing.assert_array_equal(positions[1, 2:], [0, 1, 2, 3, 4])
+    assert int(positions.max()) < 7
+    one_record = np.ones((1, 7), np.int32)
+    np.testing.assert_array_equal(
+        positions_from_segments(one_record), positions_from_mask(one_record > 0)
+    )
+
+
+@pytest.mark.parametrize("garbage", [0, 2, 9, -1])
+def test_the_model_is_told_segments_of_packed_rows(garbage):
+    """Ids on padding may be anything: the token mask decides what is padding."""
+    ids = jnp.where(PACKED.token_mask, PACKED.segment_ids, garbage)
+    sequences = dataclasses.replace(PACKED, segment_ids=ids)
+    got = sequence_hidden(Echo(), None, sequences)
+    np.testing.assert_array_equal(got[..., 0], PACKED.tokens)
+    real = np.asarray(PACKED.token_mask)
+    np.testing.assert_array_equal(
+        np.asarray(got[..., 1])[real], [0, 1, 2, 3, 0, 1, 0, 1, 2, 0, 1]
+    )
+    np.testing.assert_array_equal(got[..., 2], PACKED.segment_ids)
+
+
+def test_packed_targets_are_predicted_from_the_column_before_in_their_segment():
+    before = np.asarray(response_hidden(Echo(), None, PACKED))
+    after = np.asarray(action_hidden(Echo(), None, PACKED))
+    mask = np.asarray(PACKED.response_mask)
+    np.testing.assert_array_equal(before[mask][:, 0], [8, 5, 9, 4, 6, 5])
+    np.testing.assert_array_equal(after[mask][:, 0], [5, 2, 2, 6, 3, 1])
+    np.testing.assert_array_equal(before[mask][:, 2], after[mask][:, 2])
+    np.testing.assert_array_equal(PACKED.targets, after[..., 0])
+    np.testing.assert_array_equal(target_segments(PACKED), after[..., 2])
+    assert target_segments(SEQUENCES) is None
+
+
+def test_a_model_without_segments_refuses_packed_rows():
+    class Single(Echo):
+        single_segment = True
+
+    with pytest.raises(ValueError, match=r"Single .*no segments.*packed"):
+        sequence_hidden(Single(), None, PACKED)
+    expected = sequence_hidden(Echo(), None, SEQUENCES)
+    np.testing.assert_array_equal(sequence_hidden(Single(), None, SEQUENCES), expected)
 
 
 def test_states_before_and_after_each_target():
