@@ -5,8 +5,8 @@
 #
 # Needs project, zone, name, type and capacity; the command and the bucket are those that
 # launch.sh recorded, the project is what setup_vm.sh copied. It takes those of the steps
-# that are missing, so it may be run at any time: while the experiment runs, or when it
-# has finished there, it changes nothing.
+# that are missing, so it may be run at any time: while the experiment runs it changes
+# nothing, and it does not launch again what has finished.
 
 # shellcheck source=tpu_scripts/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"

@@ -7,7 +7,8 @@
 #   worker.sh logs LINES
 #   worker.sh stop
 #
-# SNAPSHOT is the object of a bucket that holds runs/ as a tar file, or '' for none.
+# SNAPSHOT is the object of a bucket that holds runs/ as a tar file, or '' for none. It is
+# written every RKD_TPU_SNAPSHOT_EVERY seconds, 300 by default, and at the end.
 
 # shellcheck source=tpu_scripts/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -48,18 +49,32 @@ def call(script: Path, *arguments: str, **environment: str):
     )
 
 
-def dry(script: str, *arguments: str, **environment: str) -> list[str]:
-    """The lines of a dry run, in which no ``gcloud`` can be called: there is none."""
-    process = call(
-        ROOT / "tpu_scripts" / script,
-        "--dry-run",
-        *arguments,
-        **WHERE | environment,
-        PATH=os.defpath,
-    )
-    assert process.returncode == 0, process.stderr
-    assert process.stderr == ""
-    return process.stdout.splitlines()
+@pytest.fixture(scope="module")
+def no_cloud(tmp_path_factory) -> str:
+    """A PATH whose ``gcloud`` refuses to be called."""
+    folder = tmp_path_factory.mktemp("no-cloud")
+    (folder / "gcloud").write_text("#!/bin/sh\necho it was called >&2\nexit 99\n")
+    (folder / "gcloud").chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}"
+
+
+@pytest.fixture(scope="module")
+def dry(no_cloud):
+    """The lines that a dry run of a script prints."""
+
+    def lines(script: str, *arguments: str, **environment: str) -> list[str]:
+        process = call(
+            ROOT / "tpu_scripts" / script,
+            "--dry-run",
+            *arguments,
+            **WHERE | environment,
+            PATH=no_cloud,
+        )
+        assert process.returncode == 0, process.stderr
+        assert process.stderr == ""
+        return process.stdout.splitlines()
+
+    return lines
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
@@ -82,6 +97,11 @@ def test_shellcheck_finds_nothing():
     )
     assert found.stdout == ""
     assert found.returncode == 0
+
+
+def test_the_readme_names_every_script_and_no_other():
+    text = (ROOT / "tpu_scripts" / "README.md").read_text("utf-8")
+    assert set(re.findall(r"(\w+\.sh)", text)) == set(CALLED)
 
 
 @pytest.mark.parametrize("script", CALLED)
@@ -114,7 +134,7 @@ def test_help_says_what_it_does_and_every_setting(script):
         ("v6e-8", "spot", "v6e-8 --runtime-version=v2-alpha-tpuv6e --spot", 8),
     ],
 )
-def test_create_asks_for_the_accelerator(accelerator, capacity, expected, chips):
+def test_create_asks_for_the_accelerator(dry, accelerator, capacity, expected, chips):
     lines = dry("create_vm.sh", "--type", accelerator, f"--capacity={capacity}")
     note = [
         f"# an experiment computes on one of the {chips} chips of {accelerator} "
@@ -132,7 +152,7 @@ def test_create_asks_for_the_accelerator(accelerator, capacity, expected, chips)
     ]
 
 
-def test_flags_win_over_the_environment():
+def test_flags_win_over_the_environment(dry):
     lines = dry(
         "create_vm.sh",
         *("--name", "other", "--zone=europe-west4-b", "--type", "v6e-1"),
@@ -147,7 +167,7 @@ def test_flags_win_over_the_environment():
     )
 
 
-def test_setup_copies_and_installs_on_all_workers():
+def test_setup_copies_and_installs_on_all_workers(dry):
     archive = ROOT / "runs/tpu/distil/project.tar.gz"
     assert dry("setup_vm.sh", "--jax", "0.10.2") == [
         f"# {archive}: the files git tracks",
@@ -162,7 +182,7 @@ def test_setup_copies_and_installs_on_all_workers():
     ]
 
 
-def test_launch_starts_the_experiment_on_all_workers():
+def test_launch_starts_the_experiment_on_all_workers(dry):
     assert dry(
         "launch.sh",
         *("--type", "v6e-1", "--bucket", "gs://my-bucket/runs/"),
@@ -175,7 +195,7 @@ def test_launch_starts_the_experiment_on_all_workers():
     ]
 
 
-def test_the_other_scripts():
+def test_the_other_scripts(dry):
     ssh = f"gcloud compute tpus tpu-vm ssh distil {ON} --worker=all "
     worker = "bash rkd_jax/tpu_scripts/worker.sh"
     assert dry("logs.sh") == [f"{ssh}'--command={worker} logs 100'"]
@@ -205,7 +225,7 @@ HOSTILE = [
 ]
 
 
-def test_overrides_survive_two_shells():
+def test_overrides_survive_two_shells(dry):
     text = "\n".join(
         dry("launch.sh", "--type", "v6e-1", "experiments.quickstart", *HOSTILE)[1:]
     )
@@ -274,8 +294,8 @@ def test_overrides_survive_two_shells():
         ),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(script, arguments, message):
-    process = call(ROOT / "tpu_scripts" / script, "--dry-run", *arguments, **WHERE)
+def test_bad_input_is_one_line_and_exit_code_2(no_cloud, script, arguments, message):
+    process = call(ROOT / "tpu_scripts" / script, *arguments, **WHERE, PATH=no_cloud)
     assert process.returncode == 2
     assert process.stdout == ""
     assert process.stderr.startswith("error: ")
