@@ -128,25 +128,22 @@ no_more_arguments() {
   ((${#ARGUMENTS[@]} == 0)) || die 2 "unexpected argument ${ARGUMENTS[0]}; see --help"
 }
 
-# Refuses what no experiment can use, and finds the runtime.
+# Refuses what no experiment can use; finds CHIPS, and RUNTIME if none was named.
 read_type() {
-  [[ $TYPE =~ ^(v4|v5litepod|v5p|v6e)-([1-9][0-9]*)$ ]] ||
-    die 2 "--type $TYPE: known are v4-N, v5litepod-N, v5p-N and v6e-N"
-  local generation=${BASH_REMATCH[1]} size=${BASH_REMATCH[2]} runtime chips
-  # N counts cores, two to a chip, for v4 and v5p, chips for the others. One host has
-  # four chips of the former and up to eight of the latter.
-  ((size <= 8)) ||
+  local runtime
+  # The number counts chips for v5e and v6e, and cores, two to a chip, for v4 and v5p. Up
+  # to eight of either are on one host.
+  [[ $TYPE =~ ^(v4|v5litepod|v5p|v6e)-([1-9][0-9]*)$ && ${BASH_REMATCH[2]} -gt 8 ]] &&
     die 2 "--type $TYPE is a slice of several hosts, and an experiment is one process \
-on one host (docs/scaling.md); choose $generation-8 or smaller"
-  case $generation in
-    v4) runtime=tpu-ubuntu2204-base chips=$((size / 2)) ;;
-    v5p) runtime=v2-alpha-tpuv5 chips=$((size / 2)) ;;
-    v5litepod) runtime=v2-alpha-tpuv5-lite chips=$size ;;
-    v6e) runtime=v2-alpha-tpuv6e chips=$size ;;
+on one host (docs/scaling.md); choose ${BASH_REMATCH[1]}-8 or smaller"
+  case $TYPE in
+    v4-8) runtime=tpu-ubuntu2204-base CHIPS=4 ;;
+    v5p-8) runtime=v2-alpha-tpuv5 CHIPS=4 ;;
+    v5litepod-[148]) runtime=v2-alpha-tpuv5-lite CHIPS=${TYPE#*-} ;;
+    v6e-[148]) runtime=v2-alpha-tpuv6e CHIPS=${TYPE#*-} ;;
+    *) die 2 "--type $TYPE: known are v4-8, v5p-8, v5litepod-1, -4, -8 and v6e-1, -4, -8" ;;
   esac
   RUNTIME=${RUNTIME:-$runtime}
-  ((chips == 1)) ||
-    say "# an experiment computes on one of the $chips chips of $TYPE (docs/scaling.md)"
 }
 
 # find_state ASSUMED: STATE of the queued resource, ABSENT if there is none.
@@ -175,6 +172,8 @@ find_state() {
 create() {
   local kind=()
   [[ $CAPACITY == on-demand ]] || kind=("--$CAPACITY")
+  ((CHIPS == 1)) ||
+    say "# an experiment computes on one of the $CHIPS chips of $TYPE (docs/scaling.md)"
   execute gcloud compute tpus queued-resources create "$NAME" "--node-id=$NAME" \
     "${WHERE[@]}" "--accelerator-type=$TYPE" "--runtime-version=$RUNTIME" "${kind[@]}"
 }

@@ -84,9 +84,9 @@ keep_snapshots() {
   done
 }
 
-# Hard links freeze runs/ within milliseconds. Files of a run are replaced or appended to,
-# never rewritten; one that vanishes meanwhile makes cp fail, and so the snapshot. It is
-# uploaded as one object, so the bucket never holds half of it.
+# Hard links freeze runs/ within milliseconds, because the files of a run are replaced as a
+# whole or appended to. One that vanishes meanwhile makes cp fail, and so the snapshot.
+# Uploaded as one object, it is in the bucket whole or not at all.
 take_snapshot() (
   exec 8>.snapshot.lock
   flock 8

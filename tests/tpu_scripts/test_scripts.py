@@ -141,9 +141,9 @@ def test_create_asks_for_the_accelerator(dry, accelerator, capacity, expected, c
         "(docs/scaling.md)"
     ]
     assert lines == [
-        *(note if chips > 1 else []),
         DESCRIBE,
         "# assumed to be ABSENT",
+        *(note if chips > 1 else []),
         "gcloud compute tpus queued-resources create distil --node-id=distil "
         f"{ON} --accelerator-type={expected}",
         DESCRIBE,
@@ -286,7 +286,8 @@ def test_overrides_survive_two_shells(dry):
             ["--type", "v5p-16", "experiments.quickstart"],
             "v5p-16 is a slice of several hosts",
         ),
-        ("create_vm.sh", ["--type", "v99-8", "--capacity", "spot"], "known are v4-N"),
+        ("create_vm.sh", ["--type", "v99-8", "--capacity", "spot"], "known are v4-8"),
+        ("create_vm.sh", ["--type", "v5p-4", "--capacity", "spot"], "known are v4-8"),
         (
             "create_vm.sh",
             ["--type", "v6e-1", "--capacity", "cheap"],
