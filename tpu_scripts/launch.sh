@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# Starts an experiment on the TPU VM, in the background, and returns.
+#
+#   launch.sh [SETTINGS] EXPERIMENT [OVERRIDE...]
+#   launch.sh experiments.quickstart --out runs/quickstart --seed 1
+#
+# Needs project, zone, name and type; EXPERIMENT is a module and everything after it goes
+# to it as it stands. The command is recorded in runs/tpu/NAME, where resume.sh finds it.
+# With a bucket, runs/ is copied to BUCKET/NAME/runs.tar every five minutes and at the
+# end, and comes back from there on a new TPU VM. The same command again is a no-op while
+# the experiment runs and after it has finished; after a failure it goes on.
+
+# shellcheck source=tpu_scripts/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+read_settings "$@"
+need PROJECT ZONE NAME TYPE
+((${#ARGUMENTS[@]})) || die 2 "which experiment? such as experiments.quickstart"
+
+experiment=${ARGUMENTS[0]}
+check_form EXPERIMENT "$experiment" '[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*'
+[[ -e $ROOT/${experiment//.//}.py ]] || die 2 "there is no ${experiment//.//}.py in $ROOT"
+for ((i = 1; i < ${#ARGUMENTS[@]}; i++)); do
+  case ${ARGUMENTS[i]} in
+    --out) out=${ARGUMENTS[i + 1]:-} ;;
+    --out=*) out=${ARGUMENTS[i]#--out=} ;;
+    --fresh*) die 2 "--fresh would discard the run at every resume; choose another --out" ;;
+    *) continue ;;
+  esac
+  [[ $out == runs/?* && /$out/ != */../* ]] ||
+    die 2 "--out $out: only what lies under runs/ is kept; choose runs/..."
+done
+
+command=("${BUCKET:+$BUCKET/$NAME/runs.tar}" "${ARGUMENTS[@]}")
+launch "${command[@]}"
+if ((!DRY_RUN)); then
+  mkdir -p "$RECORD"
+  printf '%s\0' "${command[@]}" >"$RECORD/command"
+fi
