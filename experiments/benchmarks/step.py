@@ -45,7 +45,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import jax
@@ -159,52 +159,62 @@ def measure(config: StepBenchmark) -> dict[str, Any]:
 
 def run_steps(case: Case, steps: int) -> dict[str, float]:
     """Compile, warm up and time; the times, the memory and the compilations."""
+    step, compiled = stepper(case)
+    for _ in range(WARM_UP):
+        step()
+    with compilations() as seen:
+        seconds = [step() for _ in range(steps)]
+    prepare, whole = np.median(seconds, axis=0)
+    return {
+        "s_per_step": float(whole),
+        "s_prepare": float(prepare),
+        **compiled,
+        "compilations": len(seen),
+    }
+
+
+def stepper(case: Case) -> tuple[Callable[[], tuple[float, float]], dict[str, float]]:
+    """A function that takes one step, and what compiling it said.
+
+    Returns:
+        ``() -> (seconds before the update, seconds of the whole step)``, which raises
+        RuntimeError where the update refuses the step; and ``peak_temp_bytes`` and
+        ``compile_s``.
+    """
     optimizer = make_optimizer(OptimConfig())
-    with_critic = case.critic is not None
+    critic_optimizer = None if case.critic is None else optimizer
     update = make_update(
         case.objective,
         student_optimizer=optimizer,
-        critic_optimizer=optimizer if with_critic else None,
+        critic_optimizer=critic_optimizer,
         critic_steps=case.critic_steps,
     )
     state = init_state(
         case.params,
         student_optimizer=optimizer,
         critic_params=case.critic,
-        critic_optimizer=optimizer if with_critic else None,
+        critic_optimizer=critic_optimizer,
         rng=jax.random.key(0),
     )
-    signal = case.prepare(case.batch)  # its shapes; and its own compilation
+    signal = case.prepare(case.batch)
     start = time.perf_counter()
     compiled = update.lower(state, None, case.batch, signal).compile()
     compile_s = time.perf_counter() - start
-    memory = compiled.memory_analysis()
+    temporaries = compiled.memory_analysis().temp_size_in_bytes
 
-    def step(state):
+    def step() -> tuple[float, float]:
+        nonlocal state
         start = time.perf_counter()
         signal = jax.block_until_ready(case.prepare(case.batch))
         middle = time.perf_counter()
         state, metrics = update(state, None, case.batch, signal)
         jax.block_until_ready((state, metrics))
-        return state, metrics, (middle - start, time.perf_counter() - start)
+        stop = time.perf_counter()
+        if metrics["skipped"]:
+            raise RuntimeError(f"{case.objective.name}: a step was not taken")
+        return middle - start, stop - start
 
-    for _ in range(WARM_UP):
-        state, metrics, _ = step(state)
-    seconds = []
-    with compilations() as seen:
-        for _ in range(steps):
-            state, metrics, spent = step(state)
-            seconds.append(spent)
-    if int(state.skipped):
-        raise RuntimeError(f"{case.objective.name}: {state.skipped} steps not taken")
-    prepare, whole = np.median(seconds, axis=0)
-    return {
-        "s_per_step": float(whole),
-        "s_prepare": float(prepare),
-        "peak_temp_bytes": memory.temp_size_in_bytes,
-        "compile_s": compile_s,
-        "compilations": len(seen),
-    }
+    return step, {"peak_temp_bytes": temporaries, "compile_s": compile_s}
 
 
 @contextlib.contextmanager

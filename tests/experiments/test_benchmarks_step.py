@@ -8,6 +8,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from experiments.benchmarks import step
 from experiments.benchmarks.llama import forward_flops, llama
@@ -48,7 +49,7 @@ def multiplications(jaxpr) -> int:
             left = eqn.invars[0].aval.shape
             inner = math.prod(left[axis] for axis in contracted)
             total += 2 * math.prod(eqn.outvars[0].aval.shape) * inner
-        for inside in jax.core.jaxprs_in_params(eqn.params):
+        for inside in jaxprs_in_params(eqn.params):
             total += times * multiplications(inside)
     return total
 
