@@ -1,22 +1,26 @@
-"""The step of GKD in other libraries beside ours, on the same shapes.
+"""A step of distillation in other libraries beside ours, on the same shapes.
 
 One process, one machine; after two steps of warm-up all of them take turns, so that the
 ratios mean something on a busy one. Each trains a Llama student with tied embeddings on
-full rows with a generalised JSD (beta 0.5) to the teacher on the response, clips the
-gradient and takes an AdamW step; the teacher runs inside the step.
+full rows with a divergence to the teacher on the response, clips the gradient and takes
+an AdamW step; the teacher runs inside the step.
 
-========  ==============================================================================
-rkd_jax   `experiments.benchmarks.step`, objective ``gkd``
-torch     PyTorch and Llama of transformers, a loop that **we wrote** for this
-          comparison: eager, SDPA attention, the head on response positions alone
-trl       ``GKDTrainer.training_step`` of TRL, off-policy, and its optimiser
-tunix     ``DistillationTrainer`` of Tunix is not run: its models and its loop cannot be
-          given the same shapes and data from outside without rewriting them
-========  ==============================================================================
+=======  ============  =================================================================
+rkd_jax  gkd, kd       `experiments.benchmarks.step`
+torch    gkd, kd       PyTorch and Llama of transformers, a loop that **we wrote** for
+                       this comparison: eager, SDPA attention, the head on response
+                       positions alone
+trl      gkd           ``GKDTrainer.training_step`` of TRL, off-policy, its optimiser
+tunix    kd            ``DistillationTrainer`` of Tunix with its ``LogitStrategy`` and
+                       its Llama 3; float32
+=======  ============  =================================================================
 
-    pip install torch "transformers>=4.57,<5"        # torch
-    pip install trl==0.24.0                          # trl, beside the above
-    python -m experiments.benchmarks.peers --json
+gkd is the generalised JSD at beta 0.5, kd the forward KL.
+
+    pip install torch "transformers>=4.57,<5"   # torch
+    pip install trl==0.24.0                     # trl, beside the above
+    pip install google-tunix==0.1.7             # tunix
+    python -m experiments.benchmarks.peers --sizes.objective gkd --json
 
 What is not installed is named with what to install. PyTorch's ``bfloat16`` is autocast
 over float32 parameters, as ours is.
@@ -36,6 +40,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tyro
 
@@ -48,29 +53,34 @@ BETA = 0.5
 
 INSTALL = {
     "torch": ("torch", "transformers"),
-    "trl": ("torch", "transformers", "trl", "datasets"),
+    "trl": ("torch", "transformers", "trl"),
+    "tunix": ("tunix",),
 }
 """What each of the others imports."""
+OBJECTIVES = {"torch": ("kd", "gkd"), "trl": ("gkd",), "tunix": ("kd",)}
+PACKAGES = {"tunix": "google-tunix"}
+"""Of modules that are named otherwise."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PeersBenchmark:
     """Sizes as those of `experiments.benchmarks.step`, and who takes part."""
 
-    peers: tuple[str, ...] = ("torch", "trl")
-    """Beside rkd_jax."""
+    peers: tuple[str, ...] = ("torch", "trl", "tunix")
+    """Beside rkd_jax; who lacks the objective is left out."""
     sizes: StepBenchmark = StepBenchmark(objective="gkd")
+    """The objective is gkd or kd."""
     json: bool = False
     """Print one JSON line in place of the table."""
 
 
-def ours(setting: Setting) -> Step:
+def ours(setting: Setting, objective: str) -> Step:
     """The step of this library."""
-    step, _ = stepper(CASES["gkd"](setting))
+    step, _ = stepper(CASES[objective](setting))
     return lambda: step()[1]
 
 
-def plain_torch(setting: Setting) -> Step:
+def plain_torch(setting: Setting, objective: str) -> Step:
     """The step in PyTorch, written here."""
     import torch
 
@@ -79,6 +89,7 @@ def plain_torch(setting: Setting) -> Step:
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5, weight_decay=0.0)
     tokens, autocast = torch_tokens(setting), torch_autocast(setting)
     states = slice(setting.prompt - 1, -1)
+    divergence = torch_jsd if objective == "gkd" else torch_kl
 
     def log_probs(model):
         hidden = model.model(input_ids=tokens).last_hidden_state[:, states]
@@ -89,7 +100,7 @@ def plain_torch(setting: Setting) -> Step:
         with autocast():
             with torch.no_grad():
                 teacher_log_probs = log_probs(teacher)
-            loss = torch_jsd(log_probs(student), teacher_log_probs).mean()
+            loss = divergence(log_probs(student), teacher_log_probs).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
@@ -100,12 +111,13 @@ def plain_torch(setting: Setting) -> Step:
     return step
 
 
-def trl(setting: Setting) -> Step:
+def trl(setting: Setting, objective: str) -> Step:
     """The step of TRL's trainer: its loss, its backward pass, its optimiser."""
     import torch
     from datasets import Dataset
     from trl import GKDConfig, GKDTrainer
 
+    del objective
     tokens = torch_tokens(setting)
     folder = tempfile.TemporaryDirectory()
     options = GKDConfig(
@@ -154,7 +166,52 @@ def trl(setting: Setting) -> Step:
     return step
 
 
-STEPS = {"rkd_jax": ours, "torch": plain_torch, "trl": trl}
+def tunix(setting: Setting, objective: str) -> Step:
+    """The step of Tunix's trainer: its teacher pass, its loss, its update."""
+    import optax
+    from flax import nnx
+    from tunix.distillation import distillation_trainer, strategies
+
+    del objective
+    if setting.student.config.dtype != "float32":
+        raise ValueError("the tunix peer is float32: --sizes.dtype float32")
+    rows = setting.length, setting.prompt
+    columns = jnp.arange(rows[0], dtype=jnp.int32)
+
+    def forward(model, input_tokens, input_mask):
+        del input_mask
+        positions = jnp.broadcast_to(columns[None], input_tokens.shape)
+        seen = (columns[:, None] >= columns[None, :])[None]
+        seen = jnp.broadcast_to(seen, (len(input_tokens), rows[0], rows[0]))
+        logits, _ = model(input_tokens, positions, None, seen)
+        return logits[:, rows[1] - 1 : -1]
+
+    def labels(input_tokens, input_mask):
+        del input_mask
+        targets = input_tokens[:, rows[1] :]
+        return jax.nn.one_hot(targets, setting.student.config.vocab_size)
+
+    trainer = distillation_trainer.DistillationTrainer(
+        tunix_llama(setting.student),
+        tunix_llama(setting.teacher),
+        strategies.LogitStrategy(forward, forward, labels, temperature=1.0, alpha=1.0),
+        optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-5, weight_decay=0)),
+        distillation_trainer.TrainingConfig(eval_every_n_steps=10**9),
+    )
+    update, _ = trainer.jit_train_and_eval_step(cache_nnx_graph=True)
+    tokens = CASES["kd"](setting).batch.sequences.tokens
+    given = distillation_trainer.TrainingInput(tokens, jnp.ones_like(tokens))
+
+    def step() -> float:
+        start = time.perf_counter()
+        loss, _, _ = update(trainer._prepare_inputs(given))
+        jax.block_until_ready((loss, nnx.state(trainer.model)))
+        return time.perf_counter() - start
+
+    return step
+
+
+STEPS = {"rkd_jax": ours, "torch": plain_torch, "trl": trl, "tunix": tunix}
 
 
 def torch_jsd(student, teacher):
@@ -166,6 +223,34 @@ def torch_jsd(student, teacher):
     to_teacher = (teacher.exp() * (teacher - mixture)).sum(-1)
     to_student = (student.exp() * (student - mixture)).sum(-1)
     return BETA * to_teacher + (1.0 - BETA) * to_student
+
+
+def torch_kl(student, teacher):
+    """Forward KL of log-probs ``[.., V]``, ``[..]``."""
+    return (teacher.exp() * (teacher - student)).sum(-1)
+
+
+def tunix_llama(model):
+    """Tunix's Llama 3 of a decoder's shape."""
+    from flax import nnx
+    from tunix.models.llama3 import model as llama3
+
+    config = model.config
+    return llama3.Llama3(
+        llama3.ModelConfig(
+            num_layers=config.num_layers,
+            vocab_size=config.vocab_size,
+            embed_dim=config.hidden_size,
+            hidden_dim=config.intermediate_size,
+            num_heads=config.num_heads,
+            head_dim=config.head_dim,
+            num_kv_heads=config.num_kv_heads,
+            rope_theta=int(config.rope_theta),
+            norm_eps=config.norm_eps,
+            weight_tying=True,
+        ),
+        rngs=nnx.Rngs(0),
+    )
 
 
 def torch_llama(model):
@@ -226,18 +311,27 @@ def word_tokenizer():
 
 def missing(name: str) -> list[str]:
     """What has to be installed for a peer."""
-    return [m for m in INSTALL[name] if importlib.util.find_spec(m) is None]
+    lacking = [m for m in INSTALL[name] if importlib.util.find_spec(m) is None]
+    return [PACKAGES.get(module, module) for module in lacking]
 
 
 def measure(config: PeersBenchmark) -> dict[str, Any]:
-    """Median seconds of everyone who is installed, and their ratios to ours."""
+    """Median seconds of everyone who is installed, and their ratios to ours.
+
+    Raises:
+        ValueError: an unknown peer, or an objective that none of them has.
+    """
     unknown = sorted(set(config.peers) - set(INSTALL))
     if unknown:
         raise ValueError(f"peer {unknown[0]!r} is not one of {', '.join(INSTALL)}")
+    objective = config.sizes.objective
+    asked = [name for name in config.peers if objective in OBJECTIVES[name]]
+    if not asked:
+        raise ValueError(f"none of {config.peers} has the objective {objective}")
     setting = setting_of(config.sizes)
-    absent = {name: lacks for name in config.peers if (lacks := missing(name))}
-    names = ["rkd_jax", *(name for name in config.peers if name not in absent)]
-    steps = {name: STEPS[name](setting) for name in names}
+    absent = {name: lacks for name in asked if (lacks := missing(name))}
+    names = ["rkd_jax", *(name for name in asked if name not in absent)]
+    steps = {name: STEPS[name](setting, objective) for name in names}
     for _ in range(WARM_UP):
         for step in steps.values():
             step()
@@ -258,8 +352,9 @@ def measure(config: PeersBenchmark) -> dict[str, Any]:
 
 def versions(names: list[str]) -> dict[str, str]:
     """Of everything that took part."""
-    packages = {"jax", *(m for name in names for m in INSTALL.get(name, ()))}
-    return {name: importlib.metadata.version(name) for name in sorted(packages)}
+    modules = {"jax", *(m for name in names for m in INSTALL.get(name, ()))}
+    packages = sorted(PACKAGES.get(module, module) for module in modules)
+    return {name: importlib.metadata.version(name) for name in packages}
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ persistent cache is off. With the defaults it takes about ten minutes on two cor
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
@@ -29,7 +30,17 @@ from experiments.benchmarks.step_cases import CASES
 
 Row = dict[str, Any]
 Runner = Callable[..., list[Row]]
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers", "trl")
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "numpy",
+    "torch",
+    "transformers",
+    "trl",
+    "google-tunix",
+)
 TOY = (
     *("--vocab", "64", "--batch", "2", "--length", "12", "--prompt", "4"),
     *("--student", "h32-l2-i48-q4-kv2", "--teacher", "h48-l3-i64-q4-kv2"),
@@ -89,8 +100,11 @@ def page(config: ReportConfig, run: Runner = measured) -> str:
 
 def heading(config: ReportConfig, before: float, after: float) -> str:
     """The machine, the versions, and what to think of the numbers."""
-    found = [p for p in PACKAGES if importlib.util.find_spec(p)]
-    versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in found)
+    found = {}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    versions = ", ".join(f"{name} {version}" for name, version in found.items())
     command = "python -m experiments.benchmarks.report"
     return f"""# Performance
 
@@ -241,25 +255,26 @@ def sampling_section(run: Runner, toy: bool) -> str:
 def peers_section(run: Runner, sizes: Sequence[str]) -> str:
     """The same step in other libraries."""
     named = [f"--sizes.{x[2:]}" if x.startswith("--") else x for x in sizes]
-    (found,) = run("peers", *named, "--json")
-    lines = table(
-        ("library", "s / step", "to rkd_jax"),
-        [
-            (name, f"{seconds:.2f}", f"{found['ratio_to_rkd_jax'][name]:.2f}")
-            for name, seconds in found["s_per_step"].items()
-        ],
-    )
-    absent = "".join(
+    cells, absent = [], {}
+    for objective in ("gkd", "kd"):
+        options = ("--sizes.objective", objective, *named, "--json")
+        (found,) = run("peers", *options)
+        absent |= found["to_install"]
+        for name, seconds in found["s_per_step"].items():
+            ratio = f"{found['ratio_to_rkd_jax'][name]:.2f}"
+            cells.append((objective, name, f"{seconds:.2f}", ratio))
+    lines = table(("objective", "library", "s / step", "to rkd_jax"), cells)
+    lacking = "".join(
         f"\n\nNot measured: {name} (`pip install {' '.join(lacks)}`)."
-        for name, lacks in found["to_install"].items()
+        for name, lacks in absent.items()
     )
-    return f"""## GKD beside other libraries
+    return f"""## Distillation beside other libraries
 
-`python -m experiments.benchmarks.peers {" ".join(named)} --json`: the same shapes, one
-process, in turns; {setting(found)}. "torch" is a loop over transformers' Llama that we
-wrote for this comparison.
+`python -m experiments.benchmarks.peers --sizes.objective NAME {" ".join(named)} --json`:
+the same shapes, one process, in turns; {setting(found)}. "torch" is a loop over
+transformers' Llama that we wrote for this comparison.
 
-{lines}{absent}"""
+{lines}{lacking}"""
 
 
 def setting(row: Row) -> str:

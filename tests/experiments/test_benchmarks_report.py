@@ -10,7 +10,7 @@ import pytest
 
 from experiments.benchmarks import peers, report
 from experiments.benchmarks.step import StepBenchmark, setting_of
-from rkd_jax.losses import generalized_jsd
+from rkd_jax.losses import forward_kl, generalized_jsd
 
 ASKED = []
 STEP = {
@@ -72,12 +72,14 @@ def test_the_page_says_what_was_measured_and_by_which_command():
     assert "| full | 1.00 GiB | 0.12 | 2.00 | 1.00 |" in text
     assert "5.0 s against\n4.0 s, ratio 1.25" in text
     assert "| jsd | 16 | 1.00 GiB | 0.50 GiB | 1 | 0.5 | 0.5 |" in text
-    assert "| torch | 3.00 | 1.50 |" in text
+    assert "| gkd | torch | 3.00 | 1.50 |" in text
+    assert "| kd | torch | 3.00 | 1.50 |" in text
     assert "Not measured: trl (`pip install trl datasets`)" in text
     assert re.search(r"Load average \d+\.\d before", text)
     named = [line[2] for line in ASKED if line[:2] == ("step", "--objective")]
     assert named == [*report.CASES, "dpo", "dpo", "dpo", "dpo"]
-    assert ("peers", "--sizes.batch", "4", "--sizes.steps", "3", "--json") in ASKED
+    sizes = ("--sizes.batch", "4", "--sizes.steps", "3", "--json")
+    assert ("peers", "--sizes.objective", "kd", *sizes) in ASKED
 
 
 def test_a_benchmark_that_fails_is_loud():
@@ -91,8 +93,12 @@ def test_what_is_not_installed_is_named(monkeypatch):
     )
     assert peers.missing("trl") == ["trl"]
     assert peers.missing("torch") == []
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert peers.missing("tunix") == ["google-tunix"]
     with pytest.raises(ValueError, match="peer 'megatron' is not one of"):
         peers.measure(peers.PeersBenchmark(peers=("megatron",)))
+    with pytest.raises(ValueError, match="has the objective dpo"):
+        peers.measure(peers.PeersBenchmark(sizes=StepBenchmark(objective="dpo")))
 
 
 @pytest.mark.parity
@@ -100,11 +106,12 @@ def test_the_step_in_torch_has_our_divergence_and_our_shapes():
     torch = pytest.importorskip("torch", reason="needs torch")
     pytest.importorskip("transformers", reason="needs transformers")
     student, teacher = np.random.default_rng(0).normal(size=(2, 3, 7)).astype("f4")
-    got = peers.torch_jsd(
-        *(torch.log_softmax(torch.from_numpy(x), -1) for x in (student, teacher))
-    )
+    theirs = [torch.log_softmax(torch.from_numpy(x), -1) for x in (student, teacher)]
     jsd = functools.partial(generalized_jsd, beta=0.5)
-    np.testing.assert_allclose(got, jsd(student, teacher), rtol=1e-5)
+    for got, expected in ((peers.torch_jsd, jsd), (peers.torch_kl, forward_kl)):
+        np.testing.assert_allclose(
+            got(*theirs), expected(student, teacher), rtol=1e-5, atol=1e-6
+        )
     setting = setting_of(
         StepBenchmark(
             vocab=64,
@@ -118,4 +125,4 @@ def test_the_step_in_torch_has_our_divergence_and_our_shapes():
     params = jax.eval_shape(setting.student.init, jax.random.key(0))
     count = sum(x.size for x in jax.tree.leaves(params))
     assert peers.torch_llama(setting.student).num_parameters() == count
-    assert peers.plain_torch(setting)() > 0
+    assert peers.plain_torch(setting, "gkd")() > 0
