@@ -255,10 +255,10 @@ def sampling_section(run: Runner, toy: bool) -> str:
 def peers_section(run: Runner, sizes: Sequence[str]) -> str:
     """The same step in other libraries."""
     named = [f"--sizes.{x[2:]}" if x.startswith("--") else x for x in sizes]
+    options = " ".join(named)
     cells, absent = [], {}
     for objective in ("gkd", "kd"):
-        options = ("--sizes.objective", objective, *named, "--json")
-        (found,) = run("peers", *options)
+        (found,) = run("peers", "--sizes.objective", objective, *named, "--json")
         absent |= found["to_install"]
         for name, seconds in found["s_per_step"].items():
             ratio = f"{found['ratio_to_rkd_jax'][name]:.2f}"
@@ -270,7 +270,7 @@ def peers_section(run: Runner, sizes: Sequence[str]) -> str:
     )
     return f"""## Distillation beside other libraries
 
-`python -m experiments.benchmarks.peers --sizes.objective NAME {" ".join(named)} --json`:
+`python -m experiments.benchmarks.peers --sizes.objective NAME {options} --json`:
 the same shapes, one process, in turns; {setting(found)}. "torch" is a loop over
 transformers' Llama that we wrote for this comparison.
 
