@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 from experiments.course import Course
@@ -19,7 +20,7 @@ from rkd_jax.objectives.gkd import make_gkd
 from rkd_jax.objectives.kd import make_kd
 from rkd_jax.objectives.minillm import make_minillm
 from rkd_jax.objectives.sft import make_seqkd, make_sft
-from rkd_jax.types import Params, ReferenceSignal, TeacherSignal
+from rkd_jax.types import Params, ReferenceSignal
 
 
 class Sft:
@@ -68,7 +69,11 @@ class Kd:
     def __init__(self, lab: Lab, fit: FitConfig):
         self.lab = lab
         self.trainer = Trainer(
-            lab, make_kd(lab.student, temperature=lab.policy.temperature), fit
+            lab,
+            make_kd(
+                lab.student, teacher=lab.teacher, temperature=lab.policy.temperature
+            ),
+            fit,
         )
 
     def train(self, desk: Desk, stage: str, course: Course, *, steps, seed) -> Params:
@@ -77,8 +82,7 @@ class Kd:
 
         def prepare(state, batch):
             del state
-            scores = lab.teacher_policy(lab.teacher_params, batch.teacher_sequences)
-            return batch, TeacherSignal(scores)
+            return batch, lab.teach(batch.teacher_sequences)
 
         return self.trainer.train(
             desk,
@@ -88,6 +92,7 @@ class Kd:
             steps=steps,
             seed=seed,
             prepare=prepare,
+            frozen=lab.frozen,
         )
 
 
@@ -111,9 +116,8 @@ class Gkd:
         self.lab, self.options = lab, options
         objective = make_gkd(
             lab.student,
-            lambda student, teacher: generalized_jsd(
-                student, teacher, beta=options.beta
-            ),
+            functools.partial(generalized_jsd, beta=options.beta),
+            teacher=lab.teacher,
             temperature=lab.policy.temperature,
         )
         self.trainer = Trainer(lab, objective, options.fit)
@@ -127,7 +131,10 @@ class Gkd:
             course.demonstrations,
             steps=steps,
             seed=seed,
-            prepare=prepare_imitation(self.lab, rho=self.options.rho),
+            prepare=prepare_imitation(
+                self.lab, rho=self.options.rho, teach=self.lab.teach
+            ),
+            frozen=self.lab.frozen,
         )
 
 
@@ -138,7 +145,9 @@ class MiniLlm:
 
     def __init__(self, lab: Lab, fit: FitConfig):
         self.lab = lab
-        objective = make_minillm(lab.student, temperature=lab.policy.temperature)
+        objective = make_minillm(
+            lab.student, teacher=lab.teacher, temperature=lab.policy.temperature
+        )
         self.trainer = Trainer(lab, objective, fit)
 
     def train(self, desk: Desk, stage: str, course: Course, *, steps, seed) -> Params:
@@ -150,7 +159,8 @@ class MiniLlm:
             course.demonstrations,
             steps=steps,
             seed=seed,
-            prepare=prepare_imitation(self.lab, rho=1.0),
+            prepare=prepare_imitation(self.lab, rho=1.0, teach=self.lab.teach),
+            frozen=self.lab.frozen,
         )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+import jax
 import tyro
 
 from experiments.compiled_programs import keep_compiled_programs
@@ -56,6 +57,8 @@ def run_command(
     keep = NO_CACHE not in arguments
     flags = {*presets, NO_CACHE}
     arguments = [argument for argument in arguments if argument not in flags]
+    if named[-1:] == ["--tiny"]:  # a toy spends its time in the compiler
+        jax.config.update("jax_disable_most_optimizations", True)
     default = presets[named[-1]]() if named else config()
     options = tyro.cli(
         type(default),

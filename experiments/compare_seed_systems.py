@@ -196,7 +196,7 @@ def arithmetic() -> CompareConfig:
 
 
 def tiny() -> CompareConfig:
-    """Every method on the toy teacher, two seeds."""
+    """Six of the methods on the toy teacher, two seeds."""
     shared = toy()
     shared["pairs"] = dataclasses.replace(shared["pairs"], rounds=1)
     critic = CriticConfig(width=None, steps=1)
@@ -206,6 +206,7 @@ def tiny() -> CompareConfig:
         out="runs/compare-tiny",
         seeds=(0, 1),
         updates=3,
+        methods=("SFT", "SeqKD", "DPO", "PbKD online", "TVKD", "DRDO"),
         evaluation=EvaluationConfig(preferences=True, likelihood_prompts=8),
         game=GameConfig(
             round_steps=1,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 
 from experiments.lab import Lab
@@ -13,6 +16,7 @@ from rkd_jax.types import (
     ImitationBatch,
     ImitationSignal,
     Params,
+    Sequences,
 )
 
 
@@ -26,17 +30,29 @@ def student_answers(
     return DemonstrationBatch(sequences, seen_by_teacher, batch.index)
 
 
-def prepare_imitation(lab: Lab, *, rho: float, policy=lambda params: params):
+def prepare_imitation(
+    lab: Lab,
+    *,
+    rho: float,
+    policy=lambda params: params,
+    teach: Callable[[Sequences], Any] | None = None,
+):
     """A ``prepare`` that imitates on the student's answers in a share ``rho`` of rows.
 
     Args:
         lab: sampler and teacher; both at the policies' temperature.
         rho: in [0, 1]. At 0 the batch's own responses are imitated, nothing is sampled.
         policy: finds the policy in the trained parameters.
+        teach: the signal on the imitated responses, given them as the teacher sees
+            them. None: an `ImitationSignal` of its log-probs.
 
     Returns:
-        ``(state, DemonstrationBatch) -> (ImitationBatch, ImitationSignal)``.
+        ``(state, DemonstrationBatch) -> (ImitationBatch, signal)``.
     """
+    if teach is None:
+
+        def teach(sequences: Sequences) -> ImitationSignal:
+            return ImitationSignal(lab.teacher_policy(lab.teacher_params, sequences))
 
     def prepare(state: TrainState, batch: DemonstrationBatch):
         imitated = None
@@ -46,7 +62,6 @@ def prepare_imitation(lab: Lab, *, rho: float, policy=lambda params: params):
             answers = student_answers(lab, params, batch, sample_key)
             imitated = mix_rows(coin, batch, answers, rho=rho)
         seen = (batch if imitated is None else imitated).teacher_sequences
-        log_probs = lab.teacher_policy(lab.teacher_params, seen)
-        return ImitationBatch(batch, imitated), ImitationSignal(log_probs)
+        return ImitationBatch(batch, imitated), teach(seen)
 
     return prepare

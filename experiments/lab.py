@@ -44,7 +44,7 @@ from rkd_jax.signals.teacher import (
     make_sequence_scorer,
     make_teacher_log_probs,
 )
-from rkd_jax.types import Params, Prompts, Sequences
+from rkd_jax.types import Params, Prompts, Sequences, TeacherStates
 
 READINGS = {
     "token": (head_token_rewards, RewardModel.token_rewards),
@@ -80,11 +80,20 @@ class Lab:
     sample_teacher: Sampler  # one response per prompt
     sample_student: Sampler  # one response per prompt
     roll_out: Sampler  # G responses per prompt
-    teacher_log_probs: Scorer  # at temperature 1
+    teacher_states: Scorer  # before each target
     teacher_policy: Scorer  # log-probs at the policies' temperature
     reference_scores: Scorer
     trunk_features: Scorer
     trunk_states: Scorer
+
+    @property
+    def frozen(self) -> dict[str, Params]:
+        """What objectives read of models that are not trained: the teacher's head."""
+        return {"teacher": self.teacher_params}
+
+    def teach(self, sequences: Sequences) -> TeacherStates:
+        """The signal of a divergence to the teacher."""
+        return TeacherStates(self.teacher_states(self.teacher_params, sequences))
 
     @property
     def widths(self) -> int:
@@ -190,7 +199,7 @@ def make_lab(
         sample_teacher=sampler(teacher, 1),
         sample_student=sampler(student, 1),
         roll_out=sampler(student, policy.samples_per_prompt),
-        teacher_log_probs=make_teacher_log_probs(teacher),
+        teacher_states=make_features(teacher, states="before"),
         teacher_policy=make_teacher_log_probs(teacher, temperature=policy.temperature),
         reference_scores=make_sequence_scorer(student, temperature=policy.temperature),
         trunk_features=make_features(trunk),

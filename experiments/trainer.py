@@ -74,6 +74,7 @@ class Trainer:
         seed: int,
         prepare: Callable | None = None,
         batches=None,
+        frozen=None,
     ) -> Params:
         """``steps`` updates from ``start``; the trained parameters.
 
@@ -86,6 +87,7 @@ class Trainer:
             seed: of the order of the records and of everything drawn.
             prepare: ``(state, batch) -> (batch, signal)``.
             batches: in place of those of ``records``.
+            frozen: what the objective reads and does not train.
         """
         state = init_state(
             start, student_optimizer=self.optimizer, rng=training_key(seed)
@@ -106,5 +108,6 @@ class Trainer:
             steps=steps,
             config=config,
             prepare=prepare,
+            frozen=frozen,
         )
         return state.student.params

@@ -14,7 +14,7 @@ from rkd_jax.objectives.kd import make_kd
 from rkd_jax.training.optim import OptimConfig, make_optimizer
 from rkd_jax.training.state import init_state
 from rkd_jax.training.update import make_update
-from rkd_jax.types import Params, TeacherSignal
+from rkd_jax.types import Params
 
 
 def warm_start(
@@ -47,8 +47,7 @@ def warm_start(
 
     def prepare(state, batch):
         del state
-        scores = lab.teacher_log_probs(lab.teacher_params, batch.teacher_sequences)
-        return batch, TeacherSignal(scores)
+        return batch, lab.teach(batch.teacher_sequences)
 
     state = train(
         desk,
@@ -56,7 +55,9 @@ def warm_start(
         desk.run.stage("2-warm-start").path,
         state,
         make_update(
-            make_kd(lab.student), student_optimizer=optimizer, max_traces=lab.widths
+            make_kd(lab.student, teacher=lab.teacher),
+            student_optimizer=optimizer,
+            max_traces=lab.widths,
         ),
         make_batches(
             demonstrations,
@@ -68,5 +69,6 @@ def warm_start(
         steps=config.steps,
         config={"warm_start": dataclasses.asdict(config), "seed": seed},
         prepare=prepare,
+        frozen=lab.frozen,
     )
     return state.student.params

@@ -12,6 +12,7 @@ parents are used in, a 7B teacher and a 1B student of one family on instructions
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -35,6 +36,7 @@ from experiments.stages import Desk
 from experiments.system import TOY_FIT, SystemConfig, run_system, toy_system
 from experiments.trainer import Trainer
 from rkd_jax.losses import generalized_jsd
+from rkd_jax.models.api import CausalLM
 from rkd_jax.models.heads import GaussianHead
 from rkd_jax.objectives.reward_inference import RewardInference
 from rkd_jax.objectives.xkd import make_xkd_gkd, make_xkd_minillm, make_xkd_sequence
@@ -109,18 +111,22 @@ class Xkd:
             steps=steps,
             seed=seed,
             prepare=self._prepare() if self.trainer.objective.requires else None,
+            frozen=self.lab.frozen,
         )
         return params["policy"]
 
     def _prepare(self):
-        lab = self.lab
+        lab, expected = self.lab, self.options.next_value == "expected"
         imitate = prepare_imitation(
-            lab, rho=self.rho, policy=lambda params: params["policy"]
+            lab,
+            rho=self.rho,
+            policy=lambda params: params["policy"],
+            teach=None if expected else lab.teach,
         )
 
         def prepare(state, batch):
             imitation, signal = imitate(state, batch)
-            if self.rho and self.options.next_value == "expected":
+            if self.rho and expected:
                 fixed = lab.teacher_policy(lab.teacher_params, batch.teacher_sequences)
                 signal = ImitationSignal(signal.log_probs, fixed)
             return imitation, signal
@@ -152,9 +158,8 @@ def xkd_gkd(lab: Lab, options: XkdConfig) -> Xkd:
         lambda inference: make_xkd_gkd(
             lab.student,
             inference,
-            lambda student, teacher: generalized_jsd(
-                student, teacher, beta=options.beta
-            ),
+            functools.partial(generalized_jsd, beta=options.beta),
+            teacher=_teacher(lab, options),
             w_x=options.w_x,
             temperature=lab.policy.temperature,
             td_sequences=options.td_sequences,
@@ -172,6 +177,7 @@ def xkd_minillm(lab: Lab, options: XkdConfig) -> Xkd:
         lambda inference: make_xkd_minillm(
             lab.student,
             inference,
+            teacher=_teacher(lab, options),
             w_x=options.w_x,
             temperature=lab.policy.temperature,
             td_sequences=options.td_sequences,
@@ -179,6 +185,11 @@ def xkd_minillm(lab: Lab, options: XkdConfig) -> Xkd:
         metric="student/divergence",
         rho=1.0,
     )
+
+
+def _teacher(lab: Lab, options: XkdConfig) -> CausalLM | None:
+    """The model whose states are the signal; None for its log-probs."""
+    return None if options.next_value == "expected" else lab.teacher
 
 
 def config() -> XkdExperiment:

@@ -215,6 +215,19 @@ class TeacherSignal:
 
 
 @struct
+class TeacherStates:
+    """The teacher's states before every target, under its own prompt.
+
+    What its head says of them is left to the loss, so ``[B, T, V]`` numbers never
+    exist; the head's parameters are in ``frozen["teacher"]``.
+
+    Example: ``TeacherStates(hidden=bfloat16[B, T, D])``.
+    """
+
+    hidden: jax.Array  # float[B, T, D], D of the teacher
+
+
+@struct
 class ReferenceSignal:
     """Summed log-probs of both responses under the frozen reference.
 

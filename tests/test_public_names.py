@@ -10,7 +10,7 @@ NAMES = {
     "rkd_jax.losses": "token_log_probs forward_kl reverse_kl generalized_jsd "
     "skew_forward_kl skew_reverse_kl total_variation topk_forward_kl dpo ipo simpo "
     "linear_token_log_probs linear_divergence linear_topk_divergence "
-    "linear_soft_value linear_expectation "
+    "linear_soft_value linear_expectation linear_sequence_reverse_kl "
     "bradley_terry confidence_slack trajectory_return reward_to_go reward_gap "
     "triviality_threshold reward_player_loss leave_one_out_per_step next_value_sum "
     "dual_update leave_one_out reinforce on_policy_distillation "

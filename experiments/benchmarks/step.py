@@ -13,7 +13,8 @@ rows of ``length`` columns of which ``prompt`` are the prompt's
 
 ==================  ====================================================================
 s_per_step          median over ``steps``, each waited for
-s_prepare           median of its part before the update: frozen models
+s_prepare           median of its part before the update: frozen models, but for a
+                    teacher's head that the loss reads
 tokens_per_s        columns of the sequences the student is trained on, per second
 model_flops...      ``model_flops_per_step``, of the products of matrices: forward of
                     every frozen model, forward and backward of the student (three times
@@ -198,7 +199,7 @@ def stepper(case: Case) -> tuple[Callable[[], tuple[float, float]], dict[str, fl
     )
     signal = case.prepare(case.batch)
     start = time.perf_counter()
-    compiled = update.lower(state, None, case.batch, signal).compile()
+    compiled = update.lower(state, case.frozen, case.batch, signal).compile()
     compile_s = time.perf_counter() - start
     temporaries = compiled.memory_analysis().temp_size_in_bytes
 
@@ -207,7 +208,7 @@ def stepper(case: Case) -> tuple[Callable[[], tuple[float, float]], dict[str, fl
         start = time.perf_counter()
         signal = jax.block_until_ready(case.prepare(case.batch))
         middle = time.perf_counter()
-        state, metrics = update(state, None, case.batch, signal)
+        state, metrics = update(state, case.frozen, case.batch, signal)
         jax.block_until_ready((state, metrics))
         stop = time.perf_counter()
         if metrics["skipped"]:

@@ -36,7 +36,7 @@ from rkd_jax.models.heads import (
 from rkd_jax.models.surgery import keep_layers
 from rkd_jax.objectives.dpo import make_dpo
 from rkd_jax.objectives.drdo import make_drdo
-from rkd_jax.objectives.gkd import make_gkd
+from rkd_jax.objectives.gkd import imitated_responses, make_gkd
 from rkd_jax.objectives.kd import make_kd
 from rkd_jax.objectives.mm_pbkd import make_mm_pbkd
 from rkd_jax.objectives.pbkd import make_pbkd
@@ -49,14 +49,13 @@ from rkd_jax.types import (
     GameBatch,
     GameSignal,
     ImitationBatch,
-    ImitationSignal,
     Objective,
     Params,
     PreferenceBatch,
     ReferenceSignal,
     Sequences,
     ShapingSignal,
-    TeacherSignal,
+    TeacherStates,
     WhiteBoxSignal,
 )
 
@@ -103,55 +102,51 @@ class Case:
     prepare: Callable[[Any], Any]  # batch -> signal, at every step
     sequences: int  # that the student is trained on
     flops: int  # of one step, see `experiments.benchmarks.step`
+    frozen: Any = None  # what the loss reads and does not train
     critic: Params | None = None
     critic_steps: int = 1
 
 
 def kd(setting: Setting) -> Case:
     """Forward KL on the teacher's responses."""
-    batch = demonstrations(setting)
-    ask = teacher_log_probs(setting)
-    return Case(
-        make_kd(setting.student),
+    return _taught(
+        setting,
+        make_kd(setting.student, teacher=setting.teacher),
         student_params(setting),
-        batch,
-        lambda batch: TeacherSignal(ask(batch.teacher_sequences)),
+        demonstrations(setting),
         setting.batch,
-        setting.trained_flops(setting.batch) + setting.teacher_flops(setting.batch),
     )
 
 
 def gkd(setting: Setting) -> Case:
     """Generalised JSD (beta 0.5) on responses of which the student wrote a part."""
-    ask = teacher_log_probs(setting)
-    return Case(
-        make_gkd(setting.student, functools.partial(generalized_jsd, beta=0.5)),
+    return _taught(
+        setting,
+        make_gkd(
+            setting.student,
+            functools.partial(generalized_jsd, beta=0.5),
+            teacher=setting.teacher,
+        ),
         student_params(setting),
         ImitationBatch(demonstrations(setting), demonstrations(setting, seed=1)),
-        lambda batch: ImitationSignal(ask(batch.imitated.teacher_sequences)),
         setting.batch,
-        setting.trained_flops(setting.batch) + setting.teacher_flops(setting.batch),
     )
 
 
 def xkd(setting: Setting) -> Case:
     """GKD with a reward inferred from the demonstrations: two sets of responses."""
-    head, ask = GaussianHead(), teacher_log_probs(setting)
-    params = {
-        "policy": student_params(setting),
-        "reward_head": head.init(jax.random.key(2), setting.student.config.hidden_size),
-    }
-    return Case(
+    head = GaussianHead()
+    return _taught(
+        setting,
         make_xkd_gkd(
             setting.student,
             RewardInference(head.apply),
             functools.partial(generalized_jsd, beta=0.5),
+            teacher=setting.teacher,
         ),
-        params,
+        with_head(setting, head),
         ImitationBatch(demonstrations(setting), demonstrations(setting, seed=1)),
-        lambda batch: ImitationSignal(ask(batch.imitated.teacher_sequences)),
         2 * setting.batch,
-        setting.trained_flops(2 * setting.batch) + setting.teacher_flops(setting.batch),
     )
 
 
@@ -205,7 +200,10 @@ def pbkd(setting: Setting) -> Case:
 def mm_pbkd(setting: Setting) -> Case:
     """The game on action values with the teacher's distribution on all responses."""
     trunk, states = frozen_trunk(setting, "before")
-    ask, width = teacher_log_probs(setting), trunk.config.hidden_size
+    width = trunk.config.hidden_size
+    ask = functools.partial(
+        make_teacher_log_probs(setting.teacher), teacher_params(setting)
+    )
     vocabulary = setting.student.config.vocab_size
     pairs = (setting.batch, 2, setting.targets)
     fixed = WhiteBoxSignal(
@@ -250,15 +248,9 @@ CASES: dict[str, Callable[[Setting], Case]] = {
 }
 
 
-def teacher_log_probs(setting: Setting) -> Callable[[Sequences], jax.Array]:
-    """What a white-box teacher says on responses, ``[*batch, T, V]``."""
-    params = jax.jit(setting.teacher.init)(jax.random.key(1))
-    return functools.partial(make_teacher_log_probs(setting.teacher), params)
-
-
 def frozen_trunk(setting: Setting, which: str) -> tuple[Decoder, Callable]:
     """The lower layers of the teacher, and their states around each target."""
-    params = jax.jit(setting.teacher.init)(jax.random.key(1))
+    params = teacher_params(setting)
     layers = range(min(TRUNK_LAYERS, setting.teacher.config.num_layers))
     config, kept = keep_layers(setting.teacher.config, params, tuple(layers))
     model = Decoder(config)
@@ -267,7 +259,21 @@ def frozen_trunk(setting: Setting, which: str) -> tuple[Decoder, Callable]:
 
 def student_params(setting: Setting) -> Params:
     """Random float32 parameters."""
-    return jax.jit(setting.student.init)(jax.random.key(0))
+    return setting.student.init(jax.random.key(0))
+
+
+def teacher_params(setting: Setting) -> Params:
+    """Random float32 parameters."""
+    return setting.teacher.init(jax.random.key(1))
+
+
+def with_head(setting: Setting, head: GaussianHead | ScalarHead) -> Params:
+    """The student with a head on its states."""
+    width = setting.student.config.hidden_size
+    return {
+        "policy": student_params(setting),
+        "reward_head": head.init(jax.random.key(2), width),
+    }
 
 
 def sequences(setting: Setting, *batch: int, seed: int) -> Sequences:
@@ -307,6 +313,29 @@ def normal(*shape: int, shift: float = 0.0) -> jax.Array:
     """Random float32 numbers."""
     drawn = np.random.default_rng(4).normal(shift, size=shape)
     return jnp.asarray(drawn, jnp.float32)
+
+
+def _taught(
+    setting: Setting, objective: Objective, params: Params, batch: Any, trained: int
+) -> Case:
+    """A divergence to the teacher: its states in the signal, its head in the update."""
+    teacher = teacher_params(setting)
+    states = make_features(setting.teacher, states="before")
+
+    def prepare(batch: DemonstrationBatch | ImitationBatch) -> TeacherStates:
+        return TeacherStates(
+            states(teacher, imitated_responses(batch).teacher_sequences)
+        )
+
+    return Case(
+        objective,
+        params,
+        batch,
+        prepare,
+        trained,
+        setting.trained_flops(trained) + setting.teacher_flops(setting.batch),
+        frozen={"teacher": teacher},
+    )
 
 
 def _on_pairs(

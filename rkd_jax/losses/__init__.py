@@ -5,8 +5,8 @@ likelihood           log-probs of given tokens
 divergences          between next-token distributions, ``[..., V] x [..., V] -> [...]``
 divergence_terms     what they sum over the vocabulary
 fused                both from states and heads: ``[.., T, V]`` logits never exist
-fused_plan           how a fused loss is cut; vocabulary_tiles, row_losses, row_order:
-                     how it is computed
+fused_plan           how a fused loss is cut; how it is computed: vocabulary_tiles,
+                     readouts, row_losses, row_order; fused_policy_gradient: MiniLLM's
 preference           on pairs of sequence log-probs, ``Pair -> [...]``
 reward               Bradley-Terry and the confidence set of rewards
 reward_distillation  an oracle's reward differences as a target (DRDO, the e-DPO family)
@@ -44,6 +44,7 @@ from rkd_jax.losses.fused import (
     linear_token_log_probs,
     linear_topk_divergence,
 )
+from rkd_jax.losses.fused_policy_gradient import linear_sequence_reverse_kl
 from rkd_jax.losses.likelihood import log1mexp, token_log_probs
 from rkd_jax.losses.minmax import (
     advantage_sum,
@@ -136,6 +137,7 @@ __all__ = [
     "leave_one_out_per_step",
     "linear_divergence",
     "linear_expectation",
+    "linear_sequence_reverse_kl",
     "linear_soft_value",
     "linear_token_log_probs",
     "linear_topk_divergence",

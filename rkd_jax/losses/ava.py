@@ -39,7 +39,7 @@ from rkd_jax.losses.posterior import (
 )
 from rkd_jax.masking import accumulator, fill_masked, last_target, sequence_sum
 
-QSource = Literal["log_probs", "prob", "raw_logits", "q_head"]
+QSource = Literal["log_probs", "taken", "prob", "raw_logits", "q_head"]
 RejectTerm = Literal["linear", "log1mexp", "none"]
 
 
@@ -80,6 +80,7 @@ def ava_demonstration(
     ``q_source``     action values Q                     policy term
     ===============  ==================================  ===============================
     ``log_probs``    log softmax(alpha logits)           beta Q(y_t)
+    ``taken``        log-probs of the targets, given     beta Q(y_t)
     ``prob``         log softmax(alpha softmax(logits))  beta Q(y_t)
     ``raw_logits``   logits                              log softmax(beta Q)(y_t)
     ``q_head``       output of a Q head                  log softmax(beta Q)(y_t)
@@ -87,12 +88,13 @@ def ava_demonstration(
 
     ``prob`` is the paper's letter: its softmax is over *probabilities*, which span one
     nat at alpha = 1, so that over a large vocabulary the implied policy is nearly
-    uniform. The two forms of beta agree at 1 only.
+    uniform. ``taken`` is ``log_probs`` for who has the log-probs of the targets and no
+    logits (`linear_token_log_probs`). The two forms of beta agree at 1 only.
 
     Args:
         outputs: float[*batch, T, V], logits of the language model, or what a Q head
-            says, at the state before each target. Padding may hold anything in every
-            argument.
+            says, at the state before each target; for ``taken`` float[*batch, T, 1].
+            Padding may hold anything in every argument.
         actions: int[*batch, T], the demonstrated tokens, in [0, V).
         mean: float[*batch, T], of the posterior of the reward of transition t.
         log_std: float[*batch, T], natural logarithm of its standard deviation.
@@ -254,6 +256,15 @@ def _action_values(
     check_choice("q_source", q_source, get_args(QSource))
     check_domain("alpha", alpha, "(0, inf)")
     check_domain("beta", beta, "(0, inf)")
+    if q_source == "taken":
+        chex.assert_axis_dimension(outputs, -1, 1)
+        if weights is not None:
+            raise ValueError(
+                'reward_weights need the log-probs of all tokens: q_source="taken" has '
+                'those of the targets, take "log_probs"'
+            )
+        log_probs = fill_masked(outputs.astype(accumulator(outputs)), mask)
+        return log_probs, log_probs, beta
     outputs = fill_masked(outputs.astype(accumulator(outputs)), mask)
     normalised = q_source in ("log_probs", "prob")
     q_values = outputs
@@ -300,6 +311,8 @@ def _evaluate(
 ) -> tuple[jax.Array, AvrilTerms]:
     """Log-probs of the tokens, 0 in padding, and all terms but the policy's own."""
     check_choice("drop_last", drop_last, get_args(DropLast))
+    if q_values.shape[-1] == 1:  # the targets' own column
+        actions = jnp.zeros_like(actions)
     delta, transition_mask = temporal_difference(q_values, actions, mask, gamma=gamma)
     log_probs = taken_values(log_policy, actions, mask)
     kl, td_log_likelihood = posterior_terms(delta, mean, log_std, transition_mask)

@@ -3,7 +3,8 @@ r"""Losses from states and vocabulary heads: ``[.., T, V]`` logits never exist.
 The same numbers as the dense functions of `likelihood`, `divergences` and `value`, from
 ``hidden [*batch, D]`` and ``head [D, V]``, with time and memory for the positions that
 ``mask`` counts alone. Values and gradients agree with the dense ones up to rounding,
-products are summed in float32 whatever the inputs' dtype.
+products are summed in float32 whatever the inputs' dtype. A head is cast to the dtype
+of the states it meets; its gradient is summed in float32 and stored in its own dtype.
 
 A gradient in the head needs the logits a second time, unless it is known beforehand
 what the values will be multiplied with. ``weights`` says so, and changes no value; the
@@ -19,7 +20,10 @@ default, ``mask``, fits every sum or mean over positions (`Tiles.gradient`).
 
 Under `jax.shard_map` with the heads' columns sharded over a mesh axis, ``axis_name``
 names it: every device sees its own columns, and what passes between them is a maximum
-and a sum per row. All else is then replicated over that axis.
+and a sum per row. All else is then replicated over that axis. Outside of it nothing is
+to be said: in an update with a ``batch_sharding``, or inside `jax.set_mesh`, rows are
+cut over the mesh axes of the batch and columns over that of the vocabulary, as the
+rules of `rkd_jax.sharding` have it.
 """
 
 from __future__ import annotations
@@ -34,6 +38,7 @@ import jax.numpy as jnp
 from rkd_jax.losses import divergences
 from rkd_jax.losses.domain import check_choice, check_domain
 from rkd_jax.losses.fused_plan import TILES, Tiles, run
+from rkd_jax.losses.readouts import Readout
 from rkd_jax.losses.row_losses import (
     PerToken,
     SoftValue,
@@ -43,7 +48,6 @@ from rkd_jax.losses.row_losses import (
     expected_value_terms,
     terms_of,
 )
-from rkd_jax.losses.vocabulary_tiles import Readout
 
 Divergence = Callable[..., jax.Array]
 

@@ -239,8 +239,6 @@ def sequence_reverse_kl(
         no importance weights, no clipping. Reconstruction: the divisor of the length
         normalisation.
     """
-    check_domain("gamma", gamma, "[0, 1]")
-    check_choice("long_part", long_part, get_args(LongPart))
     chex.assert_equal_shape([targets, mask])
     student = fill_masked(student_logits.astype(accumulator(student_logits)), mask)
     teacher = jax.lax.stop_gradient(fill_masked(teacher_logits, mask))
@@ -249,15 +247,39 @@ def sequence_reverse_kl(
 
     taken = token_log_probs(student, targets)
     own = jax.lax.stop_gradient(taken) - token_log_probs(teacher, targets)
-    credit = reward_to_go(own, mask, gamma=gamma)
-    summed = reward_to_go(jnp.ones_like(own), mask)  # how many log-ratios
-    if long_part == "following":
-        credit, summed = credit - own, summed - 1.0
-    if length_normalised:
-        credit = credit / jnp.maximum(summed, 1.0)
+    credit = long_part_credit(
+        own,
+        mask,
+        gamma=gamma,
+        long_part=long_part,
+        length_normalised=length_normalised,
+    )
     return fill_masked(
         single_step + credit * (taken - jax.lax.stop_gradient(taken)), mask
     )
+
+
+def long_part_credit(
+    log_ratios: jax.Array,
+    mask: jax.Array,
+    *,
+    gamma: float,
+    long_part: LongPart,
+    length_normalised: bool,
+) -> jax.Array:
+    """C_t of `sequence_reverse_kl` out of ``log pi / pi_E`` of the tokens, [*batch, T].
+
+    Arguments and errors as there; nothing here stops a gradient.
+    """
+    check_domain("gamma", gamma, "[0, 1]")
+    check_choice("long_part", long_part, get_args(LongPart))
+    credit = reward_to_go(log_ratios, mask, gamma=gamma)
+    summed = reward_to_go(jnp.ones_like(log_ratios), mask)  # how many log-ratios
+    if long_part == "following":
+        credit, summed = credit - log_ratios, summed - 1.0
+    if length_normalised:
+        credit = credit / jnp.maximum(summed, 1.0)
+    return credit
 
 
 def _check_group(samples: int) -> None:

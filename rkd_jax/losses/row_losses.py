@@ -101,6 +101,31 @@ class PerToken:
         return jax.jvp(summand, (logs.student,), (jnp.ones_like(logs.student),))[1]
 
 
+@dataclasses.dataclass(frozen=True)
+class CreditedReverseKl:
+    """Reverse KL, and ``credit * (log_prob - sg[log_prob])`` of the target.
+
+    ``data`` is int32[C] and float[C]. The second part is 0 and has a gradient: the
+    slopes are not those of the value.
+    """
+
+    single_step = PerToken(terms.reverse_kl_terms)
+
+    def stats(self, logs: Logs, data, axis_name: str | None) -> None:
+        """Nothing."""
+
+    def partial(self, logs: Logs, data, stats: None) -> jax.Array:
+        """The divergence's sum over these columns."""
+        return self.single_step.partial(logs, None, None)
+
+    def slopes(self, logs: Logs, data, stats: None) -> jax.Array:
+        """Those of the divergence, and the credit at the target."""
+        targets, credit = data
+        slopes = self.single_step.slopes(logs, None, None)
+        here = logs.columns[None] == targets[:, None]
+        return slopes + jnp.where(here, credit[:, None].astype(slopes.dtype), 0.0)
+
+
 class _Tail(NamedTuple):
     """Log of the mass outside the list, ``[C]``."""
 

@@ -1,6 +1,6 @@
 """Rows that count first, so that a loop over them can stop early.
 
->>> from rkd_jax.losses.vocabulary_tiles import Readout
+>>> from rkd_jax.losses.readouts import Readout
 >>> side = Readout(jnp.arange(3.0)[:, None], jnp.ones((1, 2)))
 >>> rows = order_rows(2, side, None, None, jnp.array([False, True, True]))
 >>> print(rows.index, rows.live)

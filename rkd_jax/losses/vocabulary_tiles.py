@@ -10,8 +10,10 @@ so a column has to know of its row the normaliser, the sum of the slopes and wha
 loss itself keeps (`RowLoss`): a first pass over chunks of rows finds them, and then any
 tile of columns can be visited in any order.
 
-Two ways to a gradient, both exact for any cotangent:
+Three ways to a gradient, all exact for any cotangent:
 
+- ``"keep"``: the log-probs stay, as in the dense loss. For few rows, which one chunk
+  holds anyway.
 - ``"recompute"``: the backward pass computes the logits again, tile by tile. The head's
   gradient is summed over all rows in float32 before it is stored in the head's dtype;
   temporaries are a few tiles. Six matrix products of the size of the logits, where the
@@ -31,42 +33,26 @@ Two ways to a gradient, both exact for any cotangent:
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from rkd_jax.losses.row_losses import Logs, RowLoss
+from rkd_jax.losses.readouts import (
+    Plan,
+    Readout,
+    Span,
+    columns_of,
+    log_probs_of,
+    normalisers_of,
+    product,
+    tempered_logits,
+)
+from rkd_jax.losses.row_losses import Logs
 from rkd_jax.losses.row_order import order_rows, take_rows, unorder_rows
 from rkd_jax.masking import accumulator
-
-Gradient = Literal["recompute", "ahead"]
-
-
-class Readout(NamedTuple):
-    """A model's side of the loss."""
-
-    hidden: jax.Array  # [N, D]
-    head: jax.Array  # [D, V]
-    bias: jax.Array | None = None  # [V]
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """Everything static."""
-
-    loss: RowLoss
-    temperatures: tuple[float, float]  # of student and teacher
-    softcaps: tuple[float | None, float | None]  # of student and teacher
-    rows: int  # of a chunk of the first pass, which sees all columns
-    block: int  # rows of a chunk of the second pass, a multiple of ``rows``
-    columns: int  # of a tile of the second pass
-    gradient: Gradient
-    axis_name: str | None
-    normalised: tuple[bool, bool] = (True, True)  # or what the head says, as it is
 
 
 class _Rows(NamedTuple):
@@ -100,19 +86,25 @@ def vocabulary_loss(
 def _forward(plan, student, teacher, data, weights, mask):
     rows = order_rows(plan.block, student, teacher, data, mask)
     weights = take_rows(weights, rows.index) if plan.gradient == "ahead" else None
-    found, ahead = _first_pass(plan, rows, student, teacher, weights)
+    logs = ahead = None
+    if plan.gradient == "keep":
+        found, logs = _only_pass(plan, rows, student, teacher)
+    else:
+        found, ahead = _first_pass(plan, rows, student, teacher, weights)
     values = unorder_rows(found.values, rows, len(student.hidden))
-    return values, (rows, found, student, teacher, weights, ahead)
+    return values, (rows, found, student, teacher, weights, ahead, logs)
 
 
 def _backward(plan, residuals, cotangent):
-    rows, found, student, teacher, weights, ahead = residuals
+    rows, found, student, teacher, weights, ahead, logs = residuals
     cotangent = take_rows(cotangent, rows.index)
 
     def again():
         return _second_pass(plan, rows, found, student, teacher, cotangent)
 
-    if ahead is None:
+    if logs is not None:
+        gradient = _kept(plan, rows, found, logs, student, cotangent)
+    elif ahead is None:
         gradient = again()
     else:
         scale, exact = _proportion(cotangent, weights)
@@ -128,18 +120,47 @@ def _backward(plan, residuals, cotangent):
 vocabulary_loss.defvjp(_forward, _backward)
 
 
+def _of_chunk(plan, student, teacher, columns, hidden, data) -> tuple[_Rows, Logs]:
+    """What there is to know of some rows, and their log-probs."""
+    logits = tempered_logits(plan, student, teacher, hidden, slice(None))
+    normalisers = normalisers_of(plan, logits)
+    logs = log_probs_of(logits, normalisers, columns)
+    stats = plan.loss.stats(logs, data, plan.axis_name)
+    values = plan.loss.partial(logs, data, stats)
+    pull = plan.loss.slopes(logs, data, stats).sum(-1)
+    return _Rows(values, normalisers, pull, stats), logs
+
+
+def _only_pass(plan, rows, student, teacher) -> tuple[_Rows, Logs]:
+    """All rows at once."""
+    columns = columns_of(plan, student, 0, student.head.shape[1])
+    found, logs = _of_chunk(plan, student, teacher, columns, rows.hidden, rows.data)
+    found = _together(plan, found)
+    return found._replace(values=jnp.where(_live(rows), found.values, 0.0)), logs
+
+
+def _kept(plan, rows, found, logs, student, cotangent) -> Readout:
+    """The gradient out of the log-probs of all rows."""
+    scale = jnp.where(_live(rows), cotangent, 0.0)
+    delta = _logit_gradient(plan, logs, rows.data, found, scale)
+    narrow, hidden = delta.astype(student.hidden.dtype), rows.hidden[0]
+    states = product(narrow, student.head.astype(narrow.dtype), (1, 1))
+    if plan.axis_name is not None:
+        states = jax.lax.psum(states, plan.axis_name)
+    bias = None if student.bias is None else delta.sum(0)
+    return Readout(states, product(hidden, narrow, (0, 0)), bias)
+
+
+def _live(rows) -> jax.Array:
+    """bool[N']: the rows that count."""
+    return jnp.arange(len(rows.index), dtype=jnp.int32) < rows.live
+
+
 def _first_pass(plan, rows, student, teacher, weights):
     """`_Rows`, and the gradient of their sum under ``weights`` if there are any."""
-    columns = _columns(plan, student, 0, student.head.shape[1])
+    columns = columns_of(plan, student, 0, student.head.shape[1])
 
-    def of_chunk(hidden, data):
-        logits = _logits(plan, student, teacher, hidden, slice(None))
-        normalisers = _normalisers(plan, logits)
-        logs = _log_probs(logits, normalisers, columns)
-        stats = plan.loss.stats(logs, data, plan.axis_name)
-        values = plan.loss.partial(logs, data, stats)
-        pull = plan.loss.slopes(logs, data, stats).sum(-1)
-        return _Rows(values, normalisers, pull, stats), logs
+    of_chunk = functools.partial(_of_chunk, plan, student, teacher, columns)
 
     def body(i, carry):
         found, gradient = carry
@@ -157,7 +178,7 @@ def _first_pass(plan, rows, student, teacher, weights):
     size = len(rows.index)
     here = functools.partial(_chunk, start=0, size=plan.rows)
     example, _ = jax.eval_shape(of_chunk, *jax.tree.map(here, (rows.hidden, rows.data)))
-    blank = jax.tree.map(lambda x: jnp.zeros((size, *x.shape[1:]), x.dtype), example)
+    blank = jax.tree.map(lambda x: _blank(plan, (size, *x.shape[1:]), x.dtype), example)
     gradient = None
     if weights is not None:
         gradient = _zeros(plan, student, size)
@@ -168,8 +189,7 @@ def _first_pass(plan, rows, student, teacher, weights):
     found, gradient = jax.lax.fori_loop(0, count, body, (blank, gradient))
     if weights is None:
         found = _together(plan, found)
-    live = jnp.arange(size, dtype=jnp.int32) < rows.live
-    return found._replace(values=jnp.where(live, found.values, 0.0)), gradient
+    return found._replace(values=jnp.where(_live(rows), found.values, 0.0)), gradient
 
 
 def _together(plan: Plan, rows: _Rows) -> _Rows:
@@ -182,15 +202,15 @@ def _together(plan: Plan, rows: _Rows) -> _Rows:
 
 def _accumulate(plan, gradient, i, delta, hidden, student):
     """Add the gradient of chunk i of the first pass, whose columns are complete."""
-    states = _product(delta.astype(student.head.dtype), student.head, (1, 1))
     narrow = delta.astype(hidden.dtype)
+    states = product(narrow, student.head.astype(narrow.dtype), (1, 1))
     if plan.axis_name is not None:
         states = jax.lax.psum(states, plan.axis_name)
 
     def tile(start, size, head):
         part = jax.lax.dynamic_slice_in_dim(narrow, start, size, axis=1)
         old = jax.lax.dynamic_slice_in_dim(head, start, size, axis=1)
-        new = old + _product(hidden, part, (0, 0))
+        new = old + product(hidden, part, (0, 0))
         return jax.lax.dynamic_update_slice_in_dim(head, new, start, axis=1)
 
     head = _over_tiles(plan, student, tile, gradient.head)
@@ -204,8 +224,8 @@ def _second_pass(plan, rows, found, student, teacher, cotangent):
     zeros = functools.partial(_shard_zeros, plan)
 
     def tile(start, size, carry):
-        span = _Span(start, size)
-        columns = _columns(plan, student, start, size)
+        span = Span(start, size)
+        columns = columns_of(plan, student, start, size)
         column_head = span.of(student.head)
 
         def body(i, carry):
@@ -215,15 +235,15 @@ def _second_pass(plan, rows, found, student, teacher, cotangent):
                 here, (rows.hidden, rows.data, found, cotangent)
             )
             live = i * plan.block + jnp.arange(plan.block, dtype=jnp.int32) < rows.live
-            logits = _logits(plan, student, teacher, hidden, span)
-            logs = _log_probs(logits, known.normalisers, columns)
+            logits = tempered_logits(plan, student, teacher, hidden, span)
+            logs = log_probs_of(logits, known.normalisers, columns)
             scale = jnp.where(live, scale, 0.0)
             delta = _logit_gradient(plan, logs, data, known, scale)
-            states = _product(delta.astype(column_head.dtype), column_head, (1, 1))
+            narrow = delta.astype(hidden[0].dtype)
+            states = product(narrow, column_head.astype(narrow.dtype), (1, 1))
             states = here(hidden_gradient) + states
             hidden_gradient = _write(hidden_gradient, states, i * plan.block)
-            narrow = delta.astype(hidden[0].dtype)
-            head = head + _product(hidden[0], narrow, (0, 0))
+            head = head + product(hidden[0], narrow, (0, 0))
             return hidden_gradient, head, bias + delta.sum(0)
 
         states, head_gradient, bias_gradient = carry
@@ -264,64 +284,6 @@ def _logit_gradient(plan, logs: Logs, data, known: _Rows, scale) -> jax.Array:
     return jnp.where(scale != 0.0, delta * scale, 0.0)
 
 
-class _Span(NamedTuple):
-    """Some columns of a head."""
-
-    start: Any
-    size: int
-
-    def of(self, array: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_slice_in_dim(array, self.start, self.size, axis=-1)
-
-
-def _logits(plan, student, teacher, hidden, columns) -> list[jax.Array]:
-    """Tempered logits of both sides, ``[C, V']`` each."""
-    found = []
-    sides = (student, teacher)[: len(hidden)]
-    options = zip(sides, hidden, plan.softcaps, plan.temperatures, strict=False)
-    for side, states, cap, temperature in options:
-        head, bias = side.head, side.bias
-        if isinstance(columns, _Span):
-            head = columns.of(head)
-            bias = None if bias is None else columns.of(bias)
-        logits = _product(states, head, (1, 0))
-        logits = logits if bias is None else logits + bias[None]
-        logits = logits if cap is None else jnp.tanh(logits / cap) * cap
-        found.append(logits / temperature)
-    return found
-
-
-def _normalisers(plan: Plan, logits: list[jax.Array]) -> jax.Array:
-    """Log of the sum of exponentials of each side, ``[C, sides]``, or 0."""
-    top = jnp.stack([z.max(-1) for z in logits], axis=-1)
-    if plan.axis_name is not None:
-        top = jax.lax.pmax(top, plan.axis_name)
-    total = [jnp.exp(z - top[:, i, None]).sum(-1) for i, z in enumerate(logits)]
-    total = jnp.stack(total, axis=-1)
-    if plan.axis_name is not None:
-        total = jax.lax.psum(total, plan.axis_name)
-    has = jnp.array(plan.normalised[: len(logits)])
-    return jnp.where(has[None], top + jnp.log(total), 0.0)
-
-
-def _log_probs(logits: list[jax.Array], normalisers, columns) -> Logs:
-    logs = [z - normalisers[:, i, None] for i, z in enumerate(logits)]
-    return Logs(logs[0], logs[1] if len(logs) > 1 else None, columns)
-
-
-def _product(left: jax.Array, right: jax.Array, axes: tuple[int, int]) -> jax.Array:
-    """Matrix product over one axis of each, summed wide."""
-    if left.dtype != right.dtype:  # both to the wider, or bfloat16 x float16 to wide
-        wider = max(left, right, key=lambda x: x.dtype.itemsize)
-        same = left.dtype.itemsize == right.dtype.itemsize
-        dtype = accumulator(wider) if same else wider.dtype
-        left, right = left.astype(dtype), right.astype(dtype)
-    wide = accumulator(left)
-    return jax.lax.dot_general(
-        left, right, (((axes[0],), (axes[1],)), ((), ())), preferred_element_type=wide
-    )
-
-
 def _over_tiles(plan, student, tile: Callable, carry):
     """``tile(start, size, carry)`` for all columns; the last may be narrower."""
     width = student.head.shape[1]
@@ -332,14 +294,6 @@ def _over_tiles(plan, student, tile: Callable, carry):
     )
     rest = width - whole * size
     return tile(whole * size, rest, carry) if rest else carry
-
-
-def _columns(plan, student, start, size) -> jax.Array:
-    """Which tokens these columns of the head are."""
-    first = start
-    if plan.axis_name is not None:
-        first = start + jax.lax.axis_index(plan.axis_name) * student.head.shape[1]
-    return first + jnp.arange(size, dtype=jnp.int32)
 
 
 def _proportion(values: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -353,7 +307,7 @@ def _proportion(values: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.A
 def _zeros(plan: Plan, student: Readout, size: int) -> Readout:
     """An accumulator of the gradient, with N' rows of states."""
     dtype = accumulator(student.hidden)
-    states = jnp.zeros((size, student.hidden.shape[-1]), dtype)
+    states = _blank(plan, (size, student.hidden.shape[-1]), dtype)
     head = _shard_zeros(plan, student.head.shape, dtype)
     bias = None if student.bias is None else _shard_zeros(plan, head.shape[1], dtype)
     return Readout(states, head, bias)
@@ -361,10 +315,18 @@ def _zeros(plan: Plan, student: Readout, size: int) -> Readout:
 
 def _shard_zeros(plan: Plan, shape, dtype) -> jax.Array:
     """Zeros to which every shard of the vocabulary will add what is its own."""
-    zeros = jnp.zeros(shape, dtype)
+    zeros = _blank(plan, shape, dtype)
     if plan.axis_name is None:
         return zeros
     return jax.lax.pcast(zeros, plan.axis_name, to="varying")
+
+
+def _blank(plan: Plan, shape, dtype) -> jax.Array:
+    """Zeros to which every shard of the rows will add what is its own."""
+    zeros = jnp.zeros(shape, dtype)
+    if not plan.batch_axes:
+        return zeros
+    return jax.lax.pcast(zeros, plan.batch_axes, to="varying")
 
 
 def _chunk(array: jax.Array, start, size: int) -> jax.Array:

@@ -36,6 +36,10 @@ class ModelConfig(Protocol):
     def max_length(self) -> int:
         """Longest row of tokens the model accepts (its context)."""
 
+    @property
+    def logit_softcap(self) -> float | None:
+        """c: `CausalLM.unembed` gives ``c * tanh(logits / c)``; None for no cap."""
+
 
 @runtime_checkable
 class CausalLM(Protocol):

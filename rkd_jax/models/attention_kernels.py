@@ -15,10 +15,11 @@ before its column, itself included. Padding is a segment of its own, so its rows
 finite. A step of decoding reads a cache and is always ``xla``, whatever is named.
 
 ``auto`` asks for the default backend when it is traced: name ``splash`` to compile for
-a TPU on a host without one. On several devices a kernel has to know who holds what: run
-under ``jax.set_mesh(mesh)``; without it ``auto`` is xla, and ``splash`` is refused by
-JAX. ``cudnn`` is JAX's own function with the arguments of ``dot_product``; it has not
-been run on a GPU here, so ``auto`` does not take it.
+a TPU on a host without one. On several devices a kernel has to know who holds what: the
+update tells it, and so does ``jax.set_mesh(mesh)`` around anything else; without either
+``auto`` is xla, and ``splash`` is refused by JAX. ``cudnn`` is JAX's own function with
+the arguments of ``dot_product``. It has not been run on a GPU yet, so ``auto`` does not
+take it.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
-from rkd_jax.sharding import DEFAULT_RULES
+from rkd_jax.sharding import ambient_axes
 
 RESIDUALS = "attention"
 """The name under which a checkpoint policy finds what a kernel's backward needs."""
@@ -51,7 +52,8 @@ def choose(implementation: str, length: int, *, has_cache: bool) -> str:
         return "xla"
     if implementation != "auto":
         return implementation
-    placed = not _mesh().empty or jax.device_count() == 1
+    mesh = jax.sharding.get_abstract_mesh()
+    placed = not mesh.empty or jax.device_count() == 1
     legal = jax.default_backend() == "tpu" and placed and length >= _LANES
     return "splash" if legal else "xla"
 
@@ -109,22 +111,27 @@ def splash_attention(
     """Splash attention over segments; rows are padded to the kernel's blocks.
 
     Arguments and result as `dot_product_attention`, and ``interpret``: run the kernel
-    step by step on any platform, to test it. Under ``jax.set_mesh`` the batch is cut as
-    the rule "batch" says and the heads as the rule "heads"; key heads that do not
-    divide over the devices are repeated until they do.
+    step by step on any platform, to test it. On a mesh the batch is cut as the rule
+    "batch" says and the heads as the rule "heads"; key heads that do not divide over
+    the devices are repeated until they do.
     """
     attend = functools.partial(_splash, window=window, interpret=interpret)
-    mesh = _mesh()
-    if mesh.empty or all(kind == AxisType.Manual for kind in mesh.axis_types):
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    here = {name for name, kind in kinds if kind != AxisType.Manual}
+    if not here:
         return attend(query, key, value, segment_ids)
-    rows, columns = _placement(mesh, query.shape[0], query.shape[2])
-    repeats = _size(mesh, columns) // math.gcd(_size(mesh, columns), key.shape[2])
+    rows = ambient_axes("batch", query.shape[0])
+    columns = ambient_axes("heads", query.shape[2])
+    parts = math.prod(mesh.shape[name] for name in columns)
+    repeats = parts // math.gcd(parts, key.shape[2])
     key, value = (jnp.repeat(x, repeats, axis=2) for x in (key, value))
     heads = PartitionSpec(rows, None, columns)
     return jax.shard_map(
         attend,
         in_specs=(heads, heads, heads, PartitionSpec(rows)),
         out_specs=heads,
+        axis_names=here,
         check_vma=False,
     )(query, key, value, segment_ids)
 
@@ -135,29 +142,6 @@ KERNELS = {
     "splash": splash_attention,
 }
 """By name: ``(query, key, value, segment_ids, *, window)``."""
-
-
-def _mesh() -> AbstractMesh:
-    """The mesh of ``jax.set_mesh``, empty where none is set."""
-    return jax.sharding.get_abstract_mesh()
-
-
-def _placement(
-    mesh: AbstractMesh, batch: int, heads: int
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The mesh axes that cut rows and heads: those of the rules, if they divide."""
-
-    def axes(rule: str, size: int) -> tuple[str, ...]:
-        target = DEFAULT_RULES[rule]
-        target = (target,) if isinstance(target, str) else target
-        found = tuple(name for name in target if name in mesh.axis_names)
-        return () if size % _size(mesh, found) else found
-
-    return axes("batch", batch), axes("heads", heads)
-
-
-def _size(mesh: AbstractMesh, axes: tuple[str, ...]) -> int:
-    return math.prod(mesh.shape[name] for name in axes)
 
 
 def _splash(query, key, value, segment_ids, *, window, interpret) -> jax.Array:

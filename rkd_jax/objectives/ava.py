@@ -39,6 +39,7 @@ from rkd_jax.models.api import (
 )
 from rkd_jax.objectives.avril import posterior_metrics
 from rkd_jax.objectives.per_pair import real_pairs
+from rkd_jax.objectives.policy import LATER, log_probs_of_states
 from rkd_jax.objectives.reward_model import TokenRewards
 from rkd_jax.types import (
     DemonstrationBatch,
@@ -117,11 +118,13 @@ def make_ava_d(
     """
     check_domain("td_weight", td_weight, "[0, inf)")
     check_domain("irl_weight", irl_weight, "[0, inf)")
+    q_source = _source(q_source, q_head, reward_weights)
     read = _reader(
         model,
         reward_head,
         q_head,
         q_source,
+        alpha,
         reward_input,
         reward_weights,
         temperature,
@@ -206,11 +209,13 @@ def make_ava_p(
     check_domain("td_weight", td_weight, "[0, inf)")
     check_domain("irl_weight", irl_weight, "[0, inf)")
     check_domain("cer_weight", cer_weight, "[0, inf)")
+    q_source = _source(q_source, q_head, reward_weights)
     read = _reader(
         model,
         reward_head,
         q_head,
         q_source,
+        alpha,
         reward_input,
         reward_weights,
         temperature,
@@ -296,10 +301,23 @@ def ava_token_rewards(
 class _Seen(NamedTuple):
     """What a model says about responses, in one pass."""
 
-    outputs: jax.Array  # [*batch, T, V]
+    outputs: jax.Array  # [*batch, T, V], or of the targets alone: [*batch, T, 1]
     mean: jax.Array  # [*batch, T]
     log_std: jax.Array  # [*batch, T]
     weights: jax.Array | None  # [*batch, T]
+
+
+def _source(
+    q_source: QSource,
+    q_head: ActionValues | None,
+    reward_weights: RewardWeights | None,
+) -> QSource:
+    """Where the losses take Q from: the targets alone, where no more is read."""
+    check_choice("q_source", q_source, get_args(QSource))
+    if (q_source == "q_head") != (q_head is not None):
+        raise ValueError(f"q_source={q_source!r} and {q_head=} disagree")
+    whole = reward_weights is not None or q_source != "log_probs"
+    return q_source if whole else "taken"
 
 
 def _reader(
@@ -307,23 +325,34 @@ def _reader(
     reward_head: RewardHead,
     q_head: ActionValues | None,
     q_source: QSource,
+    alpha: float,
     reward_input: RewardInput,
     reward_weights: RewardWeights | None,
     temperature: float,
 ) -> Callable[[Params, Sequences], _Seen]:
     """``(params, sequences) -> _Seen``."""
     check_domain("temperature", temperature, "(0, inf)")
-    check_choice("q_source", q_source, get_args(QSource))
+    check_domain("alpha", alpha, "(0, inf)")
     check_choice("reward_input", reward_input, get_args(RewardInput))
-    if (q_source == "q_head") != (q_head is not None):
-        raise ValueError(f"q_source={q_source!r} and {q_head=} disagree")
+
+    def outputs_of(params: Params, hidden: jax.Array, sequences: Sequences):
+        if q_source == "q_head":
+            return q_head(params["q_head"], hidden)
+        if q_source != "taken":
+            return model.unembed(params["policy"], hidden) / temperature
+        log_probs = log_probs_of_states(
+            model,
+            params["policy"],
+            hidden,
+            sequences,
+            temperature=temperature / alpha,
+            tiles=LATER,
+        )
+        return jnp.expand_dims(log_probs, -1)
 
     def read(params: Params, sequences: Sequences) -> _Seen:
         states = response_states(model, params["policy"], sequences)
-        if q_head is None:
-            outputs = model.unembed(params["policy"], states.before) / temperature
-        else:
-            outputs = q_head(params["q_head"], states.before)
+        outputs = outputs_of(params, states.before, sequences)
         hidden = states.after if reward_input == "h_action" else states.before
         mean, log_std = reward_head(params["reward_head"], hidden)
         weights = None

@@ -16,7 +16,7 @@ from rkd_jax.losses import dpo
 from rkd_jax.masking import fill_masked, sequence_sum
 from rkd_jax.models.api import CausalLM
 from rkd_jax.objectives.per_pair import per_pair, real_pairs
-from rkd_jax.objectives.policy import members, target_log_probs
+from rkd_jax.objectives.policy import LATER, members, target_log_probs
 from rkd_jax.types import Objective, Pair, PreferenceBatch, ReferenceSignal
 
 
@@ -49,7 +49,9 @@ def make_dpo(
     ):
         del critic, frozen, rng
         sequences, real = batch.sequences, real_pairs(batch.sequences)
-        log_probs = target_log_probs(model, params, sequences, temperature=temperature)
+        log_probs = target_log_probs(
+            model, params, sequences, temperature=temperature, tiles=LATER
+        )
         student = members(sequence_sum(log_probs, sequences.response_mask))
         reference = members(fill_masked(jax.lax.stop_gradient(signal.log_probs), real))
         keep = dpo(student, reference, beta=beta)

@@ -25,7 +25,7 @@ from typing import Literal, Protocol, get_args
 import jax
 import jax.numpy as jnp
 
-from rkd_jax.losses import bradley_terry, drdo, token_log_probs
+from rkd_jax.losses import bradley_terry, drdo
 from rkd_jax.losses.domain import check_choice, check_domain
 from rkd_jax.losses.reward_distillation import DrdoTerms, PreferenceTerm
 from rkd_jax.masking import (
@@ -37,7 +37,7 @@ from rkd_jax.masking import (
 )
 from rkd_jax.models.api import CausalLM, response_states
 from rkd_jax.objectives.per_pair import per_pair, real_pairs
-from rkd_jax.objectives.policy import members
+from rkd_jax.objectives.policy import LATER, log_probs_of_states, members
 from rkd_jax.types import LossOutput, Mean, Objective, Pair, Params, PreferenceBatch
 
 RewardSource = Literal["head", "implicit"]
@@ -139,8 +139,14 @@ def make_drdo(
         sequences = batch.sequences
         mask = sequences.response_mask
         states = response_states(model, params["policy"], sequences)
-        logits = fill_masked(model.unembed(params["policy"], states.before), mask)
-        log_probs = token_log_probs(logits, sequences.targets, temperature=temperature)
+        log_probs = log_probs_of_states(
+            model,
+            params["policy"],
+            states.before,
+            sequences,
+            temperature=temperature,
+            tiles=LATER,
+        )
         student = members(reduce(log_probs, mask))
         if reward_source == "head":
             rewards = reward_head.apply(params["reward_head"], states.after)
@@ -211,12 +217,12 @@ def make_drdo_oracle(reward_model: TrunkAndHead, *, alpha: float = 0.01) -> Obje
             "reward_model/accuracy": Mean(masked_sum(hit, valid), weight),
         }
         if alpha:
-            mask = mask[:, 0]
-            logits = trunk.unembed(params["trunk"], states.before[:, 0])
-            log_probs = token_log_probs(
-                fill_masked(logits, mask), sequences.targets[:, 0]
+            chosen = jax.tree.map(lambda x: x[:, 0], sequences)
+            log_probs = log_probs_of_states(
+                trunk, params["trunk"], states.before[:, 0], chosen, tiles=LATER
             )
-            language = masked_sum(-sequence_mean(log_probs, mask), valid)
+            language = -sequence_mean(log_probs, chosen.response_mask)
+            language = masked_sum(language, valid)
             metrics["reward_model/language_nll"] = Mean(language, weight)
             total = total + alpha * language
         return LossOutput(total, weight, metrics)

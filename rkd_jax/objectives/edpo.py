@@ -45,7 +45,7 @@ from rkd_jax.masking import fill_masked, masked_sum, sequence_sum
 from rkd_jax.models.api import CausalLM
 from rkd_jax.objectives.dpo import make_dpo
 from rkd_jax.objectives.per_pair import real_pairs
-from rkd_jax.objectives.policy import members, target_log_probs
+from rkd_jax.objectives.policy import LATER, members, target_log_probs
 from rkd_jax.types import (
     AnchoredPairs,
     EnsembleSignal,
@@ -259,7 +259,9 @@ def _regression(
     sequences = batch.pairs.sequences
     mask = sequences.response_mask
     valid = real_pairs(sequences)
-    log_probs = target_log_probs(model, params, sequences, temperature=temperature)
+    log_probs = target_log_probs(
+        model, params, sequences, temperature=temperature, tiles=LATER
+    )
     student = members(sequence_sum(log_probs, mask))
     reference = members(fill_masked(signal.log_probs, valid))
     rewards = members(jnp.moveaxis(fill_masked(signal.rewards, valid), -1, 0))

@@ -69,6 +69,9 @@ def sft_nll(
 ) -> Mean:
     """Mean negative log-likelihood of the teacher's responses, nats per token."""
     sequences = demonstrations.sequences
-    nll = -target_log_probs(model, params, sequences, temperature=temperature)
     mask = sequences.response_mask
-    return prompt_mean(sequence_mean(nll, mask), mask)
+    lengths = jnp.maximum(mask.sum(axis=-1, keepdims=True), 1)
+    log_probs = target_log_probs(
+        model, params, sequences, temperature=temperature, weights=mask / lengths
+    )
+    return prompt_mean(sequence_mean(-log_probs, mask), mask)

@@ -21,7 +21,8 @@ import jax.numpy as jnp
 from rkd_jax.losses import forward_kl
 from rkd_jax.losses.domain import check_domain
 from rkd_jax.models.api import CausalLM
-from rkd_jax.objectives.kd import Divergence, make_kd
+from rkd_jax.objectives.kd import make_kd
+from rkd_jax.objectives.teaching import Divergence
 from rkd_jax.types import DemonstrationBatch, ImitationBatch, Objective
 
 _T = TypeVar("_T")
@@ -31,24 +32,24 @@ def make_gkd(
     model: CausalLM,
     divergence: Divergence = forward_kl,
     *,
+    teacher: CausalLM | None = None,
     temperature: float = 1.0,
 ) -> Objective:
     """Distillation on the imitated responses, whoever wrote them, per target token.
 
     Args:
         model: the student.
-        divergence: ``(student_logits [.., V], teacher_logits [.., V]) -> [..]``, as in
-            `make_kd`; ``functools.partial(generalized_jsd, beta=b)`` for the
-            interpolation, whose endpoints are forward and reverse KL.
+        divergence: as in `make_kd`; ``functools.partial(generalized_jsd, beta=b)`` for
+            the interpolation, whose endpoints are forward and reverse KL.
+        teacher: see `make_kd`.
         temperature: the policy is ``softmax(logits / temperature)``; samples and signal
             have to be taken at the same temperature, and ``divergence`` must not bring
             one of its own.
 
     Returns:
-        `Objective` over an `ImitationBatch` or a `DemonstrationBatch` that requires
-        ``log_probs`` on the imitated responses (`imitated_responses`). On a
-        `DemonstrationBatch` it is `make_kd`. Unit: nats per token. Metrics
-        ``student/divergence`` and ``student/nll``, both at the temperature.
+        `Objective` over an `ImitationBatch` or a `DemonstrationBatch` whose signal is
+        that of `make_kd` on the imitated responses (`imitated_responses`). On a
+        `DemonstrationBatch` it is `make_kd`. Unit and metrics are those of `make_kd`.
 
     Gradient:
         Flows to the student's parameters only; responses and signal are data.
@@ -60,7 +61,7 @@ def make_gkd(
         Agarwal et al., GKD, 2306.13649. Deviation: normalised by target tokens; the
         coin is tossed per row (`mix_rows`).
     """
-    distillation = make_kd(model, divergence, temperature=temperature)
+    distillation = make_kd(model, divergence, teacher=teacher, temperature=temperature)
 
     def student_loss(params, critic, frozen, batch, signal, rng):
         return distillation.student_loss(

@@ -16,18 +16,21 @@ from __future__ import annotations
 
 import jax
 
-from rkd_jax.losses import sequence_reverse_kl, token_log_probs
+from rkd_jax.losses import token_log_probs
 from rkd_jax.losses.domain import check_domain
 from rkd_jax.losses.policy_gradient import LongPart
-from rkd_jax.masking import fill_masked, masked_sum
-from rkd_jax.models.api import CausalLM, response_logits
+from rkd_jax.masking import masked_sum
+from rkd_jax.models.api import CausalLM
 from rkd_jax.objectives.gkd import imitated_responses
+from rkd_jax.objectives.policy import read
+from rkd_jax.objectives.teaching import Teaching
 from rkd_jax.types import LossOutput, Mean, Objective
 
 
 def make_minillm(
     model: CausalLM,
     *,
+    teacher: CausalLM | None = None,
     temperature: float = 1.0,
     gamma: float = 1.0,
     long_part: LongPart = "following",
@@ -37,6 +40,7 @@ def make_minillm(
 
     Args:
         model: the student.
+        teacher: see `make_kd`.
         temperature: the policy is ``softmax(logits / temperature)``; the responses have
             to be sampled at it, without top-k or top-p, from the current parameters, or
             the gradient is biased. The signal is taken at the same temperature.
@@ -45,10 +49,11 @@ def make_minillm(
             student's samples, normalised by responses instead of tokens.
 
     Returns:
-        `Objective` over an `ImitationBatch` or a `DemonstrationBatch` that requires
-        ``log_probs`` on the imitated responses. Unit: nats per response. The value
+        `Objective` over an `ImitationBatch` or a `DemonstrationBatch` whose signal is
+        that of `make_kd` on the imitated responses. Unit: nats per response. The value
         estimates the divergence without bias. Metrics ``student/divergence`` (nats per
-        token) and ``student/nll`` (of the student's own samples, nats per token).
+        token) and, out of log-probs, ``student/nll`` (of the student's own samples,
+        nats per token).
 
     Gradient:
         Flows to the student's parameters only; responses and signal are data.
@@ -60,30 +65,30 @@ def make_minillm(
         Gu et al., MiniLLM, 2306.08543. Deviation: see the module's docstring.
     """
     check_domain("temperature", temperature, "(0, inf)")
+    teaching = Teaching(teacher)
 
     def student_loss(params, critic, frozen, batch, signal, rng):
-        del critic, frozen, rng
+        del critic, rng
         sequences = imitated_responses(batch).sequences
-        mask, targets = sequences.response_mask, sequences.targets
-        logits = fill_masked(response_logits(model, params, sequences), mask)
-        logits = logits / temperature
-        values = sequence_reverse_kl(
-            logits,
-            signal.log_probs,
-            targets,
-            mask,
+        mask = sequences.response_mask
+        seen = read(model, params, sequences, temperature=temperature)
+        values = teaching.sequence_reverse_kl(
+            seen,
+            frozen,
+            signal,
             gamma=gamma,
             long_part=long_part,
             length_normalised=length_normalised,
         )
         total = masked_sum(values, mask)
-        nll = masked_sum(-token_log_probs(logits, targets), mask)
         tokens = mask.sum().astype(total.dtype)
         responses = mask.any(axis=-1).sum().astype(total.dtype)
-        metrics = {
-            "student/divergence": Mean(jax.lax.stop_gradient(total), tokens),
-            "student/nll": Mean(jax.lax.stop_gradient(nll), tokens),
-        }
+        divergence = jax.lax.stop_gradient(total)
+        metrics = {"student/divergence": Mean(divergence, tokens)}
+        if teacher is None:  # out of states it would be another pass of the head
+            nll = -token_log_probs(seen.logits, sequences.targets)
+            nll = jax.lax.stop_gradient(masked_sum(nll, mask))
+            metrics["student/nll"] = Mean(nll, tokens)
         return LossOutput(total, responses, metrics)
 
-    return Objective("minillm", student_loss, requires=("log_probs",))
+    return Objective("minillm", student_loss, requires=teaching.requires)

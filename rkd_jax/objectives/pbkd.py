@@ -163,12 +163,17 @@ def make_pbkd(
         )
         returns = trajectory_return(rewards, mask, gamma=gamma)
         to_go = reward_to_go(rewards, mask, gamma=gamma)
+        advantages = LESS_BASELINE[baseline](to_go, returns, mask)
         log_probs = target_log_probs(
-            model, params, batch.rollouts, temperature=temperature
+            model,
+            params,
+            batch.rollouts,
+            temperature=temperature,
+            weights=advantages,
         )
         steps = reinforce(
             log_probs,
-            LESS_BASELINE[baseline](to_go, returns, mask),
+            advantages,
             mask,
             gamma=gamma if discount_weighting else 1.0,
         )

@@ -24,9 +24,9 @@ from rkd_jax.losses.domain import check_choice, check_domain
 from rkd_jax.losses.posterior import NextValue, StopGradient, Terminal
 from rkd_jax.losses.variational import RegularizerTerms
 from rkd_jax.masking import fill_masked, masked_sum, sequence_mean
-from rkd_jax.models.api import ResponseStates
 from rkd_jax.objectives.ava import ActionValues, RewardHead, RewardWeights
-from rkd_jax.types import Mean, Params, Sequences
+from rkd_jax.objectives.policy import Reading
+from rkd_jax.types import Mean, Params
 
 QSource = Literal["log_probs", "raw_logits", "q_head"]
 
@@ -76,9 +76,7 @@ class RewardInference:
 def reward_regularizer(
     inference: RewardInference,
     params: Params,
-    sequences: Sequences,
-    logits: jax.Array,
-    states: ResponseStates,
+    seen: Reading,
     teacher_log_probs: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, Mean]]:
     """The regulariser of every response, and what to watch of it.
@@ -86,33 +84,30 @@ def reward_regularizer(
     Args:
         inference: heads and options.
         params: of policy and heads; gradient flows to all of them.
-        sequences: [B].
-        logits: float[B, T, V] of the policy before each target, over its temperature
-            and finite where masked.
-        states: ``[B, T, D]`` each, of the policy's trunk.
+        seen: the policy along the responses, [B].
         teacher_log_probs: float[B, T, V], data; read for expected next values only.
 
     Returns:
         float32[B], nats per transition, 0 for a response without one; and the metrics
         ``student/reward_kl``, ``student/td_log_likelihood``, ``student/td_error``
-        (absolute), ``student/log_std`` and ``student/lse_q`` (log-sum-exp of Q, which
-        drifts where Q has a gauge), the last two also with ``.._variance``: that within
-        a response.
+        (absolute), ``student/log_std`` and, where more is read of Q than the log-probs
+        of targets, ``student/lse_q`` (log-sum-exp of Q, which drifts where Q has a
+        gauge), the last two also with ``.._variance``: that within a response.
 
     References:
         X-KD, 2602.12674: reconstruction, see the module's docstring.
     """
-    mask = sequences.response_mask
-    q_values = _action_values(inference, params, logits, states)
-    mean, log_std = inference.reward_head(params["reward_head"], states.after)
+    mask = seen.sequences.response_mask
+    q_values, actions = _action_values(inference, params, seen)
+    mean, log_std = inference.reward_head(params["reward_head"], seen.states.after)
     if inference.reward_weights is not None:
-        weights = inference.reward_weights(params["policy"], sequences)
+        weights = inference.reward_weights(params["policy"], seen.sequences)
         weights = fill_masked(weights, mask).astype(q_values.dtype)
         q_values = q_values * jnp.expand_dims(weights, -1)
         mean, log_std = weights * mean, weights * log_std
     terms = experiential_regularizer(
         q_values,
-        sequences.targets,
+        actions,
         mean,
         log_std,
         mask,
@@ -125,24 +120,28 @@ def reward_regularizer(
         prior_mean=inference.prior_mean,
         prior_std=inference.prior_std,
     )
-    lse_q = jax.nn.logsumexp(fill_masked(q_values, mask), axis=-1)
     metrics = _averages(terms) | _moments("student/log_std", log_std, terms.mask)
-    metrics |= _moments("student/lse_q", lse_q, mask)
+    if q_values.shape[-1] > 1:
+        lse_q = jax.nn.logsumexp(fill_masked(q_values, mask), axis=-1)
+        metrics |= _moments("student/lse_q", lse_q, mask)
     return sequence_mean(terms.loss, terms.mask), metrics
 
 
 def _action_values(
-    inference: RewardInference,
-    params: Params,
-    logits: jax.Array,
-    states: ResponseStates,
-) -> jax.Array:
-    """Q of the state before every target, ``[B, T, V]``."""
+    inference: RewardInference, params: Params, seen: Reading
+) -> tuple[jax.Array, jax.Array]:
+    """Q of the state before every target, ``[B, T, V]``, and the actions in it.
+
+    Where nothing but the targets' log-probs is read, these are the only column.
+    """
+    targets = seen.sequences.targets
     if inference.q_source == "q_head":
-        return inference.q_head(params["q_head"], states.before)
-    if inference.q_source == "log_probs":
-        return jax.nn.log_softmax(logits, axis=-1)
-    return logits
+        return inference.q_head(params["q_head"], seen.states.before), targets
+    if inference.q_source == "raw_logits":
+        return seen.logits, targets
+    if inference.next_value == "expected":
+        return jax.nn.log_softmax(seen.logits, axis=-1), targets
+    return jnp.expand_dims(seen.log_probs, -1), jnp.zeros_like(targets)
 
 
 def _averages(terms: RegularizerTerms) -> dict[str, Mean]:

@@ -9,10 +9,10 @@ beams).
 
 from __future__ import annotations
 
-from rkd_jax.losses import token_log_probs
 from rkd_jax.losses.domain import check_domain
-from rkd_jax.masking import fill_masked, masked_sum
-from rkd_jax.models.api import CausalLM, response_logits
+from rkd_jax.masking import masked_sum
+from rkd_jax.models.api import CausalLM
+from rkd_jax.objectives.policy import target_log_probs
 from rkd_jax.types import DemonstrationBatch, LossOutput, Mean, Objective
 
 
@@ -45,9 +45,8 @@ def make_sft(model: CausalLM, *, temperature: float = 1.0) -> Objective:
         del critic, frozen, signal, rng
         sequences = batch.sequences
         mask = sequences.response_mask
-        logits = fill_masked(response_logits(model, params, sequences), mask)
-        logits = logits / temperature
-        total = masked_sum(-token_log_probs(logits, sequences.targets), mask)
+        log_probs = target_log_probs(model, params, sequences, temperature=temperature)
+        total = masked_sum(-log_probs, mask)
         weight = mask.sum().astype(total.dtype)
         return LossOutput(total, weight, {"student/nll": Mean(total, weight)})
 

@@ -39,7 +39,7 @@ from rkd_jax.losses.tvkd_release import (
 from rkd_jax.masking import fill_masked, sequence_sum
 from rkd_jax.models.api import CausalLM, response_logits
 from rkd_jax.objectives.per_pair import per_pair, real_pairs
-from rkd_jax.objectives.policy import members, target_log_probs
+from rkd_jax.objectives.policy import LATER, members, target_log_probs
 from rkd_jax.types import (
     Objective,
     Pair,
@@ -91,7 +91,9 @@ def make_tvkd(
     ):
         del critic, frozen, rng
         sequences, valid = batch.sequences, real_pairs(batch.sequences)
-        log_probs = target_log_probs(model, params, sequences, temperature=temperature)
+        log_probs = target_log_probs(
+            model, params, sequences, temperature=temperature, tiles=LATER
+        )
         scores = sequence_sum(log_probs, sequences.response_mask)
         shaping = fill_masked(signal.shaping, valid)
         reference = (

@@ -38,21 +38,20 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 
-from rkd_jax.losses import forward_kl, sequence_reverse_kl, token_log_probs
+from rkd_jax.losses import forward_kl, token_log_probs
 from rkd_jax.losses.domain import check_choice, check_domain
 from rkd_jax.losses.policy_gradient import LongPart
-from rkd_jax.masking import fill_masked, masked_sum, sequence_mean, sequence_sum
-from rkd_jax.models.api import CausalLM, ResponseStates, response_states
-from rkd_jax.objectives.kd import Divergence
+from rkd_jax.masking import masked_sum, sequence_mean, sequence_sum
+from rkd_jax.models.api import CausalLM
+from rkd_jax.objectives.policy import LATER, Reading, read
 from rkd_jax.objectives.reward_inference import RewardInference, reward_regularizer
+from rkd_jax.objectives.teaching import Divergence, Teaching
 from rkd_jax.types import (
     DemonstrationBatch,
     ImitationBatch,
     LossOutput,
     Mean,
     Objective,
-    Params,
-    Sequences,
 )
 
 Normalise = Literal["tokens", "responses"]
@@ -98,9 +97,9 @@ def make_xkd_sequence(
     """
     check_choice("normalise", normalise, get_args(Normalise))
 
-    def likelihood(seen: _Pass, signal) -> jax.Array:
-        del signal
-        return -token_log_probs(seen.logits, seen.sequences.targets)
+    def likelihood(seen: Reading, frozen, signal) -> jax.Array:
+        del frozen, signal
+        return -seen.log_probs
 
     objective = _objective(
         "xkd_sequence",
@@ -131,6 +130,7 @@ def make_xkd_gkd(
     inference: RewardInference,
     divergence: Divergence = forward_kl,
     *,
+    teacher: CausalLM | None = None,
     w_x: float = 1.0,
     temperature: float = 1.0,
     normalise: Normalise = "tokens",
@@ -142,16 +142,18 @@ def make_xkd_gkd(
         model, inference, w_x, temperature, normalise: see `make_xkd_sequence`; at a w_x
             of 0 it is `make_gkd`.
         divergence: see `make_gkd`; the temperature is the policy's, not its own.
+        teacher: see `make_kd`. An expected next value needs log-probs, so None.
         td_sequences: "fixed": the regulariser reads the demonstrations. "all": the mean
             of that and of the imitated responses.
 
     Returns:
         `Objective` over an `ImitationBatch` (`mix_rows` makes its ``imitated``) or a
-        `DemonstrationBatch`, that requires ``log_probs`` on the imitated responses. An
-        expected next value also reads ``demonstration_log_probs`` where the imitated
-        responses are others. Metrics ``student/divergence``, ``student/nll`` and the
-        regulariser's. A row counts by its imitated response, the regulariser included:
-        as its number of targets or as 1, and as 0 where it has none.
+        `DemonstrationBatch`, whose signal is that of `make_kd` on the imitated
+        responses. An expected next value also reads ``demonstration_log_probs`` where
+        the imitated responses are others. Metrics ``student/divergence``,
+        ``student/nll`` (out of states only where the demonstrations are imitated) and
+        the regulariser's. A row counts by its imitated response, the regulariser
+        included: as its number of targets or as 1, and as 0 where it has none.
 
     Gradient:
         As `make_xkd_sequence`; none through sampling.
@@ -163,14 +165,14 @@ def make_xkd_gkd(
         X-KD, 2602.12674: reconstruction, see the module's docstring. GKD, 2306.13649.
     """
     check_choice("normalise", normalise, get_args(Normalise))
+    teaching = Teaching(teacher)
 
-    def divergences(seen: _Pass, signal) -> jax.Array:
-        teacher = fill_masked(signal.log_probs, seen.sequences.response_mask)
-        return divergence(seen.logits, jax.lax.stop_gradient(teacher))
+    def divergences(seen: Reading, frozen, signal) -> jax.Array:
+        return teaching.divergence(divergence, seen, frozen, signal)
 
     return _objective(
         "xkd_gkd",
-        _Base("student/divergence", divergences, normalise),
+        _Base("student/divergence", divergences, normalise, teaching),
         model,
         inference,
         w_x=w_x,
@@ -183,6 +185,7 @@ def make_xkd_minillm(
     model: CausalLM,
     inference: RewardInference,
     *,
+    teacher: CausalLM | None = None,
     w_x: float = 1.0,
     temperature: float = 1.0,
     gamma: float = 1.0,
@@ -195,6 +198,7 @@ def make_xkd_minillm(
     Args:
         model, inference, w_x, temperature: see `make_xkd_sequence`; at a w_x of 0 it is
             `make_minillm`.
+        teacher: see `make_xkd_gkd`.
         gamma, long_part, length_normalised: of the reverse KL, see
             `sequence_reverse_kl`; the regulariser has its own discount.
         td_sequences: see `make_xkd_gkd`.
@@ -214,13 +218,13 @@ def make_xkd_minillm(
         X-KD, 2602.12674: reconstruction, see the module's docstring. MiniLLM,
         2306.08543.
     """
+    teaching = Teaching(teacher)
 
-    def divergences(seen: _Pass, signal) -> jax.Array:
-        return sequence_reverse_kl(
-            seen.logits,
-            signal.log_probs,
-            seen.sequences.targets,
-            seen.sequences.response_mask,
+    def divergences(seen: Reading, frozen, signal) -> jax.Array:
+        return teaching.sequence_reverse_kl(
+            seen,
+            frozen,
+            signal,
             gamma=gamma,
             long_part=long_part,
             length_normalised=length_normalised,
@@ -228,7 +232,7 @@ def make_xkd_minillm(
 
     return _objective(
         "xkd_minillm",
-        _Base("student/divergence", divergences, "sum"),
+        _Base("student/divergence", divergences, "sum", teaching),
         model,
         inference,
         w_x=w_x,
@@ -237,20 +241,13 @@ def make_xkd_minillm(
     )
 
 
-class _Pass(NamedTuple):
-    """One pass over one set of responses."""
-
-    sequences: Sequences
-    logits: jax.Array  # [B, T, V], over the temperature; 0 where masked
-    states: ResponseStates
-
-
 class _Base(NamedTuple):
     """The distillation term: its metric, ``[B, T]`` values, and what a row weighs."""
 
     metric: str
-    values: Callable[[_Pass, Any], jax.Array]
+    values: Callable[[Reading, Any, Any], jax.Array]  # (seen, frozen, signal)
     normalise: Literal["tokens", "responses", "sum"]
+    teaching: Teaching = Teaching(None)
 
 
 def _objective(
@@ -267,48 +264,57 @@ def _objective(
     check_domain("w_x", w_x, "[0, inf)")
     check_domain("temperature", temperature, "(0, inf)")
     check_choice("td_sequences", td_sequences, get_args(TdSequences))
+    from_log_probs = base.teaching.teacher is None
+    if inference.next_value == "expected" and not from_log_probs:
+        raise ValueError(
+            'next_value="expected" is over the log-probs of the teacher: give '
+            "teacher=None and a signal that has them"
+        )
 
     def student_loss(params, critic, frozen, batch, signal, rng):
-        del critic, frozen, rng
+        del critic, rng
         if isinstance(batch, DemonstrationBatch):
             batch = ImitationBatch(batch)
-        fixed = imitated = _forward(model, params, batch.demonstrations, temperature)
+
+        def seen_by_policy(responses: DemonstrationBatch) -> Reading:
+            return read(
+                model,
+                params["policy"],
+                responses.sequences,
+                temperature=temperature,
+                tiles=LATER,
+            )
+
+        fixed = imitated = seen_by_policy(batch.demonstrations)
         if batch.imitated is not None:
-            imitated = _forward(model, params, batch.imitated, temperature)
+            imitated = seen_by_policy(batch.imitated)
         mask = imitated.sequences.response_mask
-        values = base.values(imitated, signal)
+        values = base.values(imitated, frozen, signal)
         totals, weights = _rows(values, mask, base.normalise)
 
         teacher = _fixed_log_probs(inference, batch, signal)
-        regularizer, watched = reward_regularizer(inference, params, *fixed, teacher)
+        regularizer, watched = reward_regularizer(inference, params, fixed, teacher)
         if td_sequences == "all" and imitated is not fixed:
-            teacher = signal.log_probs
-            other, seen = reward_regularizer(inference, params, *imitated, teacher)
+            teacher = signal.log_probs if from_log_probs else None
+            other, seen = reward_regularizer(inference, params, imitated, teacher)
             regularizer = 0.5 * (regularizer + other)
             watched = jax.tree.map(jnp.add, watched, seen)
 
-        nll = -token_log_probs(imitated.logits, imitated.sequences.targets)
         weight, tokens = weights.sum(), mask.sum().astype(totals.dtype)
         metrics = {
-            "student/nll": Mean(masked_sum(nll, mask), tokens),
             base.metric: Mean(masked_sum(values, mask), tokens),
             "student/regularizer": Mean((weights * regularizer).sum(), weight),
         }
+        if imitated is fixed:
+            nll = -imitated.log_probs
+            metrics["student/nll"] = Mean(masked_sum(nll, mask), tokens)
+        elif from_log_probs:  # out of states it would be another pass of the head
+            nll = -token_log_probs(imitated.logits, imitated.sequences.targets)
+            metrics["student/nll"] = Mean(masked_sum(nll, mask), tokens)
         total = (totals + w_x * weights * regularizer).sum()
         return LossOutput(total, weight, metrics | watched)
 
-    return Objective(name, student_loss, requires=("log_probs",))
-
-
-def _forward(
-    model: CausalLM, params: Params, batch: DemonstrationBatch, temperature: float
-) -> _Pass:
-    """States and logits of one set of responses."""
-    sequences = batch.sequences
-    states = response_states(model, params["policy"], sequences)
-    logits = model.unembed(params["policy"], states.before)
-    logits = fill_masked(logits, sequences.response_mask) / temperature
-    return _Pass(sequences, logits, states)
+    return Objective(name, student_loss, requires=base.teaching.requires)
 
 
 def _rows(values: jax.Array, mask: jax.Array, normalise: str):

@@ -14,7 +14,7 @@ from typing import Literal
 
 import jax
 
-from rkd_jax.losses import token_log_probs
+from rkd_jax.losses import linear_token_log_probs
 from rkd_jax.masking import fill_masked, sequence_sum
 from rkd_jax.models.api import (
     CausalLM,
@@ -59,10 +59,16 @@ def make_token_scorer(model: CausalLM, *, temperature: float = 1.0) -> Scorer:
 
     @jax.jit
     def token_scores(params: Params, sequences: Sequences) -> jax.Array:
-        mask = sequences.response_mask
-        logits = response_logits(model, jax.lax.stop_gradient(params), sequences)
-        log_probs = token_log_probs(logits, sequences.targets, temperature=temperature)
-        return fill_masked(log_probs, mask)
+        params = jax.lax.stop_gradient(params)
+        return linear_token_log_probs(
+            response_hidden(model, params, sequences),
+            model.head(params),
+            sequences.targets,
+            mask=sequences.response_mask,
+            temperature=temperature,
+            bias=model.head_bias(params),
+            softcap=model.config.logit_softcap,
+        )
 
     return token_scores
 

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from rkd_jax.losses import linear_soft_value
 from rkd_jax.losses.domain import check_choice, check_domain
 from rkd_jax.losses.tvkd_release import bucket_log_probs, target_bucket_log_probs
 from rkd_jax.losses.value import (
@@ -87,11 +88,33 @@ def make_state_values(
     check_domain("temperature", temperature, "(0, inf)")
     scores = _scores(value_source, support)
 
+    def dense(params: Params, sequences: Sequences) -> jax.Array:
+        logits = _state_logits(model, params, sequences) / temperature
+        return soft_value(scores(logits), power=power, scale=scale)
+
+    def fused(params: Params, sequences: Sequences) -> jax.Array:
+        mask = sequences.response_mask
+        none = jnp.zeros_like(mask[..., :1])
+        before = jnp.concatenate([mask, none], axis=-1)
+        after = jnp.concatenate([none, mask], axis=-1)
+        return linear_soft_value(
+            _states(model, params, sequences),
+            model.head(params),
+            power=power,
+            scale=scale,
+            mask=before | after,
+            temperature=temperature,
+            bias=model.head_bias(params),
+            softcap=model.config.logit_softcap,
+        )
+
+    plain = value_source == "log_probs" and support is None
+    values = fused if plain else dense
+
     @jax.jit
     def state_values(params: Params, sequences: Sequences) -> StateValues:
-        logits = _state_logits(model, params, sequences) / temperature
-        values = soft_value(scores(logits), power=power, scale=scale)
-        return _around(values, sequences.response_mask)
+        params = jax.lax.stop_gradient(params)
+        return _around(values(params, sequences), sequences.response_mask)
 
     return state_values
 
@@ -265,9 +288,13 @@ def length_correlation(shaping: ArrayLike, response_mask: ArrayLike) -> float:
 def _state_logits(model: CausalLM, params: Params, sequences: Sequences) -> jax.Array:
     """Logits of the T + 1 states from before the first target to after the last."""
     params = jax.lax.stop_gradient(params)
+    return model.unembed(params, _states(model, params, sequences))
+
+
+def _states(model: CausalLM, params: Params, sequences: Sequences) -> jax.Array:
+    """Those states, ``[*batch, T + 1, D]``."""
     states = response_states(model, params, sequences)
-    last = states.after[..., -1:, :]
-    return model.unembed(params, jnp.concatenate([states.before, last], axis=-2))
+    return jnp.concatenate([states.before, states.after[..., -1:, :]], axis=-2)
 
 
 def _around(values: jax.Array, mask: jax.Array) -> StateValues:

@@ -16,6 +16,7 @@ class BigramConfig:
     hidden_size: int
     num_layers: int = 1
     max_length: int = 64
+    logit_softcap: float | None = None
 
 
 class Bigram:

@@ -131,7 +131,7 @@ def test_every_objective_takes_a_step_on_its_data(name):
         critic_steps=case.critic_steps,
     )
     signal = jax.eval_shape(case.prepare, case.batch)
-    _, metrics = jax.eval_shape(update, state, None, case.batch, signal)
+    _, metrics = jax.eval_shape(update, state, case.frozen, case.batch, signal)
     assert "student/loss" in metrics
     assert case.sequences == TRAINED[name]
     work = setting.trained_flops(TRAINED[name]) + setting.teacher_flops(

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -105,7 +104,6 @@ def test_the_command_trains_the_named_methods_and_names_its_report(tmp_path):
         capture_output=True,
         text=True,
         timeout=400,
-        env={**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().endswith(str(out / "report" / "report.html"))

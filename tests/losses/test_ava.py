@@ -1,5 +1,7 @@
 """AVA's terms from demonstrations and preferences, in float64."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -309,3 +311,51 @@ def test_domains_and_switches(options):
 def test_a_pair_has_two_members():
     with pytest.raises(AssertionError):
         ava_preference(*(x[:, :1] for x in arrays(*pairs())))
+
+
+@pytest.mark.usefixtures("x64")
+def test_log_probs_of_the_targets_are_all_that_is_read():
+    """``taken`` is ``log_probs``: values of both losses, and slopes through them."""
+    rng = np.random.default_rng(3)
+    logits = rng.normal(size=(3, 2, 4, 5))
+    actions = rng.integers(0, 5, (3, 2, 4))
+    mean, log_std = rng.normal(size=(2, 3, 2, 4))
+    mask = np.arange(4) < rng.integers(0, 5, (3, 2, 1))
+
+    def rows(logits, q_source):
+        outputs = jnp.asarray(logits)
+        if q_source == "taken":
+            log_probs = jax.nn.log_softmax(1.3 * outputs)
+            outputs = jnp.take_along_axis(log_probs, actions[..., None], axis=-1)
+        alone = ava_demonstration(
+            outputs,
+            actions,
+            mean,
+            log_std,
+            mask,
+            q_source=q_source,
+            alpha=1.3,
+            beta=2.0,
+        )
+        paired = ava_preference(
+            outputs, actions, mean, log_std, mask, q_source=q_source, alpha=1.3
+        )
+        return [x for x in (*alone, *paired) if x.dtype != bool]
+
+    compare = functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-13)
+    jax.tree.map(compare, rows(logits, "taken"), rows(logits, "log_probs"))
+    slopes = [
+        jax.grad(lambda x, q=q: sum(jnp.sum(jnp.sin(y)) for y in rows(x, q)))(logits)
+        for q in ("taken", "log_probs")
+    ]
+    compare(*slopes)
+    with pytest.raises(ValueError, match='q_source="taken" has those of the targets'):
+        ava_demonstration(
+            jnp.zeros((3, 2, 4, 1)),
+            actions,
+            mean,
+            log_std,
+            mask,
+            q_source="taken",
+            reward_weights=jnp.ones((3, 2, 4)),
+        )

@@ -2,6 +2,8 @@
 
 import functools
 
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,7 +33,11 @@ pytestmark = pytest.mark.usefixtures("x64", "quick_compiler")
 
 ROWS, WIDTH, TEACHER_WIDTH, VOCABULARY, TOP = 37, 6, 9, 53, 5
 SMALL = functools.partial(Tiles, logits=53 * 8, block=16, columns=20)
-GRADIENTS = ("recompute", "ahead")
+TILES = {  # by how the gradient comes about; one chunk holds all rows of the last
+    "recompute": SMALL(gradient="recompute"),
+    "ahead": SMALL(gradient="ahead"),
+    "keep": Tiles(),
+}
 DIVERGENCES = {
     "forward": forward_kl,
     "reverse": reverse_kl,
@@ -95,7 +101,7 @@ def agree(fused, dense, *arguments, mask=None, rtol=1e-10, atol=1e-12):
         assert not np.asarray(fused(*inputs))[~np.asarray(mask)].any()
 
 
-@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("gradient", TILES)
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_divergences_are_the_dense_ones(name, gradient):
     divergence, masked = DIVERGENCES[name], name != "forward"
@@ -114,7 +120,7 @@ def test_divergences_are_the_dense_ones(name, gradient):
             teacher_bias=TEACHER_BIAS,
             student_softcap=4.0,
             teacher_softcap=3.0,
-            tiles=SMALL(gradient=gradient),
+            tiles=TILES[gradient],
         )
 
     def dense(hidden, head, bias):
@@ -124,7 +130,7 @@ def test_divergences_are_the_dense_ones(name, gradient):
     agree(fused, dense, HIDDEN, HEAD, BIAS, mask=mask)
 
 
-@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("gradient", TILES)
 def test_token_log_probs_are_the_dense_ones(gradient):
     def fused(hidden, head, bias, mask=MASK):
         return linear_token_log_probs(
@@ -135,7 +141,7 @@ def test_token_log_probs_are_the_dense_ones(gradient):
             temperature=0.5,
             bias=bias,
             softcap=5.0,
-            tiles=SMALL(gradient=gradient),
+            tiles=TILES[gradient],
         )
 
     def dense(hidden, head, bias):
@@ -149,14 +155,14 @@ def test_token_log_probs_are_the_dense_ones(gradient):
     )
 
 
-@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("gradient", TILES)
 def test_topk_is_the_dense_one_with_its_bucket(gradient):
     teacher = jax.nn.log_softmax(logits(TEACHER_HIDDEN, TEACHER_HEAD))
     listed = jnp.take_along_axis(teacher, IDS, -1).at[3, 2].set(-jnp.inf)
 
     def fused(hidden, head):
         return linear_topk_divergence(
-            hidden, head, IDS, listed, mask=MASK, tiles=SMALL(gradient=gradient)
+            hidden, head, IDS, listed, mask=MASK, tiles=TILES[gradient]
         )
 
     def dense(hidden, head):
@@ -174,7 +180,7 @@ def test_topk_of_all_tokens_is_forward_kl():
     )
 
 
-@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("gradient", TILES)
 def test_soft_values_are_the_dense_ones(gradient):
     def fused(hidden, head):
         return linear_soft_value(
@@ -183,7 +189,7 @@ def test_soft_values_are_the_dense_ones(gradient):
             power=0.7,
             scale=2.0,
             mask=MASK,
-            tiles=SMALL(gradient=gradient),
+            tiles=TILES[gradient],
         )
 
     def dense(hidden, head):
@@ -193,7 +199,7 @@ def test_soft_values_are_the_dense_ones(gradient):
     agree(fused, dense, HIDDEN, HEAD, mask=MASK)
 
 
-@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("gradient", TILES)
 @pytest.mark.parametrize("trains", ["policy", "values"])
 def test_expectations_train_one_side(trains, gradient):
     sides = {
@@ -217,7 +223,7 @@ def test_expectations_train_one_side(trains, gradient):
             policy_bias=bias,
             value_bias=q_bias,
             value_softcap=2.0,
-            tiles=SMALL(gradient=gradient),
+            tiles=TILES[gradient],
         )
 
     def dense(*own):
@@ -232,7 +238,7 @@ def test_expectations_train_one_side(trains, gradient):
             *(own if other == "policy" else sides["policy"][:2]),
             *(own if other == "values" else sides["values"][:2]),
             trains=trains,
-            tiles=SMALL(gradient=gradient),
+            tiles=TILES[gradient],
         ).sum()
 
     for slope in jax.tree.leaves(jax.grad(through)(sides[other][:2])):
@@ -256,7 +262,7 @@ def test_weights_are_a_hint():
     def slopes(weights, gradient):
         def total(hidden, head):
             values = linear_token_log_probs(
-                hidden, head, TARGETS, weights=weights, tiles=SMALL(gradient=gradient)
+                hidden, head, TARGETS, weights=weights, tiles=TILES[gradient]
             )
             return (advantages * values).sum() / 7.0
 
@@ -341,3 +347,94 @@ def test_bad_options_are_named(options, message):
 def test_vocabularies_of_two_sizes_are_refused():
     with pytest.raises(ValueError, match=r"53.*52.*align_vocab"):
         linear_divergence(HIDDEN, HEAD, TEACHER_HIDDEN, TEACHER_HEAD[:, 1:])
+
+
+@pytest.mark.parametrize("gradient", TILES)
+@pytest.mark.parametrize("head_dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_the_dense_float32_result_up_to_its_rounding(
+    dtype, head_dtype, gradient
+):
+    """Products of halves are exact in float32: only the slopes and the result round.
+
+    Rounding to 8 bits (11 for float16) is off by at most 2**-9 (2**-12) of a number; a
+    gradient's own rounding and that of the slopes in it are allowed for.
+    """
+    half = jnp.dtype(dtype)
+    eps = float(jnp.finfo(half).eps)
+    hidden, head, bias = (jnp.asarray(x, half) for x in (HIDDEN, HEAD, BIAS))
+    teacher_hidden = jnp.asarray(TEACHER_HIDDEN, half)
+    teacher_head = jnp.asarray(TEACHER_HEAD, half)
+
+    def fused(hidden, head, bias):
+        return linear_divergence(
+            hidden,
+            head,
+            teacher_hidden,
+            teacher_head,
+            divergence=generalized_jsd,
+            student_bias=bias,
+            tiles=TILES[gradient],
+        )
+
+    def dense(hidden, head, bias):
+        wide = (x.astype(jnp.float32) for x in (teacher_hidden, teacher_head))
+        return generalized_jsd(logits(hidden, head, bias), logits(*wide))
+
+    stored = (hidden, head.astype(head_dtype), bias.astype(head_dtype))
+    wide = tuple(x.astype(jnp.float32) for x in (hidden, head, bias))
+    values = fused(*stored)
+    assert values.dtype == jnp.float32
+    np.testing.assert_allclose(values, dense(*wide), rtol=2e-5, atol=1e-6)
+    found = jax.grad(lambda x: fused(*x).sum())(stored)
+    expected = jax.grad(lambda x: dense(*x).sum())(wide)
+    for gradient, slope, like in zip(found, expected, stored, strict=True):
+        assert gradient.dtype == like.dtype
+        error = np.abs(np.asarray(gradient, np.float32) - np.asarray(slope))
+        assert error.max() <= 2 * eps * np.abs(np.asarray(slope)).max()
+
+
+@hypothesis.settings(max_examples=12, deadline=None, derandomize=True)
+@hypothesis.given(data=st.data())
+def test_any_size_any_cut_any_mask(data):
+    """Ragged rows, columns and widths, cut in any way, are the dense loss."""
+    draw = data.draw
+    rows, width = draw(st.integers(1, 9)), draw(st.integers(1, 4))
+    vocabulary, other = draw(st.integers(2, 11)), draw(st.integers(1, 5))
+    tiles = Tiles(
+        logits=vocabulary * draw(st.integers(8, 9)),
+        block=draw(st.integers(1, 12)),
+        columns=draw(st.integers(1, 12)),
+        gradient=draw(st.sampled_from(["recompute", "ahead"])),
+    )
+    divergence = DIVERGENCES[draw(st.sampled_from(sorted(DIVERGENCES)))]
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    mask = rng.random(rows) < draw(st.sampled_from([0.0, 0.5, 1.0]))
+    scale = draw(st.sampled_from([0.1, 1.0, 10.0]))
+    hidden, head = rng.normal(size=(rows, width)), rng.normal(size=(width, vocabulary))
+    teacher = rng.normal(size=(rows, other)), rng.normal(size=(other, vocabulary))
+    cotangent = np.where(mask, rng.normal(size=rows), 0.0)
+
+    def fused(hidden, head):
+        return linear_divergence(
+            hidden, head, *teacher, divergence=divergence, mask=mask, tiles=tiles
+        )
+
+    def dense(hidden, head):
+        values = divergence(logits(hidden, head), logits(*teacher))
+        return jnp.where(mask, values, 0.0)
+
+    def step(loss):
+        def total(sides, weights):
+            return (weights * loss(*sides)).sum()
+
+        return jax.jit(jax.value_and_grad(total))
+
+    sides = (jnp.asarray(scale * hidden), jnp.asarray(head))
+    found, wanted = step(fused), step(dense)
+    for weights in (mask.astype(float), cotangent):
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-11),
+            found(sides, weights),
+            wanted(sides, weights),
+        )

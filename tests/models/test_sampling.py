@@ -21,6 +21,7 @@ class _BigramConfig:
     hidden_size: int
     num_layers: int = 0
     max_length: int = 64
+    logit_softcap: float | None = None
 
 
 class Bigram:

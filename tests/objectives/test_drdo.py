@@ -32,6 +32,7 @@ class EmbeddingConfig:
     vocab_size: int = 3
     hidden_size: int = 4
     max_length: int = 16
+    logit_softcap: float | None = None
     num_layers: int = 1
 
 

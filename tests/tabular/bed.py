@@ -187,6 +187,7 @@ class TabularConfig:
     vocab_size: int = 3
     hidden_size: int = 2 * _NODES
     max_length: int = 16
+    logit_softcap: float | None = None
     num_layers: int = 1
 
 

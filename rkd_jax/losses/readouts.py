@@ -1,0 +1,105 @@
+r"""What vocabulary heads say of states: some rows and some columns at a time.
+
+>>> plan = Plan(None, (2.0, 2.0), (None, None), 1, 1, 2, "keep", None)
+>>> side = Readout(jnp.ones((1, 1)), jnp.array([[2.0, 4.0]]))
+>>> print(tempered_logits(plan, side, None, [side.hidden], slice(None))[0])
+[[1. 2.]]
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rkd_jax.losses.row_losses import Logs, RowLoss
+from rkd_jax.masking import accumulator
+
+Gradient = Literal["keep", "recompute", "ahead"]
+
+
+class Readout(NamedTuple):
+    """A model's side of the loss."""
+
+    hidden: jax.Array  # [N, D]
+    head: jax.Array  # [D, V]
+    bias: jax.Array | None = None  # [V]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Everything static."""
+
+    loss: RowLoss
+    temperatures: tuple[float, float]  # of student and teacher
+    softcaps: tuple[float | None, float | None]  # of student and teacher
+    rows: int  # of a chunk of the first pass, which sees all columns
+    block: int  # rows of a chunk of the second pass, a multiple of ``rows``
+    columns: int  # of a tile of the second pass
+    gradient: Gradient
+    axis_name: str | None
+    normalised: tuple[bool, bool] = (True, True)  # or what the head says, as it is
+    batch_axes: tuple[str, ...] = ()  # of the mesh, over which the rows are cut
+
+
+class Span(NamedTuple):
+    """Some columns of a head."""
+
+    start: Any
+    size: int
+
+    def of(self, array: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice_in_dim(array, self.start, self.size, axis=-1)
+
+
+def tempered_logits(plan, student, teacher, hidden, columns) -> list[jax.Array]:
+    """Tempered logits of both sides, ``[C, V']`` each."""
+    found = []
+    sides = (student, teacher)[: len(hidden)]
+    options = zip(sides, hidden, plan.softcaps, plan.temperatures, strict=False)
+    for side, states, cap, temperature in options:
+        head, bias = side.head, side.bias
+        if isinstance(columns, Span):
+            head = columns.of(head)
+            bias = None if bias is None else columns.of(bias)
+        logits = product(states, head.astype(states.dtype), (1, 0))
+        logits = logits if bias is None else logits + bias[None]
+        logits = logits if cap is None else jnp.tanh(logits / cap) * cap
+        found.append(logits / temperature)
+    return found
+
+
+def normalisers_of(plan: Plan, logits: list[jax.Array]) -> jax.Array:
+    """Log of the sum of exponentials of each side, ``[C, sides]``, or 0."""
+    top = jnp.stack([z.max(-1) for z in logits], axis=-1)
+    if plan.axis_name is not None:
+        top = jax.lax.pmax(top, plan.axis_name)
+    total = [jnp.exp(z - top[:, i, None]).sum(-1) for i, z in enumerate(logits)]
+    total = jnp.stack(total, axis=-1)
+    if plan.axis_name is not None:
+        total = jax.lax.psum(total, plan.axis_name)
+    has = jnp.array(plan.normalised[: len(logits)])
+    return jnp.where(has[None], top + jnp.log(total), 0.0)
+
+
+def log_probs_of(logits: list[jax.Array], normalisers, columns) -> Logs:
+    logs = [z - normalisers[:, i, None] for i, z in enumerate(logits)]
+    return Logs(logs[0], logs[1] if len(logs) > 1 else None, columns)
+
+
+def product(left: jax.Array, right: jax.Array, axes: tuple[int, int]) -> jax.Array:
+    """Matrix product over one axis of each, summed wide."""
+    wide = accumulator(left)
+    return jax.lax.dot_general(
+        left, right, (((axes[0],), (axes[1],)), ((), ())), preferred_element_type=wide
+    )
+
+
+def columns_of(plan, student, start, size) -> jax.Array:
+    """Which tokens these columns of the head are."""
+    first = start
+    if plan.axis_name is not None:
+        first = start + jax.lax.axis_index(plan.axis_name) * student.head.shape[1]
+    return first + jnp.arange(size, dtype=jnp.int32)
