@@ -142,6 +142,8 @@ KERNELS = {
     "splash": splash_attention,
 }
 """By name: ``(query, key, value, segment_ids, *, window)``."""
+HOLD_SCORES = ("xla", "dot_product")
+"""Those that keep ``[B, H, L, L]`` numbers for the backward pass."""
 
 
 def _splash(query, key, value, segment_ids, *, window, interpret) -> jax.Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -9,7 +10,12 @@ import jax
 import jax.numpy as jnp
 
 from rkd_jax.models.attention import grouped_attention
-from rkd_jax.models.attention_kernels import KERNELS, RESIDUALS, choose
+from rkd_jax.models.attention_kernels import (
+    HOLD_SCORES,
+    KERNELS,
+    RESIDUALS,
+    choose,
+)
 from rkd_jax.models.config import DecoderConfig
 from rkd_jax.models.linear import Dense
 from rkd_jax.models.rope import rotate
@@ -108,15 +114,16 @@ def _attend(
     """By a kernel where segments are all there is to know, else by the bias."""
     name = choose(config.attention, query.shape[1], has_cache=cached is not None)
     if name in KERNELS:
-        window = config.sliding_window
-        return KERNELS[name](query, key, value, shared.segment_ids, window=window)
-    keys, values = (key,), (value,)
-    if cached is not None:
-        keys, values = (cached[0], key), (cached[1], value)
-    attend = grouped_attention
-    if config.remat == "attention":
+        attend = functools.partial(KERNELS[name], window=config.sliding_window)
+        rest = key, value, shared.segment_ids
+    else:
+        keys, values = (key,), (value,)
+        if cached is not None:
+            keys, values = (cached[0], key), (cached[1], value)
+        attend, rest = grouped_attention, (keys, values, shared.bias)
+    if config.remat == "attention" and name in HOLD_SCORES:
         attend = jax.checkpoint(attend, prevent_cse=False)
-    return attend(query, keys, values, shared.bias)
+    return attend(query, *rest)
 
 
 class MLP(nn.Module):

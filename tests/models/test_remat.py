@@ -87,6 +87,16 @@ def test_what_is_computed_again_is_what_the_policy_says():
     assert products("full") == none + attention + projections - 1
 
 
+def test_scores_of_the_library_attention_are_computed_again_too():
+    params = jax.eval_shape(Decoder(TOY).init, jax.random.key(0))
+
+    def products(policy):
+        config = dataclasses.replace(TOY, remat=policy, attention="dot_product")
+        return str(jax.make_jaxpr(step(config))(params)).count("dot_general")
+
+    assert products("attention") == products("none") + 1
+
+
 def test_a_deep_model_compiles_to_a_program_as_long_as_a_shallow_one(quick_compiler):
     def instructions(layers):
         config = dataclasses.replace(TOY, num_layers=layers, remat="dots")
