@@ -10,6 +10,7 @@ from typing import TypeVar
 import jax
 import tyro
 
+from experiments.compiled_programs import keep_compiled_programs
 from experiments.settings import SettingsError
 from rkd_jax.data.records import RecordError
 from rkd_jax.data.tokenizer import VocabularyMismatch
@@ -20,6 +21,7 @@ from rkd_jax.training.interrupt import Interrupted
 from rkd_jax.training.run import RunMismatch
 
 Config = TypeVar("Config")
+NO_CACHE = "--no-compilation-cache"
 
 # What a user can cause and mend. Anything else is our bug and keeps its traceback.
 MENDABLE = (
@@ -43,14 +45,18 @@ def run_command(
 ) -> None:
     """Parse the options, run, name the report; one line for a mendable error.
 
-    ``--tiny``, or the name of another preset, replaces the defaults of ``config``.
+    ``--tiny``, or the name of another preset, replaces the defaults of ``config``;
+    ``--no-compilation-cache`` leaves no compiled program behind
+    (`experiments.compiled_programs`).
 
     Exit codes: 0 done, 2 bad input, 130 interrupted (the same command resumes).
     """
     arguments = sys.argv[1:]
     presets = {f"--{name}": make for name, make in presets.items()} | {"--tiny": tiny}
     named = [argument for argument in arguments if argument in presets]
-    arguments = [argument for argument in arguments if argument not in presets]
+    keep = NO_CACHE not in arguments
+    flags = {*presets, NO_CACHE}
+    arguments = [argument for argument in arguments if argument not in flags]
     if named[-1:] == ["--tiny"]:  # a toy spends its time in the compiler
         jax.config.update("jax_disable_most_optimizations", True)
     default = presets[named[-1]]() if named else config()
@@ -59,8 +65,11 @@ def run_command(
         default=default,
         args=arguments,
         description=f"{type(default).__doc__}\n\nDefaults for another purpose: "
-        f"{', '.join(presets)} (tiny: the same wiring with a toy teacher, in seconds).",
+        f"{', '.join(presets)} (tiny: the same wiring with a toy teacher, in seconds). "
+        f"{NO_CACHE}: do not keep compiled programs for the next run.",
     )
+    if keep:
+        keep_compiled_programs()
     try:
         report = run(options)
     except Interrupted as stop:

@@ -251,7 +251,7 @@ def cut_student(
         )
         if tokenizer is not None:
             same_vocabulary(tokenizer, load_teacher(config)[2])
-        return with_dtype(model, config.dtype), params
+        return _student(model, config), params
     layers = range(teacher.config.num_layers)
     unknown = sorted(set(config.drop_layers) - set(layers))
     if unknown:
@@ -261,12 +261,18 @@ def cut_student(
         )
     kept = tuple(i for i in layers if i not in config.drop_layers)
     student_config, params = keep_layers(teacher.config, teacher_params, kept)
-    return Decoder(student_config), params
+    return _student(Decoder(student_config), config), params
 
 
 def with_dtype(model: Decoder, dtype: str) -> Decoder:
     """The same architecture computing in ``dtype``; parameters stay as they are."""
     return Decoder(dataclasses.replace(model.config, dtype=dtype))
+
+
+def _student(model: Decoder, config: ModelConfig) -> Decoder:
+    """The same architecture, computing as the options say."""
+    arithmetic = {"dtype": config.dtype, "remat": config.remat}
+    return Decoder(dataclasses.replace(model.config, **arithmetic))
 
 
 def _row_layout(policy: PolicyConfig) -> TokenizeConfig:

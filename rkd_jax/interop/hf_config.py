@@ -221,8 +221,8 @@ def to_hf(
     """The ``config.json`` of ``family`` that computes the same logits.
 
     Args:
-        config: ``param_dtype`` becomes ``torch_dtype``; ``dtype`` and ``remat`` have
-            no counterpart.
+        config: ``param_dtype`` becomes ``torch_dtype``; ``dtype``, ``remat`` and
+            ``attention`` have no counterpart.
         family: a key of `FAMILIES`.
         bos_token_id, eos_token_id, pad_token_id: written as they are.
 
@@ -256,6 +256,7 @@ def to_hf(
     read_back = dataclasses.replace(
         from_hf(result, dtype=config.dtype, param_dtype=config.param_dtype),
         remat=config.remat,
+        attention=config.attention,
     )
     for field in dataclasses.fields(config):
         wanted, got = getattr(config, field.name), getattr(read_back, field.name)

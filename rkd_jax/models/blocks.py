@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -9,6 +10,12 @@ import jax
 import jax.numpy as jnp
 
 from rkd_jax.models.attention import grouped_attention
+from rkd_jax.models.attention_kernels import (
+    HOLD_SCORES,
+    KERNELS,
+    RESIDUALS,
+    choose,
+)
 from rkd_jax.models.config import DecoderConfig
 from rkd_jax.models.linear import Dense
 from rkd_jax.models.rope import rotate
@@ -19,6 +26,14 @@ _ACTIVATIONS = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
 }
 _NORMAL = nn.initializers.normal(0.02)
+_KEPT = {
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(RESIDUALS),
+    ),
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+"""What a block that is computed again keeps, by name."""
 
 KeyValue = tuple[jax.Array, jax.Array]
 
@@ -28,7 +43,8 @@ class Shared(NamedTuple):
 
     cos: jax.Array  # [B, L, 1, Dh // 2]
     sin: jax.Array  # [B, L, 1, Dh // 2]
-    bias: jax.Array  # [B, 1, 1, L, S]; S counts cached slots, then the new columns
+    bias: jax.Array | None  # [B, 1, 1, L, S]: S cached slots, then the new columns
+    segment_ids: jax.Array | None  # int32[B, L], in place of the bias for a kernel
 
 
 class RMSNorm(nn.Module):
@@ -76,10 +92,7 @@ class Attention(nn.Module):
             key = RMSNorm(config, name="key_norm")(key)
         query = rotate(query, shared.cos, shared.sin)
         key = rotate(key, shared.cos, shared.sin)
-        keys, values = (key,), (value,)
-        if cached is not None:
-            keys, values = (cached[0], key), (cached[1], value)
-        mixed = grouped_attention(query, keys, values, shared.bias)
+        mixed = _attend(config, query, key, value, cached, shared)
         out = Dense(
             (config.hidden_size,),
             contracted=2,
@@ -88,6 +101,29 @@ class Attention(nn.Module):
             name="output",
         )(mixed)
         return out, None if cached is None else (key, value)
+
+
+def _attend(
+    config: DecoderConfig,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    cached: KeyValue | None,
+    shared: Shared,
+) -> jax.Array:
+    """By a kernel where segments are all there is to know, else by the bias."""
+    name = choose(config.attention, query.shape[1], has_cache=cached is not None)
+    if name in KERNELS:
+        attend = functools.partial(KERNELS[name], window=config.sliding_window)
+        rest = key, value, shared.segment_ids
+    else:
+        keys, values = (key,), (value,)
+        if cached is not None:
+            keys, values = (cached[0], key), (cached[1], value)
+        attend, rest = grouped_attention, (keys, values, shared.bias)
+    if config.remat == "attention" and name in HOLD_SCORES:
+        attend = jax.checkpoint(attend, prevent_cse=False)
+    return attend(query, *rest)
 
 
 class MLP(nn.Module):
@@ -164,8 +200,11 @@ class Trunk(nn.Module):
         self, tokens: jax.Array, cached: KeyValue | None, shared: Shared
     ) -> tuple[jax.Array, KeyValue | None]:
         config = self.config
-        # Inside a scan nothing can be merged across the barrier remat would add.
-        block = nn.remat(Block, prevent_cse=False) if config.remat else Block
+        block = Block
+        if config.remat in _KEPT:
+            # Inside a scan nothing can be merged across the barrier remat would add.
+            policy = _KEPT[config.remat]
+            block = nn.remat(Block, prevent_cse=False, policy=policy)
         layers = nn.scan(
             block,
             variable_axes={"params": 0},

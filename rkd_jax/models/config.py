@@ -15,11 +15,26 @@ _POSITIVE = (
     "embed_scale",
 )
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
+_REMAT = ("none", "attention", "dots", "full")
+_ATTENTION = ("auto", "xla", "dot_product", "cudnn", "splash")
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
     """Shape and arithmetic of a `Decoder`; hashable, so it may be a static argument.
+
+    ``remat`` says what a block keeps for its backward pass and what is computed again;
+    loss and gradient are the same. From most memory and least time to the reverse:
+
+    ===========  =======================================================================
+    none         everything is kept, scores and probabilities [H, L, L] included
+    attention    those are computed again: memory grows with L, not with its square
+    dots         projections are kept; norms, rotation, activation, attention are not
+    full         the input of every block alone: one more forward pass, a third more
+                 arithmetic in a step
+    ===========  =======================================================================
+
+    ``attention`` names who computes it; see `rkd_jax.models.attention_kernels`.
 
     Example: ``DecoderConfig(vocab_size=256, hidden_size=64, intermediate_size=128,
     num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, max_length=128)``.
@@ -46,7 +61,8 @@ class DecoderConfig:
     logit_softcap: float | None = None  # c: logits become c * tanh(logits / c)
     dtype: str = "float32"  # compute
     param_dtype: str = "float32"
-    remat: bool = False  # recompute each block in the backward pass
+    remat: str = "none"  # none, attention, dots or full: see above
+    attention: str = "auto"  # auto, xla, dot_product, cudnn or splash
 
     def __post_init__(self) -> None:
         for name in _POSITIVE:
@@ -63,15 +79,22 @@ class DecoderConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even (rotary pairs)")
-        if self.activation not in _ACTIVATIONS:
-            raise ValueError(
-                f"activation={self.activation!r} is not one of {list(_ACTIVATIONS)}"
-            )
-        for name in ("dtype", "param_dtype"):
-            if getattr(self, name) not in _DTYPES:
+        for name, choices in (
+            ("activation", _ACTIVATIONS),
+            ("dtype", _DTYPES),
+            ("param_dtype", _DTYPES),
+            ("remat", _REMAT),
+            ("attention", _ATTENTION),
+        ):
+            if getattr(self, name) not in choices:
                 raise ValueError(
-                    f"{name}={getattr(self, name)!r} is not one of {list(_DTYPES)}"
+                    f"{name}={getattr(self, name)!r} is not one of {list(choices)}"
                 )
+        if self.attention == "cudnn" and self.dtype not in ("bfloat16", "float16"):
+            raise ValueError(
+                f"attention='cudnn' computes in bfloat16 or float16, not in "
+                f"dtype={self.dtype!r}"
+            )
 
     @property
     def accumulator(self) -> jnp.dtype:

@@ -31,6 +31,7 @@ import jax.numpy as jnp
 
 from rkd_jax.masking import accumulator
 from rkd_jax.models.attention import attention_bias
+from rkd_jax.models.attention_kernels import KERNELS, choose
 from rkd_jax.models.blocks import KeyValue, Shared, Trunk
 from rkd_jax.models.config import DecoderConfig
 from rkd_jax.models.linear import project
@@ -76,8 +77,10 @@ class Decoder:
             The nested dict of the module docstring.
         """
         tokens = jnp.zeros((1, 1), jnp.int32)
-        shared = self._shared(tokens, tokens, None)
-        init = jax.jit(Trunk(self.config).init)
+        # One column has nothing to attend to, and a kernel may be another platform's.
+        plain = Decoder(dataclasses.replace(self.config, attention="xla"))
+        shared = plain._shared(tokens, tokens, None)
+        init = jax.jit(Trunk(plain.config).init)
         return init(rng, tokens, None, shared)["params"]
 
     def hidden(
@@ -230,6 +233,9 @@ class Decoder:
             config.head_dim, config.rope_theta, config.rope_scaling
         )
         cos, sin = rope_table(positions, frequencies, dtype)
+        length, has_cache = segment_ids.shape[1], cache is not None
+        if choose(config.attention, length, has_cache=has_cache) in KERNELS:
+            return Shared(cos, sin, None, segment_ids)
         slots = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
         key_slots, key_segments = slots, segment_ids
         if cache is not None:
@@ -246,7 +252,7 @@ class Decoder:
             window=config.sliding_window,
             dtype=dtype,
         )
-        return Shared(cos, sin, bias)
+        return Shared(cos, sin, bias, None)
 
     def _check_length(self, length: int, cache: KVCache | None) -> None:
         limit, what = self.config.max_length, "the context (max_length)"

@@ -35,13 +35,18 @@ def project(
     Gradient:
         To ``x`` in its dtype; to ``kernel`` accumulated in the kernel's dtype.
     """
+    return _product(x, kernel, contracted, dtype)
+
+
+def _product(x, kernel, contracted, dtype):
     lead = x.ndim - contracted
     axes = (tuple(range(lead, x.ndim)), tuple(range(contracted)))
     return _dot(x, kernel.astype(x.dtype), axes, dtype or x.dtype)
 
 
 def _project_forward(x, kernel, contracted, dtype):
-    return project(x, kernel, contracted, dtype), (x, kernel)
+    # Not `project`: a checkpoint policy has to see the dot.
+    return _product(x, kernel, contracted, dtype), (x, kernel)
 
 
 def _project_backward(contracted, dtype, saved, cotangent):

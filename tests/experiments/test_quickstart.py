@@ -62,7 +62,10 @@ def report_of(folder: Path) -> dict:
 
 def start(*arguments: str) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-m", "experiments.quickstart", *arguments],
+        [
+            *(sys.executable, "-m", "experiments.quickstart"),
+            *("--no-compilation-cache", *arguments),
+        ],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

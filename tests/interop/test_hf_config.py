@@ -88,12 +88,14 @@ def test_smollm2():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_round_trip(family):
-    config = dataclasses.replace(BY_FAMILY[family], dtype="bfloat16", remat=True)
+    config = dataclasses.replace(
+        BY_FAMILY[family], dtype="bfloat16", remat="full", attention="splash"
+    )
     content = json.loads(json.dumps(to_hf(config, family=family, eos_token_id=7)))
     assert content["eos_token_id"] == 7
     assert content["architectures"] == [FAMILIES[family].architecture]
     back = from_hf(content, dtype="bfloat16")
-    assert back == dataclasses.replace(config, remat=False)
+    assert back == dataclasses.replace(config, remat="none", attention="auto")
     assert family_of(config) == family
 
 

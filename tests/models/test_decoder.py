@@ -162,27 +162,6 @@ def test_an_id_outside_the_vocabulary_is_loud_in_its_row_only(tokens):
     np.testing.assert_array_equal(hidden[1], HIDDEN(model, params, tokens)[1])
 
 
-def test_remat_changes_neither_value_nor_gradient(tokens):
-    params = random_params(QWEN)
-
-    def value_and_grad(config):
-        model = Decoder(config)
-
-        def loss(params):
-            return jnp.mean(jnp.sin(model.logits(params, tokens)))
-
-        return jax.jit(jax.value_and_grad(loss))(params)
-
-    plain = value_and_grad(QWEN)
-    again = value_and_grad(dataclasses.replace(QWEN, remat=True))
-    assert all(np.any(x) for x in jax.tree.leaves(plain))
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
-        again,
-        plain,
-    )
-
-
 def test_bfloat16_compute_keeps_float32_parameters_logits_and_gradients(tokens):
     config = dataclasses.replace(QWEN, dtype="bfloat16")
     model, params = Decoder(config), random_params(QWEN)

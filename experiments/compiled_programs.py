@@ -1,0 +1,57 @@
+"""Compiled programs kept on disk, so that the same command does not compile again.
+
+Only a command line turns this on; importing the library or an experiment never does.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import jax
+
+
+def keep_compiled_programs() -> Path | None:
+    """Let JAX read and write its persistent compilation cache; where it is.
+
+    The folder is ``rkd_jax/compiled`` in the user's cache folder (``XDG_CACHE_HOME``,
+    by default ``~/.cache``). JAX's own variables win: ``JAX_COMPILATION_CACHE_DIR``
+    names another folder, ``JAX_ENABLE_COMPILATION_CACHE=false`` turns it off. Programs
+    that compile in less than a second are not kept
+    (``JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS``), and nothing is ever deleted.
+
+    Returns:
+        The folder; None where programs are not kept, because they should not be or,
+        with a line that says so, because the folder cannot be written to.
+    """
+    if not jax.config.jax_enable_compilation_cache:
+        return None
+    if jax.config.jax_compilation_cache_dir:
+        return Path(jax.config.jax_compilation_cache_dir)
+    try:
+        folder = cache_folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home
+        print(
+            f"warning: compiled programs are not kept ({error}); name a folder in "
+            "JAX_COMPILATION_CACHE_DIR, or pass --no-compilation-cache",
+            file=sys.stderr,
+        )
+        return None
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    return folder
+
+
+def cache_folder() -> Path:
+    """``rkd_jax/compiled`` in the user's cache folder.
+
+    Raises:
+        RuntimeError: there is no ``XDG_CACHE_HOME``, and no home to be found.
+    """
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    # The specification ignores relative paths.
+    base = base if base.is_absolute() else Path.home() / ".cache"
+    return base / "rkd_jax" / "compiled"

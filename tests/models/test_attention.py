@@ -1,0 +1,167 @@
+"""The kernels of attention against the plain one, alone and inside the decoder."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rkd_jax.models.attention import attention_bias, grouped_attention
+from rkd_jax.models.attention_kernels import (
+    KERNELS,
+    choose,
+    dot_product_attention,
+    splash_attention,
+)
+from rkd_jax.models.decoder import Decoder
+from rkd_jax.sharding import MeshConfig, make_mesh
+from tests.models.reference import LLAMA, QWEN, random_params
+
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
+L = 20
+SEGMENTS = np.array([[0] * 3 + [1] * 12 + [2] * 4 + [0], [1] * 9 + [2] * 11], np.int32)
+REAL = SEGMENTS != 0
+interpreted = functools.partial(splash_attention, interpret=True)
+
+
+def heads():
+    generator = np.random.default_rng(0)
+    shapes = [(2, L, count, 8) for count in (4, 2, 2)]
+    return [generator.normal(size=shape).astype(np.float32) for shape in shapes]
+
+
+def numpy_attention(query, key, value, segments, window):
+    """float64, one query of one head at a time."""
+    query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
+    out = np.zeros(query.shape)
+    for b, i, h in np.ndindex(query.shape[:3]):
+        columns = np.arange(L)
+        seen = (columns <= i) & (segments[b] == segments[b, i])
+        if window is not None:
+            seen &= i - columns < window
+        scores = key[b, seen, h // 2] @ query[b, i, h] / 8**0.5
+        weights = np.exp(scores - scores.max())
+        out[b, i, h] = weights / weights.sum() @ value[b, seen, h // 2]
+    return out
+
+
+def plain(query, key, value, segments, *, window):
+    slots = jnp.arange(L, dtype=jnp.int32)
+    dtype = query.dtype
+    bias = attention_bias(segments, segments, slots, slots, window=window, dtype=dtype)
+    return grouped_attention(query, (key,), (value,), bias)
+
+
+def value_and_grad(attend, window):
+    """The output, and the gradient of a function of its real rows."""
+    weight = np.random.default_rng(1).normal(size=(2, L, 4, 8)).astype(np.float32)
+
+    def loss(*arrays):
+        out = attend(*arrays, jnp.asarray(SEGMENTS), window=window)
+        return (out * jnp.where(REAL[:, :, None, None], weight, 0)).sum(), out
+
+    run = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))
+    (_, out), grads = run(*heads())
+    return np.asarray(out), grads
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize(
+    "attend", [dot_product_attention, interpreted], ids=["dot_product", "splash"]
+)
+def test_kernels_equal_numpy_and_their_gradients_the_plain_one(attend, window):
+    out, grads = value_and_grad(attend, window)
+    expected = numpy_attention(*heads(), SEGMENTS, window)
+    np.testing.assert_allclose(out[REAL], expected[REAL], rtol=1e-5, atol=1e-5)
+    assert np.isfinite(out).all()
+    for got, wanted in zip(grads, value_and_grad(plain, window)[1], strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_splash_attention_on_a_mesh_equals_that_on_one_device():
+    """Two key heads over a tensor axis of four are repeated."""
+    arrays = heads()
+    expected = interpreted(*arrays, SEGMENTS, window=None)
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, tensor=4))):
+        run = jax.jit(lambda *x: interpreted(*x, window=None))
+        got = run(*arrays, SEGMENTS)
+        assert "shard_map" in str(jax.make_jaxpr(run)(*arrays, SEGMENTS))
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("config", [LLAMA, QWEN], ids=["llama", "window"])
+def test_the_decoder_says_the_same_with_either_implementation(config):
+    params = random_params(config)
+    tokens = np.random.default_rng(0).integers(0, 37, (2, L)).astype(np.int32)
+
+    def states_and_grads(attention):
+        model = Decoder(dataclasses.replace(config, attention=attention))
+
+        def loss(params):
+            states = model.hidden(params, tokens, segment_ids=SEGMENTS)
+            return jnp.sin(jnp.where(REAL[:, :, None], states, 0)).sum(), states
+
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+
+    (_, expected), plain_grads = states_and_grads("xla")
+    (_, states), grads = states_and_grads("dot_product")
+    assert np.isfinite(states).all()
+    np.testing.assert_allclose(states[REAL], expected[REAL], rtol=1e-4, atol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4),
+        grads,
+        plain_grads,
+    )
+
+
+def test_the_decoder_runs_splash_and_leaves_padding_without_influence(monkeypatch):
+    monkeypatch.setitem(KERNELS, "splash", interpreted)
+    params = random_params(LLAMA)
+    tokens = np.random.default_rng(0).integers(0, 37, (2, L)).astype(np.int32)
+    model = Decoder(dataclasses.replace(LLAMA, attention="splash", remat="dots"))
+    run = jax.jit(model.hidden)
+    states = run(params, tokens, segment_ids=SEGMENTS)
+    expected = Decoder(LLAMA).hidden(params, tokens, segment_ids=SEGMENTS)
+    np.testing.assert_allclose(states[REAL], expected[REAL], rtol=1e-4, atol=1e-5)
+    garbage = np.where(REAL, tokens, 36).astype(np.int32)
+    again = run(params, garbage, segment_ids=SEGMENTS)
+    np.testing.assert_array_equal(again, states)
+
+
+def test_decoding_with_a_cache_is_plain_whatever_is_named():
+    params = random_params(LLAMA)
+    tokens = np.arange(6, dtype=np.int32)[None]
+    outs = []
+    for attention in ("xla", "splash"):
+        model = Decoder(dataclasses.replace(LLAMA, attention=attention))
+        cache = model.init_cache(params, 1, 8)
+        outs.append(model.hidden(params, tokens, cache=cache)[0])
+    np.testing.assert_array_equal(*outs)
+
+
+def test_auto_is_splash_on_a_tpu_where_it_is_legal_and_the_row_long(monkeypatch):
+    assert choose("auto", 256, has_cache=False) == "xla"
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert choose("auto", 256, has_cache=False) == "xla"  # eight devices, no mesh
+    with jax.set_mesh(make_mesh(MeshConfig(data=8))):
+        assert choose("auto", 256, has_cache=False) == "splash"
+        assert choose("auto", 127, has_cache=False) == "xla"
+        assert choose("auto", 256, has_cache=True) == "xla"
+        assert choose("cudnn", 256, has_cache=False) == "cudnn"
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    assert choose("auto", 256, has_cache=False) == "splash"
+
+
+def test_parameters_are_drawn_without_the_kernel_of_another_platform(rng):
+    model = Decoder(dataclasses.replace(LLAMA, attention="splash", num_layers=1))
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(model.init(rng)))
+
+
+def test_wrong_choices_name_the_field():
+    with pytest.raises(ValueError, match="attention='flash' is not one of"):
+        dataclasses.replace(LLAMA, attention="flash")
+    with pytest.raises(ValueError, match="not in dtype='float32'"):
+        dataclasses.replace(LLAMA, attention="cudnn")
