@@ -102,8 +102,17 @@ def draw_tokens(weights: jax.Array, keys: jax.Array) -> jax.Array:
     uniform = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
 
     block = _first_beyond(jnp.sum(blocks, axis=-1), uniform[:, 0])
-    inside = jnp.take_along_axis(blocks, block.reshape(rows, 1, 1), axis=1)[:, 0]
-    return block * width + _first_beyond(inside, uniform[:, 1])
+    first = jnp.expand_dims(block * width, 1)
+    # Read from the weights as they came: two readers of the padded ones would have them
+    # padded twice.
+    inside = jnp.take_along_axis(
+        weights,
+        first + jnp.expand_dims(jnp.arange(width, dtype=jnp.int32), 0),
+        axis=1,
+        mode="fill",
+        fill_value=0.0,
+    )
+    return first[:, 0] + _first_beyond(inside, uniform[:, 1])
 
 
 def _first_beyond(weights: jax.Array, uniform: jax.Array) -> jax.Array:
