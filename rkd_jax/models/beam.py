@@ -35,6 +35,7 @@ from rkd_jax.models.decoding import (
     behind_prompts,
     check_eos_ids,
     check_prompts,
+    decode,
     pad_left,
     prefill,
 )
@@ -150,8 +151,12 @@ def make_beam_search(
 
         shape = (prompts.tokens.shape[0], beams, max_new_tokens)
         beam, _ = extended(_roots(shape), logits, 0)  # one root: parents are all equal
-        start = _Search(step=jnp.int32(1), beam=beam, cache=cache)
-        return _assemble(prompts, _searched(reader, extended, start))
+
+        def columns(readers, caches):
+            start = _Search(step=jnp.int32(1), beam=beam, cache=caches[0])
+            return _searched(readers[0], extended, start)
+
+        return _assemble(prompts, decode(columns, (reader,), (cache,)))
 
     def search(params: Params, prompts: Prompts) -> Beams:
         check_prompts(prompts, max_new_tokens, model.config.max_length)
@@ -163,6 +168,7 @@ def make_beam_search(
 def _searched(reader: Reader, extended, start: _Search) -> _Beam:
     """The beam once nothing is live or all columns are written."""
     batch, beams, new = start.beam.tokens.shape
+    axes = reader.row_axes
 
     def unfinished(search):
         return (search.step < new) & jnp.any(search.beam.live)
@@ -177,7 +183,7 @@ def _searched(reader: Reader, extended, start: _Search) -> _Beam:
         beam, parents = extended(search.beam, logits, search.step)
         if beams > 1:
             first = jnp.expand_dims(jnp.arange(batch, dtype=jnp.int32) * beams, 1)
-            cache = take_rows(cache, reader.row_axes, (first + parents).reshape(-1))
+            cache = take_rows(cache, axes, (first + parents).reshape(-1))
         return _Search(step=search.step + 1, beam=beam, cache=cache)
 
     return lax.while_loop(unfinished, advance, start).beam

@@ -12,6 +12,7 @@ from rkd_jax.models.attention import grouped_attention
 from rkd_jax.models.config import DecoderConfig
 from rkd_jax.models.linear import Dense
 from rkd_jax.models.rope import rotate
+from rkd_jax.models.slots import KeyValue, Slots, attended
 
 _ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -19,8 +20,6 @@ _ACTIVATIONS = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
 }
 _NORMAL = nn.initializers.normal(0.02)
-
-KeyValue = tuple[jax.Array, jax.Array]
 
 
 class Shared(NamedTuple):
@@ -55,8 +54,8 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, cached: KeyValue | None, shared: Shared
-    ) -> tuple[jax.Array, KeyValue | None]:
+        self, x: jax.Array, cached: KeyValue | Slots | None, shared: Shared
+    ) -> tuple[jax.Array, KeyValue | Slots | None]:
         config = self.config
 
         def heads(name: str, count: int) -> jax.Array:
@@ -76,9 +75,7 @@ class Attention(nn.Module):
             key = RMSNorm(config, name="key_norm")(key)
         query = rotate(query, shared.cos, shared.sin)
         key = rotate(key, shared.cos, shared.sin)
-        keys, values = (key,), (value,)
-        if cached is not None:
-            keys, values = (cached[0], key), (cached[1], value)
+        keys, values, new = attended(cached, key, value)
         mixed = grouped_attention(query, keys, values, shared.bias)
         out = Dense(
             (config.hidden_size,),
@@ -87,7 +84,7 @@ class Attention(nn.Module):
             param_dtype=config.param_dtype,
             name="output",
         )(mixed)
-        return out, None if cached is None else (key, value)
+        return out, new
 
 
 class MLP(nn.Module):
@@ -119,8 +116,8 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, hidden: jax.Array, cached: KeyValue | None, shared: Shared
-    ) -> tuple[jax.Array, KeyValue | None]:
+        self, hidden: jax.Array, cached: KeyValue | Slots | None, shared: Shared
+    ) -> tuple[jax.Array, KeyValue | Slots | None]:
         normed = RMSNorm(self.config, name="attention_norm")(hidden)
         update, new = Attention(self.config, name="attention")(normed, cached, shared)
         hidden = hidden + update

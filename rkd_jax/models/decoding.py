@@ -9,12 +9,13 @@ their logits; how it chooses is the business of `rkd_jax.models.sampling`,
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from rkd_jax.models.api import CausalLM, positions_from_mask
 from rkd_jax.models.cache_rows import repeat_rows, row_axes
@@ -28,7 +29,19 @@ class Reader:
     model: CausalLM
     params: Params
     lengths: jax.Array  # int32[R], tokens of each row's prompt
-    row_axes: Any  # of the cache, see `rkd_jax.models.cache_rows`
+    columns: int  # slots of the cache
+
+    @property
+    def row_axes(self) -> Any:
+        """Of the cache, see `rkd_jax.models.cache_rows`."""
+        return row_axes(self.model, self.params, self.columns)
+
+    def unrolled(self, cache: Any) -> tuple[Reader, Any]:
+        """The same reader and cache with layers apart, if its model can do that."""
+        if not hasattr(self.model, "unrolled"):
+            return self, cache
+        model, params, cache = self.model.unrolled(self.params, cache)
+        return dataclasses.replace(self, model=model, params=params), cache
 
     def read(
         self, tokens: jax.Array, mask: jax.Array, column: jax.Array, cache: Any
@@ -78,11 +91,36 @@ def prefill(
         segment_ids=prompts.mask.astype(jnp.int32),
         cache=model.init_cache(params, batch, width + new),
     )
-    axes = row_axes(model, params, width + new)
     lengths = jnp.sum(prompts.mask, axis=1, dtype=jnp.int32)
     logits = jnp.repeat(model.unembed(params, hidden[:, -1]), times, axis=0)
-    reader = Reader(model, params, jnp.repeat(lengths, times), axes)
-    return reader, logits, repeat_rows(cache, axes, times)
+    reader = Reader(model, params, jnp.repeat(lengths, times), width + new)
+    return reader, logits, repeat_rows(cache, reader.row_axes, times)
+
+
+def decode(
+    loop: Callable[[Sequence[Reader], Sequence[Any]], Any],
+    readers: Sequence[Reader],
+    caches: Sequence[Any],
+) -> Any:
+    """``loop(readers, caches)``, unrolled where it runs on a CPU.
+
+    The platform is the one the program is compiled for, not the one it is traced on.
+
+    Args:
+        loop: what it returns must not contain the caches.
+        readers: from `prefill`.
+        caches: theirs.
+    """
+
+    def unrolled(caches):
+        pairs = [r.unrolled(c) for r, c in zip(readers, caches, strict=True)]
+        return loop(*zip(*pairs, strict=True))
+
+    if not any(hasattr(reader.model, "unrolled") for reader in readers):
+        return loop(readers, caches)
+    return lax.platform_dependent(
+        tuple(caches), cpu=unrolled, default=lambda caches: loop(readers, caches)
+    )
 
 
 def pad_left(prompts: Prompts) -> Prompts:

@@ -3,7 +3,8 @@
 The whole of it is one compiled program per shape. A prompt is prefilled once and its
 cache repeated for the ``samples_per_prompt`` continuations. The loop leaves as soon as
 every row has ended. How a token is chosen, ties and all, is defined in
-`rkd_jax.models.categorical`.
+`rkd_jax.models.categorical`; two models write together in
+`rkd_jax.models.mixed_sampling`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from rkd_jax.models.decoding import (
     behind_prompts,
     check_eos_ids,
     check_prompts,
+    decode,
     pad_left,
     prefill,
 )
@@ -115,7 +117,8 @@ def make_sampler(
     ``sample`` takes prompts of shape [B, P], padded on either side (or with holes:
     masked columns move to the left, real tokens keep their order), and a PRNG key. The
     draw of prompt b, sample g, column t uses ``rng`` folded with b, g and t, so it
-    depends neither on B and G nor on what other rows hold.
+    depends neither on B and G nor on what other rows hold. Where batches vary in size,
+    `rkd_jax.models.bucketing.bucketed` keeps the shapes few.
 
     ``log_probs`` are taken at ``config.temperature`` over the full vocabulary, or at
     temperature 1 when greedy. ``behaviour_log_probs`` are those of the truncated
@@ -184,8 +187,27 @@ def sample_rows(
     def draw_column(logits, step):
         return draw(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, step))
 
+    def columns(readers, caches):
+        first = draw_column(logits, 0)
+        empty = _Progress(
+            step=jnp.int32(0),
+            drawn=jax.tree.map(lambda x: jnp.zeros((x.size, new), x.dtype), first),
+            ended=jnp.zeros(first.tokens.shape, bool),
+            caches=tuple(caches),
+        )
+        return _loop(
+            config, readers, draw_column, _record(config, empty, first, caches)
+        )
+
+    drawn, ended = decode(columns, readers, caches)
+    return _assemble(voices[0][2], drawn, ended, group)
+
+
+def _loop(config, readers, draw_column, start) -> tuple[Draw, jax.Array]:
+    """The drawn columns [R, T] and the ended rows, from the first column on."""
+
     def unfinished(progress):
-        return (progress.step < new) & ~jnp.all(progress.ended)
+        return (progress.step < config.max_new_tokens) & ~jnp.all(progress.ended)
 
     def advance(progress):
         last = progress.step - 1
@@ -202,16 +224,8 @@ def sample_rows(
         )
         return _record(config, progress, draw_column(logits, progress.step), caches)
 
-    first = draw_column(logits, 0)
-    empty = _Progress(
-        step=jnp.int32(0),
-        drawn=jax.tree.map(lambda x: jnp.zeros((x.size, new), x.dtype), first),
-        ended=jnp.zeros(first.tokens.shape, bool),
-        caches=caches,
-    )
-    start = _record(config, empty, first, caches)
     progress = lax.while_loop(unfinished, advance, start)
-    return _assemble(voices[0][2], progress, group)
+    return progress.drawn, progress.ended
 
 
 def _record(config, progress, draw, caches) -> _Progress:
@@ -228,15 +242,15 @@ def _record(config, progress, draw, caches) -> _Progress:
     )
 
 
-def _assemble(prompts, progress, group) -> Samples:
+def _assemble(prompts, drawn, ended, group) -> Samples:
     """The rows [B * G] as [B, G], behind their prompts."""
     batch = prompts.tokens.shape[0]
-    drawn = jax.tree.map(lambda x: x.reshape(batch, group, -1), progress.drawn)
+    drawn = jax.tree.map(lambda x: x.reshape(batch, group, -1), drawn)
     return Samples(
         sequences=behind_prompts(prompts, drawn.tokens, drawn.mask),
         log_probs=drawn.log_probs,
         behaviour_log_probs=drawn.behaviour_log_probs,
-        ended=progress.ended.reshape(batch, group),
+        ended=ended.reshape(batch, group),
     )
 
 
