@@ -29,6 +29,7 @@ from jax import lax
 
 from rkd_jax.models.api import CausalLM
 from rkd_jax.models.cache_rows import take_rows
+from rkd_jax.models.categorical import largest
 from rkd_jax.models.decoding import (
     Reader,
     any_of,
@@ -246,7 +247,7 @@ def _extend(beam: _Beam, logits, step, eos_ids, length_penalty):
 def _most_probable(logits: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     """Log-probs float32[R, count] and ids int32[R, count] of the likeliest tokens."""
     logits = logits.astype(jnp.float32)
-    best, tokens = lax.top_k(logits, count)
+    best, tokens = largest(logits, count)
     shifted = logits - jnp.expand_dims(best[:, 0], 1)
     total = jnp.sum(jnp.exp(shifted), axis=-1, keepdims=True)
     return best - jnp.expand_dims(best[:, 0], 1) - jnp.log(total), tokens

@@ -48,6 +48,7 @@ def bucketed(
     Raises:
         ValueError: buckets that are not positive and ascending; and from the call, a
             batch without rows, longer or with more rows than the last bucket.
+        TypeError: a call without prompts.
     """
     widths, rows = _ascending("widths", widths), _ascending("rows", rows)
 
@@ -57,8 +58,10 @@ def bucketed(
         return bucket_prompts(value, widths=widths, rows=rows)
 
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        given = (*args, *kwargs.values())
-        count = next(len(x.tokens) for x in given if isinstance(x, Prompts))
+        given = [x for x in (*args, *kwargs.values()) if isinstance(x, Prompts)]
+        if not given:
+            raise TypeError("no argument is a rkd_jax.types.Prompts")
+        count = given[0].tokens.shape[0]
         named = {name: bucket(value) for name, value in kwargs.items()}
         result = run(*(bucket(value) for value in args), **named)
         return jax.tree.map(lambda leaf: np.asarray(leaf)[:count], result)

@@ -78,7 +78,7 @@ def make_mixed_sampler(
         code divides the logarithm of the mixture.
     """
     _check(student, teacher, config, alpha)
-    draw = _mixed_draw(config, alpha)
+    draw = _mixed_draw(config, float(alpha))
 
     @jax.jit
     def generate(student_params, teacher_params, prompts, teacher_prompts, rng):
