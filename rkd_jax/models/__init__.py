@@ -1,8 +1,10 @@
 """Language models as pure functions of their parameters.
 
 `api` is the contract every model fulfils, `decoder` the library's own model, `heads`
-what sits on its states, `surgery` how a student is cut from a teacher. The modules
-`hf_flax` and `sampling` are imported by name.
+what sits on its states, `surgery` how a student is cut from a teacher. Imported by
+name are `hf_flax`, and what writes responses: `sampling`, `mixed_sampling` for two
+models at once, `beam` for the most probable ones, and `bucketing`, which keeps the
+shapes of their batches few.
 """
 
 from rkd_jax.models.api import (

@@ -19,6 +19,7 @@ from rkd_jax.models.attention_kernels import (
 from rkd_jax.models.config import DecoderConfig
 from rkd_jax.models.linear import Dense
 from rkd_jax.models.rope import rotate
+from rkd_jax.models.slots import KeyValue, Slots, attended
 
 _ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -34,8 +35,6 @@ _KEPT = {
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 """What a block that is computed again keeps, by name."""
-
-KeyValue = tuple[jax.Array, jax.Array]
 
 
 class Shared(NamedTuple):
@@ -71,8 +70,8 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, cached: KeyValue | None, shared: Shared
-    ) -> tuple[jax.Array, KeyValue | None]:
+        self, x: jax.Array, cached: KeyValue | Slots | None, shared: Shared
+    ) -> tuple[jax.Array, KeyValue | Slots | None]:
         config = self.config
 
         def heads(name: str, count: int) -> jax.Array:
@@ -92,7 +91,7 @@ class Attention(nn.Module):
             key = RMSNorm(config, name="key_norm")(key)
         query = rotate(query, shared.cos, shared.sin)
         key = rotate(key, shared.cos, shared.sin)
-        mixed = _attend(config, query, key, value, cached, shared)
+        mixed, new = _attend(config, query, key, value, cached, shared)
         out = Dense(
             (config.hidden_size,),
             contracted=2,
@@ -100,7 +99,7 @@ class Attention(nn.Module):
             param_dtype=config.param_dtype,
             name="output",
         )(mixed)
-        return out, None if cached is None else (key, value)
+        return out, new
 
 
 def _attend(
@@ -108,22 +107,20 @@ def _attend(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    cached: KeyValue | None,
+    cached: KeyValue | Slots | None,
     shared: Shared,
-) -> jax.Array:
+) -> tuple[jax.Array, KeyValue | Slots | None]:
     """By a kernel where segments are all there is to know, else by the bias."""
+    keys, values, new = attended(cached, key, value)
     name = choose(config.attention, query.shape[1], has_cache=cached is not None)
     if name in KERNELS:
         attend = functools.partial(KERNELS[name], window=config.sliding_window)
         rest = key, value, shared.segment_ids
     else:
-        keys, values = (key,), (value,)
-        if cached is not None:
-            keys, values = (cached[0], key), (cached[1], value)
         attend, rest = grouped_attention, (keys, values, shared.bias)
     if config.remat == "attention" and name in HOLD_SCORES:
         attend = jax.checkpoint(attend, prevent_cse=False)
-    return attend(query, *rest)
+    return attend(query, *rest), new
 
 
 class MLP(nn.Module):
@@ -155,8 +152,8 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, hidden: jax.Array, cached: KeyValue | None, shared: Shared
-    ) -> tuple[jax.Array, KeyValue | None]:
+        self, hidden: jax.Array, cached: KeyValue | Slots | None, shared: Shared
+    ) -> tuple[jax.Array, KeyValue | Slots | None]:
         normed = RMSNorm(self.config, name="attention_norm")(hidden)
         update, new = Attention(self.config, name="attention")(normed, cached, shared)
         hidden = hidden + update

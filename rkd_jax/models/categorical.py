@@ -102,8 +102,50 @@ def draw_tokens(weights: jax.Array, keys: jax.Array) -> jax.Array:
     uniform = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
 
     block = _first_beyond(jnp.sum(blocks, axis=-1), uniform[:, 0])
-    inside = jnp.take_along_axis(blocks, block.reshape(rows, 1, 1), axis=1)[:, 0]
-    return block * width + _first_beyond(inside, uniform[:, 1])
+    first = jnp.expand_dims(block * width, 1)
+    # Read from the weights as they came: two readers of the padded ones would have them
+    # padded twice.
+    inside = jnp.take_along_axis(
+        weights,
+        first + jnp.expand_dims(jnp.arange(width, dtype=jnp.int32), 0),
+        axis=1,
+        mode="fill",
+        fill_value=0.0,
+    )
+    return first[:, 0] + _first_beyond(inside, uniform[:, 1])
+
+
+def largest(values: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """The ``count`` largest entries of each row, falling; of equal ones the first.
+
+    As `jax.lax.top_k`, which on a CPU costs tens of times as much as reading the row.
+    An entry can only be among the largest if its block of about sqrt(V) is among the
+    ``count`` blocks of largest maximum, so it is enough to order maxima, and then the
+    entries of those blocks.
+
+    Args:
+        values: float32[R, V]; -inf is a value like others.
+        count: in 1 .. V.
+
+    Returns:
+        the values float32[R, count] and their indices int32[R, count].
+    """
+    chex.assert_rank(values, 2)
+    rows, size = values.shape
+    width = math.isqrt(size - 1) + 1
+    blocks = -(-size // width)
+    if count >= blocks:
+        return lax.top_k(values, count)
+    # Padding ties with -inf at most, and then comes last.
+    missing = blocks * width - size
+    padded = jnp.pad(values, ((0, 0), (0, missing)), constant_values=-jnp.inf)
+    padded = padded.reshape(rows, blocks, width)
+    # In their own order, so that the first of equal entries comes first here as well.
+    chosen = jnp.sort(lax.top_k(jnp.max(padded, axis=-1), count)[1], axis=-1)
+    inside = jnp.take_along_axis(padded, jnp.expand_dims(chosen, 2), axis=1)
+    best, places = lax.top_k(inside.reshape(rows, count * width), count)
+    block = jnp.take_along_axis(chosen, places // width, axis=1)
+    return best, block * width + places % width
 
 
 def _first_beyond(weights: jax.Array, uniform: jax.Array) -> jax.Array:

@@ -1,7 +1,8 @@
 """A decoder-only transformer: Llama, Mistral, SmolLM, Qwen2, Qwen3 and Gemma shapes.
 
 One block is written once and scanned over stacked parameters, so tracing and compiling
-take the same time for 2 layers and for 80. Parameters are a plain nested dict, in which
+take the same time for 2 layers and for 80; the exception is decoding on a CPU
+(`rkd_jax.models.unrolled`). Parameters are a plain nested dict, in which
 every leaf under "layers" has a leading axis of layers::
 
     {"embed": {"embedding": [V, D]},
@@ -36,6 +37,12 @@ from rkd_jax.models.blocks import KeyValue, Shared, Trunk
 from rkd_jax.models.config import DecoderConfig
 from rkd_jax.models.linear import project
 from rkd_jax.models.rope import RopeScaling, rope_frequencies, rope_table
+from rkd_jax.models.unrolled import (
+    LayerCaches,
+    UnrolledDecoder,
+    unrolled_caches,
+    unrolled_params,
+)
 from rkd_jax.types import Params, struct
 
 __all__ = ["Decoder", "DecoderConfig", "KVCache", "RopeScaling"]
@@ -185,6 +192,15 @@ class Decoder:
             segment_ids=jnp.zeros((batch_size, length), jnp.int32),
             index=jnp.zeros((), jnp.int32),
         )
+
+    def unrolled(
+        self, params: Params, cache: KVCache
+    ) -> tuple[UnrolledDecoder, Params, LayerCaches]:
+        """The same model, parameters and cache as a decode loop on a CPU wants them.
+
+        See `rkd_jax.models.unrolled`.
+        """
+        return UnrolledDecoder(self), unrolled_params(params), unrolled_caches(cache)
 
     def logical_axes(self) -> Params:
         """Names of the axes of every parameter: a tuple of names per leaf of `init`.

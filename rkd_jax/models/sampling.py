@@ -3,23 +3,32 @@
 The whole of it is one compiled program per shape. A prompt is prefilled once and its
 cache repeated for the ``samples_per_prompt`` continuations. The loop leaves as soon as
 every row has ended. How a token is chosen, ties and all, is defined in
-`rkd_jax.models.categorical`.
+`rkd_jax.models.categorical`; two models write together in
+`rkd_jax.models.mixed_sampling`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-from rkd_jax.models.api import CausalLM, positions_from_mask
+from rkd_jax.models.api import CausalLM
 from rkd_jax.models.categorical import draw_tokens, truncate
+from rkd_jax.models.decoding import (
+    any_of,
+    behind_prompts,
+    check_eos_ids,
+    check_prompts,
+    decode,
+    pad_left,
+    prefill,
+)
 from rkd_jax.types import Params, Prompts, Sequences, struct
 
 
@@ -81,7 +90,7 @@ class Samples:
 
 
 @struct
-class _Draw:
+class Draw:
     """One token per row: R = B * G rows, or [R, T] once collected."""
 
     tokens: jax.Array  # int32[R]
@@ -95,9 +104,9 @@ class _Progress:
     """What the decode loop carries."""
 
     step: jax.Array  # int32[], columns drawn so far
-    drawn: _Draw  # [R, T]
+    drawn: Draw  # [R, T]
     ended: jax.Array  # bool[R]
-    cache: Any
+    caches: tuple[Any, ...]  # of the models that read along
 
 
 def make_sampler(
@@ -108,7 +117,8 @@ def make_sampler(
     ``sample`` takes prompts of shape [B, P], padded on either side (or with holes:
     masked columns move to the left, real tokens keep their order), and a PRNG key. The
     draw of prompt b, sample g, column t uses ``rng`` folded with b, g and t, so it
-    depends neither on B and G nor on what other rows hold.
+    depends neither on B and G nor on what other rows hold. Where batches vary in size,
+    `rkd_jax.models.bucketing.bucketed` keeps the shapes few.
 
     ``log_probs`` are taken at ``config.temperature`` over the full vocabulary, or at
     temperature 1 when greedy. ``behaviour_log_probs`` are those of the truncated
@@ -129,143 +139,156 @@ def make_sampler(
             are not [B, P], P + T beyond the model's context, a prompt without a token
             (the last not checked while tracing).
     """
-    beyond = [i for i in config.eos_ids if not 0 <= i < model.config.vocab_size]
-    if beyond:
-        raise ValueError(
-            f"eos_ids {beyond} lie outside the vocabulary of {model.config.vocab_size}"
-        )
+    check_eos_ids(config.eos_ids, model.config.vocab_size)
+
+    def draw(logits, keys):
+        return _draw(config, logits[0], keys)
 
     @jax.jit
     def generate(params, prompts, rng):
-        params = lax.stop_gradient(params)
-        return _generate(model, config, params, _pad_left(prompts), rng)
+        return sample_rows(config, ((model, params, prompts),), draw, rng)
 
     def sample(params: Params, prompts: Prompts, rng: jax.Array) -> Samples:
-        _check_prompts(prompts, config.max_new_tokens, model.config.max_length)
+        check_prompts(prompts, config.max_new_tokens, model.config.max_length)
         return generate(params, prompts, rng)
 
     return sample
 
 
-def _generate(model, config, params, prompts, rng) -> Samples:
-    batch, width = prompts.tokens.shape
-    group, new = config.samples_per_prompt, config.max_new_tokens
-    keys = _row_keys(rng, batch, group)
-    lengths = jnp.repeat(jnp.sum(prompts.mask, axis=1, dtype=jnp.int32), group)
+def sample_rows(
+    config: SamplingConfig,
+    voices: Sequence[tuple[CausalLM, Params, Prompts]],
+    draw: Callable[[tuple[jax.Array, ...], jax.Array], Draw],
+    rng: jax.Array,
+) -> Samples:
+    """The decode loop of one or more models that read the same responses; traceable.
+
+    Args:
+        config: its columns, samples per prompt and EOS ids.
+        voices: model, parameters and prompts [B, P]; the prompts of the first one come
+            back in the result. B is the same for all, P may differ.
+        draw: one token per row from the voices' logits, float32[R, V] each, and keys
+            [R]; R = B * G.
+        rng: key.
+
+    Returns:
+        `Samples`. No gradient flows to any parameters.
+    """
+    voices = [
+        (model, lax.stop_gradient(params), pad_left(prompts))
+        for model, params, prompts in voices
+    ]
+    new, group = config.max_new_tokens, config.samples_per_prompt
+    keys = _row_keys(rng, voices[0][2].tokens.shape[0], group)
+    readers, logits, caches = zip(
+        *(prefill(*voice, new=new, times=group) for voice in voices), strict=True
+    )
+
+    def draw_column(logits, step):
+        return draw(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, step))
+
+    def columns(readers, caches):
+        first = draw_column(logits, 0)
+        empty = _Progress(
+            step=jnp.int32(0),
+            drawn=jax.tree.map(lambda x: jnp.zeros((x.size, new), x.dtype), first),
+            ended=jnp.zeros(first.tokens.shape, bool),
+            caches=tuple(caches),
+        )
+        return _loop(
+            config, readers, draw_column, _record(config, empty, first, caches)
+        )
+
+    drawn, ended = decode(columns, readers, caches)
+    return _assemble(voices[0][2], drawn, ended, group)
+
+
+def _loop(config, readers, draw_column, start) -> tuple[Draw, jax.Array]:
+    """The drawn columns [R, T] and the ended rows, from the first column on."""
 
     def unfinished(progress):
-        return (progress.step < new) & ~jnp.all(progress.ended)
+        return (progress.step < config.max_new_tokens) & ~jnp.all(progress.ended)
 
     def advance(progress):
         last = progress.step - 1
-        column = lax.dynamic_slice_in_dim
-        hidden, cache = model.hidden(
-            params,
-            column(progress.drawn.tokens, last, 1, axis=1),
-            positions=jnp.expand_dims(lengths + last, 1),
-            segment_ids=column(progress.drawn.mask, last, 1, axis=1).astype(jnp.int32),
-            cache=progress.cache,
+        tokens, mask = (
+            lax.dynamic_index_in_dim(x, last, axis=1, keepdims=False)
+            for x in (progress.drawn.tokens, progress.drawn.mask)
         )
-        logits = model.unembed(params, hidden[:, -1])
-        draw = _draw(config, logits, keys, progress.step)
-        return _record(config, progress, draw, cache)
+        logits, caches = zip(
+            *(
+                reader.read(tokens, mask, last, cache)
+                for reader, cache in zip(readers, progress.caches, strict=True)
+            ),
+            strict=True,
+        )
+        return _record(config, progress, draw_column(logits, progress.step), caches)
 
-    logits, cache = _prefill(model, params, prompts, width + new)
-    cache = _repeat_rows(model, params, cache, width + new, group)
-    first = _draw(config, jnp.repeat(logits, group, axis=0), keys, 0)
-    empty = _Progress(
-        step=jnp.int32(0),
-        drawn=jax.tree.map(lambda x: jnp.zeros((x.size, new), x.dtype), first),
-        ended=jnp.zeros(batch * group, dtype=bool),
-        cache=cache,
-    )
-    start = _record(config, empty, first, cache)
-    return _assemble(prompts, lax.while_loop(unfinished, advance, start), group)
+    progress = lax.while_loop(unfinished, advance, start)
+    return progress.drawn, progress.ended
 
 
-def _record(config, progress, draw, cache) -> _Progress:
+def _record(config, progress, draw, caches) -> _Progress:
     """Append a column: blank in rows that had ended, EOS ends the others."""
     alive = ~progress.ended
     draw = jax.tree.map(lambda x: jnp.where(alive, x, jnp.zeros_like(x)), draw)
-    ends = jnp.zeros_like(alive)
-    for eos in config.eos_ids:
-        ends = ends | (draw.tokens == eos)
     return _Progress(
         step=progress.step + 1,
         drawn=jax.tree.map(
             lambda columns, x: columns.at[:, progress.step].set(x), progress.drawn, draw
         ),
-        ended=progress.ended | ends,
-        cache=cache,
+        ended=progress.ended | (alive & any_of(draw.tokens, config.eos_ids)),
+        caches=caches,
     )
 
 
-def _assemble(prompts, progress, group) -> Samples:
+def _assemble(prompts, drawn, ended, group) -> Samples:
     """The rows [B * G] as [B, G], behind their prompts."""
-    batch, width = prompts.tokens.shape
-    shape = (batch, group, width)
-    prompts = jax.tree.map(
-        lambda x: jnp.broadcast_to(jnp.expand_dims(x, 1), shape), prompts
-    )
-    drawn = jax.tree.map(lambda x: x.reshape(batch, group, -1), progress.drawn)
+    batch = prompts.tokens.shape[0]
+    drawn = jax.tree.map(lambda x: x.reshape(batch, group, -1), drawn)
     return Samples(
-        sequences=Sequences(
-            tokens=jnp.concatenate([prompts.tokens, drawn.tokens], axis=-1),
-            token_mask=jnp.concatenate([prompts.mask, drawn.mask], axis=-1),
-            response_mask=drawn.mask,
-        ),
+        sequences=behind_prompts(prompts, drawn.tokens, drawn.mask),
         log_probs=drawn.log_probs,
         behaviour_log_probs=drawn.behaviour_log_probs,
-        ended=progress.ended.reshape(batch, group),
+        ended=ended.reshape(batch, group),
     )
 
 
-def _prefill(model, params, prompts, length):
-    """Logits [B, V] of the first response token, and a cache that holds the prompt."""
-    hidden, cache = model.hidden(
-        params,
-        prompts.tokens,
-        positions=positions_from_mask(prompts.mask),
-        segment_ids=prompts.mask.astype(jnp.int32),
-        cache=model.init_cache(params, prompts.tokens.shape[0], length),
-    )
-    return model.unembed(params, hidden[:, -1]), cache
+class Softmax(NamedTuple):
+    """A softmax before its division, float32; see `tempered`."""
+
+    scaled: jax.Array  # [R, V], logits over temperature, 0 at the largest of a row
+    weights: jax.Array  # [R, V], their exponentials, in [0, 1]
+    total: jax.Array  # [R], the sums of these
 
 
-def _repeat_rows(model, params, cache, length, times):
-    """Repeat every row of any model's cache: B rows become B * times.
-
-    Which axis of a leaf is the batch is read off the shapes: the one that grows when
-    the model is asked for a cache of one more row. A leaf without one is shared.
-    """
-    one, two = (
-        jax.eval_shape(lambda p, rows=rows: model.init_cache(p, rows, length), params)
-        for rows in (1, 2)
-    )
-
-    def repeat(leaf, small, large):
-        grown = [i for i in range(small.ndim) if small.shape[i] != large.shape[i]]
-        return jnp.repeat(leaf, times, axis=grown[0]) if grown else leaf
-
-    return cache if times == 1 else jax.tree.map(repeat, cache, one, two)
-
-
-def _draw(config, logits, keys, step) -> _Draw:
-    """One token per row from ``logits`` [R, V], and its two log-probs."""
-    greedy = config.temperature == 0.0
-    scaled = logits.astype(jnp.float32) / (1.0 if greedy else config.temperature)
+def tempered(logits: jax.Array, temperature: float) -> Softmax:
+    """``softmax(logits / temperature)`` of float[R, V], temperature positive."""
+    scaled = logits.astype(jnp.float32) / temperature
     scaled = scaled - jnp.max(scaled, axis=-1, keepdims=True)
     weights = jnp.exp(scaled)
+    return Softmax(scaled, weights, jnp.sum(weights, axis=-1))
+
+
+def entry(values: jax.Array, tokens: jax.Array) -> jax.Array:
+    """``values[r, tokens[r]]``, [R]."""
+    return jnp.take_along_axis(values, jnp.expand_dims(tokens, 1), axis=1)[:, 0]
+
+
+def _draw(config, logits, keys) -> Draw:
+    """One token per row from ``logits`` [R, V], and its two log-probs."""
+    greedy = config.temperature == 0.0
+    policy = tempered(logits, 1.0 if greedy else config.temperature)
     if greedy:
-        tokens = jnp.argmax(scaled, axis=-1).astype(jnp.int32)
+        tokens = jnp.argmax(policy.scaled, axis=-1).astype(jnp.int32)
     else:
-        kept = truncate(weights, top_k=config.top_k, top_p=config.top_p)
-        tokens = draw_tokens(kept, jax.vmap(jax.random.fold_in, (0, None))(keys, step))
-    chosen = jnp.take_along_axis(scaled, jnp.expand_dims(tokens, 1), axis=1)[:, 0]
-    return _Draw(
+        kept = truncate(policy.weights, top_k=config.top_k, top_p=config.top_p)
+        tokens = draw_tokens(kept, keys)
+    chosen = entry(policy.scaled, tokens)
+    return Draw(
         tokens=tokens,
         mask=jnp.ones_like(tokens, dtype=bool),
-        log_probs=chosen - jnp.log(jnp.sum(weights, axis=-1)),
+        log_probs=chosen - jnp.log(policy.total),
         behaviour_log_probs=(
             jnp.zeros_like(chosen)
             if greedy
@@ -279,32 +302,3 @@ def _row_keys(rng, batch, group):
     per_prompt = jax.vmap(lambda b: jax.random.fold_in(rng, b))(jnp.arange(batch))
     fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
     return fold(per_prompt, jnp.arange(group)).reshape(batch * group)
-
-
-def _pad_left(prompts: Prompts) -> Prompts:
-    """Masked columns first, order kept: the identity on left-padded prompts."""
-    order = jnp.argsort(prompts.mask, axis=1, stable=True)
-    return jax.tree.map(lambda x: jnp.take_along_axis(x, order, axis=1), prompts)
-
-
-def _check_prompts(prompts: Prompts, new: int, context: int) -> None:
-    shape = prompts.tokens.shape
-    if len(shape) != 2 or prompts.mask.shape != shape:
-        raise ValueError(
-            f"prompts must be [B, P]: tokens {shape}, mask {prompts.mask.shape}"
-        )
-    if shape[1] + new > context:
-        raise ValueError(
-            f"prompt width {shape[1]} + max_new_tokens {new} exceeds the model's "
-            f"context of {context}: shorten one of them"
-        )
-    mask = prompts.mask
-    if isinstance(mask, jax.core.Tracer) or not getattr(
-        mask, "is_fully_addressable", True
-    ):
-        return
-    empty = np.flatnonzero(~np.asarray(mask).any(axis=1))
-    if empty.size:
-        raise ValueError(
-            f"prompt {empty[0]} has no token: give it at least one (for example BOS)"
-        )

@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from rkd_jax.models.categorical import _first_beyond, draw_tokens, truncate
+from rkd_jax.models.categorical import (
+    _first_beyond,
+    draw_tokens,
+    largest,
+    truncate,
+)
 
 draw = jax.jit(draw_tokens)
 cut = jax.jit(truncate, static_argnames=("top_k", "top_p"))
@@ -104,3 +109,19 @@ def test_a_row_depends_on_its_own_key_and_weights_only():
     together = draw(weights, keys)
     alone = [draw(weights[i : i + 1], keys[i : i + 1])[0] for i in (0, 7, 15)]
     assert [int(t) for t in alone] == [int(together[i]) for i in (0, 7, 15)]
+
+
+@pytest.mark.parametrize("size", [1, 2, 37, 1009])
+def test_the_largest_entries_in_falling_order_and_of_equal_ones_the_first(size):
+    random = np.random.default_rng(6)
+    values = random.normal(size=(4, size)).astype(np.float32)
+    values[1] = np.round(values[1])  # many ties
+    values[2, random.random(size) < 0.9] = -np.inf
+    values[3] = 0.0
+    order = np.argsort(-values, axis=1, kind="stable")
+    for count in {1, min(3, size), min(31, size), size}:
+        best, places = jax.jit(largest, static_argnums=1)(jnp.asarray(values), count)
+        np.testing.assert_array_equal(places, order[:, :count])
+        np.testing.assert_array_equal(
+            best, np.take_along_axis(values, order[:, :count], axis=1)
+        )

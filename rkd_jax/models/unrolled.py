@@ -1,0 +1,124 @@
+"""A decoder prepared for decoding on a CPU: weights and caches of every layer apart.
+
+A scan over stacked layers hands each one a slice of the weights and of the cache, and
+on a CPU a slice is a copy: every step of decoding would copy the trunk, and the whole
+cache, transposed. Here the weights are cut once, before the loop. Keys are written into
+their slot in place and then read where they are, in the order of axes in which the
+products read. The price is memory, a second trunk while the loop runs, and compiling in
+proportion to the layers; platforms whose products read a slice in place need not pay
+it, which is why the decode loops do this on CPUs only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from rkd_jax.models.attention import attention_bias
+from rkd_jax.models.blocks import Block, Embed, RMSNorm
+from rkd_jax.models.config import DecoderConfig
+from rkd_jax.models.slots import Slots
+from rkd_jax.types import Params, struct
+
+
+@struct
+class LayerCaches:
+    """`rkd_jax.models.decoder.KVCache` with an array per layer, heads before slots."""
+
+    keys: tuple[jax.Array, ...]  # compute dtype [B, Hkv, S, Dh] of each layer
+    values: tuple[jax.Array, ...]  # compute dtype [B, Hkv, S, Dh] of each layer
+    segment_ids: jax.Array  # int32[B, S]; 0 on empty slots and on padding
+    index: jax.Array  # int32[], the next free slot
+
+
+@dataclasses.dataclass(frozen=True)
+class UnrolledDecoder:
+    """The part of `rkd_jax.models.api.CausalLM` that a decode loop calls.
+
+    Parameters are those of the decoder with a tuple of layers in place of the stack.
+    Equal to the decoder's own steps up to rounding.
+    """
+
+    decoder: Any  # rkd_jax.models.decoder.Decoder, which makes these
+
+    @property
+    def config(self) -> DecoderConfig:
+        return self.decoder.config
+
+    def hidden(
+        self,
+        params: Params,
+        tokens: jax.Array,
+        *,
+        positions: jax.Array,
+        segment_ids: jax.Array,
+        cache: LayerCaches,
+    ) -> tuple[jax.Array, LayerCaches]:
+        """As `Decoder.hidden` with a cache; nothing is optional here."""
+        config, start = self.config, cache.index
+        zero = jnp.zeros_like(start)
+        tokens = jnp.where(segment_ids == 0, 0, tokens)
+        segments = lax.dynamic_update_slice(
+            cache.segment_ids, segment_ids, (zero, start)
+        )
+        columns = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+        bias = attention_bias(
+            segment_ids,
+            segments,
+            start + columns,
+            jnp.arange(segments.shape[1], dtype=jnp.int32),
+            window=config.sliding_window,
+            dtype=config.accumulator,
+        )
+        shared = self.decoder._shared(positions, segment_ids, None)._replace(bias=bias)
+        hidden = Embed(config).apply({"params": params["embed"]}, tokens)
+        written = []
+        for layer, keys, values in zip(
+            params["layers"], cache.keys, cache.values, strict=True
+        ):
+            slots = Slots(keys, values, start)
+            hidden, slots = Block(config).apply(
+                {"params": layer}, hidden, slots, shared
+            )
+            written.append(slots)
+        hidden = RMSNorm(config).apply({"params": params["final_norm"]}, hidden)
+        return hidden, LayerCaches(
+            keys=tuple(slots.keys for slots in written),
+            values=tuple(slots.values for slots in written),
+            segment_ids=segments,
+            index=start + tokens.shape[1],
+        )
+
+    def unembed(self, params: Params, hidden: jax.Array) -> jax.Array:
+        """As `Decoder.unembed`."""
+        return self.decoder.unembed(params, hidden)
+
+    def init_cache(self, params: Params, batch_size: int, length: int) -> LayerCaches:
+        """As `Decoder.init_cache`."""
+        return unrolled_caches(self.decoder.init_cache(params, batch_size, length))
+
+
+def unrolled_params(params: Params) -> Params:
+    """A decoder's parameters with a tuple of layers in place of the stack."""
+    return {**params, "layers": _unstacked(params["layers"])}
+
+
+def unrolled_caches(cache: Any) -> LayerCaches:
+    """A decoder's cache with an array per layer."""
+    keys, values = (
+        tuple(jnp.swapaxes(layer, 1, 2) for layer in _unstacked(stack))
+        for stack in (cache.keys, cache.values)
+    )
+    return LayerCaches(keys, values, cache.segment_ids, cache.index)
+
+
+def _unstacked(tree: Any) -> tuple[Any, ...]:
+    count = jax.tree.leaves(tree)[0].shape[0]
+    return tuple(
+        jax.tree.map(lambda x, i=i: lax.index_in_dim(x, i, keepdims=False), tree)
+        for i in range(count)
+    )

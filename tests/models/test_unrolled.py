@@ -1,0 +1,95 @@
+"""Decoding with the layers apart: the decoder's own numbers, and only on CPUs."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rkd_jax.models.decoder import Decoder
+from rkd_jax.models.sampling import SamplingConfig, make_sampler
+from rkd_jax.types import Prompts
+from tests.models.reference import GEMMA, LLAMA, QWEN, random_params
+
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
+L = 9
+TOKENS = np.random.default_rng(0).integers(0, 37, (2, L)).astype(np.int32)
+SEGMENTS = np.array([[0, 0, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 0, 0]])
+POSITIONS = np.maximum(np.cumsum(SEGMENTS, axis=1) - 1, 0).astype(np.int32)
+
+
+@pytest.mark.parametrize("config", [LLAMA, QWEN, GEMMA], ids=["llama", "qwen", "gemma"])
+def test_columns_one_by_one_equal_the_decoder(config):
+    model, params = Decoder(config), random_params(config)
+    segments = SEGMENTS.astype(np.int32)
+
+    @jax.jit
+    def compare(params):
+        def extend(model, params, cache, start, stop):
+            columns = np.s_[:, start:stop]
+            return model.hidden(
+                params,
+                TOKENS[columns],
+                positions=POSITIONS[columns],
+                segment_ids=segments[columns],
+                cache=cache,
+            )
+
+        cache = model.init_cache(params, 2, L + 3)
+        _, cache = extend(model, params, cache, 0, 4)
+        other, layers, caches = model.unrolled(params, cache)
+        pairs = []
+        for start, stop in ((4, 5), (5, 7), (7, 8), (8, 9)):
+            stacked, cache = extend(model, params, cache, start, stop)
+            apart, caches = extend(other, layers, caches, start, stop)
+            pairs.append((stacked, apart))
+        return pairs, cache, caches, other.unembed(layers, apart[:, -1])
+
+    pairs, cache, caches, logits = compare(params)
+    for stacked, apart in pairs:
+        np.testing.assert_allclose(apart, stacked, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(caches.segment_ids, cache.segment_ids)
+    assert int(caches.index) == int(cache.index) == L
+    for name in ("keys", "values"):
+        rejoined = np.stack(
+            [x.swapaxes(1, 2) for x in map(np.asarray, caches.__dict__[name])]
+        )
+        np.testing.assert_allclose(rejoined, getattr(cache, name), atol=1e-5)
+    own = model.unembed(params, pairs[-1][0][:, -1])
+    np.testing.assert_allclose(logits, own, rtol=1e-4, atol=1e-4)
+
+
+def test_stale_slots_are_not_seen():
+    """A cache whose index was set back, as a decode loop's never is."""
+    model, params = Decoder(LLAMA), random_params(LLAMA)
+    cache = model.init_cache(params, 2, L)
+    _, cache = model.hidden(params, TOKENS, cache=cache)
+    rewound = dataclasses.replace(cache, index=jnp.int32(6))
+    other, layers, caches = model.unrolled(params, rewound)
+    arguments = {
+        "positions": np.full((2, 1), 6, np.int32),
+        "segment_ids": np.ones((2, 1), np.int32),
+    }
+    stacked, _ = model.hidden(params, TOKENS[:, :1], cache=rewound, **arguments)
+    apart, _ = other.hidden(layers, TOKENS[:, :1], cache=caches, **arguments)
+    np.testing.assert_allclose(apart, stacked, rtol=1e-5, atol=1e-5)
+
+
+def test_the_program_for_a_cpu_has_the_layers_apart_and_others_have_not():
+    model = Decoder(LLAMA)
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    sample = make_sampler(model, SamplingConfig(5))
+    prompts = Prompts(TOKENS[:, :6], np.ones((2, 6), bool))
+    traced = jax.jit(lambda p, k: sample(p, prompts, k)).trace(
+        params, jax.eval_shape(lambda: jax.random.key(0))
+    )
+    apart, stacked = "tensor<2x2x11x4xf32>", "tensor<3x2x11x2x4xf32>"
+    texts = {
+        platform: traced.lower(lowering_platforms=(platform,)).as_text()
+        for platform in ("cpu", "tpu")
+    }
+    assert apart in texts["cpu"]
+    assert apart not in texts["tpu"]
+    assert stacked in texts["tpu"]
