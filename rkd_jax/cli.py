@@ -293,7 +293,7 @@ def _summary(folder: Path, manifest: Manifest) -> str:
         f"{count} skipped ({reason})" for reason, count in manifest.skipped.items()
     ]
     parts = [
-        f"{manifest.records} records",
+        f"{manifest.records} record{'s' * (manifest.records != 1)}",
         *left_out,
         f"{manifest.tokens:,} tokens",
         f"{manifest.bytes / 1e6:.1f} MB",

@@ -1,12 +1,14 @@
 """A cache of a teacher that can be computed by hand, and a process that writes it.
 
-``python -m tests.signals.tiny_cache FOLDER [kill=N]`` writes the cache; the process
-kills itself at its N-th event. Events are: the oracle was asked (before every batch), a
+``python -m tests.signals.tiny_cache FOLDER [kill=N | disk=BYTES]`` writes the cache.
+The process kills itself at its N-th event, or makes files above a size fail as a full
+disk does. Events are: the oracle was asked (before every batch), a
 file is about to take its final name, a file has taken it. Every prompt that the oracle
 was asked about is a line of ``FOLDER.asked``.
 """
 
 import os
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -14,11 +16,18 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from rkd_jax.data.collate import collate
 from rkd_jax.data.records import DemonstrationRecord, PreferenceRecord
-from rkd_jax.data.tokenize import TokenizeConfig
+from rkd_jax.data.tokenize import TokenizeConfig, tokenize_record
 from rkd_jax.data.tokenizer import byte_tokenizer
 from rkd_jax.signals import cache_manifest, cache_shards
-from rkd_jax.signals.cache import CacheSettings, CacheWriter, ShapingSettings, Source
+from rkd_jax.signals.cache import (
+    CacheSettings,
+    CacheWriter,
+    ShapingSettings,
+    Source,
+    TeacherCache,
+)
 from tests.evaluation.bigram import Bigram
 
 TOKENIZER = byte_tokenizer()
@@ -32,6 +41,8 @@ SETTINGS = CacheSettings(
     reference=True,
     oracle="length",
 )
+LISTS = CacheSettings(top_k=TOP, log_prob_dtype="float32")
+REWARDS = CacheSettings(top_k=None, oracle="length")
 _WORDS = ("a", "bcd", "efghij", "kl", "mnopqrstuvw", "x", "yz!")
 
 
@@ -84,9 +95,25 @@ def writer(folder, records, settings=SETTINGS, *, oracle=length, **options):
     )
 
 
-def _main(folder: str, trouble: str = "kill=0") -> None:
+def batch_of(records, rows=ROWS, numbers=None):
+    """Some records, all if no numbers are given."""
+    numbers = range(len(records)) if numbers is None else numbers
+    return collate(
+        [tokenize_record(records[i], TOKENIZER, rows, i) for i in numbers], rows
+    )
+
+
+def open_cache(folder, rows=ROWS, **options):
+    return TeacherCache(folder, tokenizer=TOKENIZER, rows=rows, **options)
+
+
+def _main(folder: str, trouble: str = "none=0") -> None:
     jax.config.update("jax_disable_most_optimizations", True)
-    left = [int(trouble.removeprefix("kill="))]
+    kind, number = trouble.split("=")
+    left = [int(number) if kind == "kill" else 0]
+    if kind == "disk":
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(number), int(number)))
 
     def event():
         left[0] -= 1
@@ -99,8 +126,8 @@ def _main(folder: str, trouble: str = "kill=0") -> None:
         event()
         return length(prompts, responses)
 
-    class Moved:
-        """`os` whose renaming is watched."""
+    class Watched:
+        """`os`, whose renaming is an event."""
 
         def __getattr__(self, name):
             return getattr(os, name)
@@ -110,8 +137,11 @@ def _main(folder: str, trouble: str = "kill=0") -> None:
             os.replace(*names)
             event()
 
-    cache_manifest.os = cache_shards.os = Moved()
-    writer(folder, demonstrations(), oracle=asked).write()
+    cache_manifest.os = cache_shards.os = Watched()
+    try:
+        writer(folder, demonstrations(), oracle=asked).write()
+    except CacheError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
