@@ -22,6 +22,7 @@ from rkd_jax.data.tokenize import TokenizeConfig, tokenize_record
 from rkd_jax.data.tokenizer import byte_tokenizer
 from rkd_jax.signals import cache_manifest, cache_shards
 from rkd_jax.signals.cache import (
+    CacheError,
     CacheSettings,
     CacheWriter,
     ShapingSettings,
