@@ -159,7 +159,10 @@ class TeacherCache:
         try:
             payloads = self.source.__getitems__([n.__index__() for n in numbers])
         except RuntimeError as error:
-            raise CacheError(f"{self.path}: damaged: {error}") from error
+            raise CacheError(
+                f"{self._damaged(numbers)}: damaged: {error}; delete this file and "
+                "write the cache again, which restores it alone"
+            ) from error
         return [unpack_record(x, self.settings, lists=lists) for x in payloads]
 
     def topk(self, batch: Batch) -> TopkSignal:
@@ -277,6 +280,16 @@ class TeacherCache:
             "changed, or max_response exceeds the cache's "
             f"{self.manifest.max_response}"
         )
+
+    def _damaged(self, numbers: Sequence[SupportsIndex]) -> Path:
+        """The file that a record cannot be read from."""
+        for number in numbers:
+            try:
+                self.source[number]
+            except RuntimeError:
+                shard = number.__index__() // self.manifest.shard_records
+                return self.path / self.manifest.shards[shard].file
+        return self.path
 
     def _lacks(self, what: str) -> str:
         return f"{self.path} holds no {what}; it was written without"

@@ -122,13 +122,13 @@ def pack_numbers(values: np.ndarray) -> bytes:
         values.size * (r + 1) + int((values >> r).sum()) for r in range(_MOST_BITS)
     ]
     r = int(np.argmin(sizes))
-    low = (values[:, None] >> np.arange(r)[None]) & 1
+    octets = values.astype("<u4").view(np.uint8).reshape(-1, 4)
+    low = np.unpackbits(octets, axis=1, bitorder="little")[:, :r]
     ends = np.cumsum((values >> r) + 1)
     unary = np.zeros(ends[-1] if values.size else 0, np.uint8)
     unary[ends - 1] = 1
-    unary = np.packbits(unary).tobytes()
-    header = _PLANE.pack(r, len(unary))
-    return header + np.packbits(low.astype(np.uint8)).tobytes() + unary
+    low, unary = (np.packbits(x, bitorder="little").tobytes() for x in (low, unary))
+    return _PLANE.pack(r, len(unary)) + low + unary
 
 
 def unpack_numbers(data: bytes, count: int, offset: int) -> tuple[np.ndarray, int]:
@@ -141,15 +141,17 @@ def unpack_numbers(data: bytes, count: int, offset: int) -> tuple[np.ndarray, in
         r, size = _PLANE.unpack_from(data, offset)
     except struct.error as error:
         raise ValueError(f"numbers cut short: {error}") from None
-    offset += _PLANE.size
-    low, offset = _take(data, offset, -(-count * r // 8), np.uint8)
+    low, offset = _take(data, offset + _PLANE.size, -(-count * r // 8), np.uint8)
     unary, offset = _take(data, offset, size, np.uint8)
-    ends = np.flatnonzero(np.unpackbits(unary))
+    ends = np.flatnonzero(np.unpackbits(unary, bitorder="little"))
     if len(ends) != count or r >= _MOST_BITS:
         raise ValueError(f"{len(ends)} numbers where {count} were stored")
-    bits = np.unpackbits(low, count=count * r).reshape(count, r)
-    low = bits.astype(np.int64) @ (1 << np.arange(r, dtype=np.int64))
-    return ((np.diff(ends, prepend=-1) - 1) << r) + low, offset
+    bits = np.zeros((count, 8 * -(-r // 8)), np.uint8)
+    bits[:, :r] = np.unpackbits(low, count=count * r, bitorder="little").reshape(-1, r)
+    octets = np.zeros((count, 4), np.uint8)
+    octets[:, : bits.shape[1] // 8] = np.packbits(bits, axis=1, bitorder="little")
+    rest = np.diff(ends, prepend=-1) - 1
+    return (rest << r) + octets.view("<u4")[:, 0], offset
 
 
 def _check_log_probs(log_probs: np.ndarray, log_tail: np.ndarray) -> None:

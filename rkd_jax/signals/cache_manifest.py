@@ -17,6 +17,7 @@ from rkd_jax.signals.cache_format import CacheError, CacheMismatch, CacheSetting
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+UNFINISHED = ".unfinished"  # ends the name of a file that is being written
 _MEANING = {
     "teacher": "teacher (hash of parameters and configuration)",
     "reference": "reference (hash of parameters and configuration)",
@@ -109,7 +110,7 @@ class Manifest:
     def save(self, folder: Path) -> None:
         """Replace the folder's manifest, all or nothing."""
         data = json.dumps(dataclasses.asdict(self), indent=1) + "\n"
-        temporary = folder / f".{MANIFEST}.tmp"
+        temporary = folder / f".{MANIFEST}{UNFINISHED}"
         with temporary.open("w", encoding="utf-8") as file:
             file.write(data)
             file.flush()

@@ -16,7 +16,7 @@ from rkd_jax.signals.cache_format import (
     Skipped,
     unpack_record,
 )
-from rkd_jax.signals.cache_manifest import Shard, sync_directory
+from rkd_jax.signals.cache_manifest import UNFINISHED, Shard, sync_directory
 
 # One record per read; what the codec leaves has no slack that zstd would find.
 _OPTIONS = "group_size:1,uncompressed"
@@ -29,7 +29,7 @@ def write_shard(path: Path, payloads: Iterable[bytes]) -> None:
     Raises:
         CacheError: the disk does not take it.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}{UNFINISHED}")
     written = count = 0
     try:
         writer = ArrayRecordWriter(str(temporary), _OPTIONS)

@@ -10,6 +10,7 @@ often the writing was interrupted, because its batches start with it.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -40,7 +41,12 @@ from rkd_jax.signals.cache_format import (
     pack_record,
     pack_skipped,
 )
-from rkd_jax.signals.cache_manifest import MANIFEST, Manifest, check_same
+from rkd_jax.signals.cache_manifest import (
+    MANIFEST,
+    UNFINISHED,
+    Manifest,
+    check_same,
+)
 from rkd_jax.signals.cache_scores import make_teacher_scores
 from rkd_jax.signals.cache_shards import locked, summary, write_shard
 from rkd_jax.signals.oracles import Oracle, score
@@ -154,9 +160,9 @@ class CacheWriter:
         """
         advance = advance or (lambda records, tokens: None)
         with locked(self.folder):
-            for leftover in self.folder.glob(".*.tmp"):
+            for leftover in self.folder.glob(f".*{UNFINISHED}"):
                 leftover.unlink()
-            self.manifest = self._open()
+            self.manifest = self._there(self._open())
             while not self.manifest.complete:
                 path = self._next_path()
                 if not path.exists():
@@ -188,13 +194,20 @@ class CacheWriter:
             check_same(self.folder, found, self._wanted.identity())
             return found
         others = sorted(path.name for path in self.folder.iterdir())
-        if strangers := [name for name in others if not name.endswith(".tmp")]:
+        if strangers := [name for name in others if not name.endswith(UNFINISHED)]:
             raise CacheError(
                 f"{self.folder} holds {strangers[0]!r} and no {MANIFEST}; choose an "
                 "empty folder"
             )
         self._wanted.save(self.folder)
         return self._wanted
+
+    def _there(self, manifest: Manifest) -> Manifest:
+        """The manifest up to a shard that somebody deleted, because it was damaged."""
+        shards = itertools.takewhile(
+            lambda shard: (self.folder / shard.file).is_file(), manifest.shards
+        )
+        return dataclasses.replace(manifest, shards=tuple(shards))
 
     def _next_path(self) -> Path:
         return self.folder / f"shard-{len(self.manifest.shards):05d}.array_record"

@@ -57,10 +57,11 @@ def there_and_back(topk, dtype):
 def slow_rice(data):
     """A bit at a time."""
     r, size = struct.unpack_from("<BI", data)
-    low, unary = data[5 : len(data) - size], data[len(data) - size :]
-    bits = "".join(f"{byte:08b}" for byte in unary)
-    high = [len(zeros) for zeros in bits.rstrip("0").split("1")[:-1]]
-    low = "".join(f"{byte:08b}" for byte in low)
+    low, unary = (
+        "".join(f"{byte:08b}"[::-1] for byte in plane)
+        for plane in (data[5 : len(data) - size], data[len(data) - size :])
+    )
+    high = [len(zeros) for zeros in unary.rstrip("0").split("1")[:-1]]
     for i, rest in enumerate(high):
         digits = low[i * r : (i + 1) * r][::-1]  # lowest bit first
         yield (rest << r) + (int(digits, 2) if digits else 0)

@@ -197,31 +197,52 @@ def test_skipped_records_keep_their_place_and_are_counted(tmp_path):
         cache.rewards(bad)
 
 
-def test_a_cache_that_is_not_whole_is_refused(tmp_path):
+def test_a_cache_that_is_not_finished_is_refused(tmp_path):
     def stop(records, tokens):
         del records, tokens
         raise KeyboardInterrupt
 
-    cache = writer(tmp_path, demonstrations(), REWARDS, shard_records=2, batch_size=2)
     with pytest.raises(KeyboardInterrupt):
-        cache.write(stop)
+        writer(tmp_path, demonstrations(), REWARDS).write(stop)
+    assert list(tmp_path.glob(".shard*"))
     with pytest.raises(CacheError, match=r"0 of 7 records are there; the command that"):
         open_cache(tmp_path)
-    cache = writer(tmp_path, demonstrations(), REWARDS, shard_records=2)
-    cache.write()
+    assert writer(tmp_path, demonstrations(), REWARDS).write().complete
     assert not list(tmp_path.glob(".*"))
+    assert len(open_cache(tmp_path)) == 7
+
+
+def test_a_damaged_shard_is_named_and_restored_alone(tmp_path):
+    asked = []
+
+    def oracle(prompts, responses):
+        asked.extend(prompts)
+        return tiny_cache.length(prompts, responses)
+
+    writer(tmp_path, demonstrations(), REWARDS, oracle=oracle).write()
     shard = tmp_path / "shard-00001.array_record"
-    data = bytearray(shard.read_bytes())
-    data[120] ^= 0xFF
-    shard.write_bytes(data)
-    with pytest.raises(CacheError, match="damaged: .*hash mismatch"):
-        open_cache(tmp_path).read([2])
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:120] + bytes([whole[120] ^ 0xFF]) + whole[121:])
+    cache = open_cache(tmp_path)
+    with pytest.raises(CacheError, match="shard-00001.*: damaged: .*hash mism"):
+        cache.read([0, 3, 6])
+    shard.write_bytes(whole[:1000])
+    with pytest.raises(CacheError, match="hold 4 records, the manifest lists 7"):
+        open_cache(tmp_path)
     shard.unlink()
     with pytest.raises(FileNotFoundError, match="shard-00001.*gone"):
         open_cache(tmp_path)
+    asked.clear()
+    writer(tmp_path, demonstrations(), REWARDS, oracle=oracle).write()
+    assert asked == ["3?", "4?", "5?"]
+    assert shard.read_bytes() == whole
+    assert len(open_cache(tmp_path)) == 7
+
+
+def test_a_manifest_that_is_none(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match="write one with `rkd cache`"):
-        open_cache(tmp_path / "nowhere")
-    manifest = json.loads((tmp_path / "manifest.json").read_text())
+        open_cache(tmp_path)
+    manifest = json.loads((folder / "manifest.json").read_text())
     for broken, message in (
         ({**manifest, "format": 9}, "format 9, this version reads 1"),
         ({**manifest, "new": 1}, "not the manifest of a cache"),
