@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -111,7 +112,7 @@ class CacheWriter:
         oracle: Oracle | None = None,
         batch_size: int = 8,
         shard_records: int = 1024,
-        on_error: str = "raise",
+        on_error: Literal["raise", "skip"] = "raise",
     ):
         _check(records, rows, tokenizer, settings, teacher, reference, oracle)
         if on_error not in ("raise", "skip"):
@@ -230,15 +231,21 @@ class CacheWriter:
         last = min(first + self.manifest.shard_records, self.manifest.records)
         rows = [self._tokenize(number) for number in range(first, last)]
         good = [row for row in rows if isinstance(row, Tokenized)]
-        packed = {}
-        for batch, scores in self._asked(good):
-            packed |= self._pack(batch, scores)
-            tokens = sum(len(ids) for row in batch for ids in row.responses)
-            advance(len(batch), tokens)
+        waiting = deque(rows)
         if len(rows) > len(good):
             advance(len(rows) - len(good), 0)
-        for row in rows:
-            yield pack_skipped(row) if isinstance(row, str) else packed[row.index]
+        for batch, scores in self._asked(good):
+            packed = self._pack(batch, scores)
+            tokens = sum(len(ids) for row in batch for ids in row.responses)
+            advance(len(batch), tokens)
+            while packed:
+                row = waiting.popleft()
+                if isinstance(row, str):
+                    yield pack_skipped(row)
+                else:
+                    yield packed.pop(row.index)
+        for reason in waiting:
+            yield pack_skipped(reason)
 
     def _asked(
         self, rows: Sequence[Tokenized]
@@ -281,7 +288,8 @@ class CacheWriter:
         if self._oracle is not None:
             records = [self._records[row.index] for row in rows]
             texts = [(r.prompt, text) for r in records for text in _responses(r)]
-            found[REWARD] = score(self._oracle, *zip(*texts, strict=True))
+            prompts, responses = map(list, zip(*texts, strict=True))
+            found[REWARD] = score(self._oracle, prompts, responses)
         return found
 
     def _pack(
@@ -307,7 +315,10 @@ class CacheWriter:
         self, row: Tokenized, targets: list[int], found: dict[str, Any], position: int
     ) -> CachedResponse:
         digest, checks = fingerprint(row.prompt, row.teacher_prompt, targets)
-        values = {n: float(found[n][position]) for n in self._settings.value_names}
+        values = {
+            name: float(np.float32(found[name][position]))
+            for name in self._settings.value_names
+        }
         if not np.all(np.isfinite(list(values.values()))):
             raise CacheError(f"record {row.index}: {values}; {_CHECK}")
         topk = None
