@@ -16,6 +16,7 @@ EXTRAS = {
     "train": [
         "orbax-checkpoint>=0.11",
         "grain>=0.2.10",
+        "array_record>=0.6",
         "tokenizers>=0.20",
         "safetensors>=0.4",
         "jinja2>=3.1",
@@ -52,4 +53,5 @@ setup(
     packages=find_packages(include=["rkd_jax", "rkd_jax.*", "experiments"]),
     install_requires=["jax>=0.6", "chex>=0.1.88", "optax>=0.2.4", "flax>=0.10"],
     extras_require=EXTRAS,
+    entry_points={"console_scripts": ["rkd = rkd_jax.cli:main"]},
 )

@@ -239,6 +239,20 @@ class TeacherStates:
 
 
 @struct
+class TopkSignal:
+    """The teacher's most likely tokens at every target, and their log-probs.
+
+    The log-probs are those of the full softmax; what they leave is the tail's mass. An
+    entry at -inf counts as absent, whatever its id.
+
+    Example: ``TopkSignal(ids=int32[B, T, 50], log_probs=float32[B, T, 50])``.
+    """
+
+    ids: jax.Array  # int32[B, T, K], distinct at each target
+    log_probs: jax.Array  # float32[B, T, K], natural log, -inf allowed
+
+
+@struct
 class ReferenceSignal:
     """Summed log-probs of both responses under the frozen reference.
 

@@ -40,9 +40,12 @@ NAMES = {
     "running_mean_loss reward_scale check_rewards",
     "rkd_jax.objectives.sft": "make_sft make_seqkd",
     "rkd_jax.objectives.kd": "make_kd",
+    "rkd_jax.objectives.topk_kd": "make_topk_kd",
     "rkd_jax.objectives.dpo": "make_dpo",
     "rkd_jax.signals.teacher": "make_teacher_log_probs make_token_scorer "
     "make_sequence_scorer make_pair_scorer make_features",
+    "rkd_jax.signals.topk": "make_topk topk_scores",
+    "rkd_jax.signals.cache": "TeacherCache CacheWriter CacheSettings model_hash",
     "rkd_jax.objectives.drdo": "make_drdo make_drdo_oracle",
     "rkd_jax.objectives.edpo": "make_ddpo make_pdpo make_dpdpo make_edpo",
     "rkd_jax.losses.minmax": "trajectory_return reward_to_go reward_gap dual_update "

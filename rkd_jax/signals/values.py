@@ -159,23 +159,57 @@ def make_shaping(
     References:
         TVKD, 2509.16965. Reconstruction: see `rkd_jax.losses.potential_shaping`.
     """
-    check_shaping(
-        gamma=gamma, power=power, terminal=terminal, value_source=value_source
-    )
-    check_choice("terminal", terminal, get_args(Terminal))
-    values_of = make_state_values(
-        model,
+    read = shaping_of_logits(
+        gamma=gamma,
+        terminal=terminal,
         power=power,
         scale=scale,
         value_source=value_source,
         support=support,
         temperature=temperature,
+        center=center,
     )
 
     @jax.jit
     def shaping(params: Params, sequences: Sequences) -> jax.Array:
-        before, after = (x - center for x in values_of(params, sequences))
-        mask = sequences.response_mask
+        logits = _state_logits(model, params, sequences)
+        return read(logits, sequences.response_mask)
+
+    return shaping
+
+
+def shaping_of_logits(
+    *,
+    gamma: float = 0.7,
+    terminal: Terminal = "zero",
+    power: float = 0.7,
+    scale: float = 1.0,
+    value_source: ValueSource = "log_probs",
+    support: int | None = None,
+    temperature: float = 1.0,
+    center: float = 0.0,
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """`make_shaping` for logits that are there already.
+
+    Arguments and errors as `make_shaping`.
+
+    Returns:
+        ``(logits [*batch, T + 1, V], mask [*batch, T]) -> float32[*batch]``; the logits
+        are of the states from before the first target to after the last.
+
+    Gradient:
+        Flows to the logits.
+    """
+    check_shaping(
+        gamma=gamma, power=power, terminal=terminal, value_source=value_source
+    )
+    check_choice("terminal", terminal, get_args(Terminal))
+    check_domain("temperature", temperature, "(0, inf)")
+    scores = _scores(value_source, support)
+
+    def shaping(logits: jax.Array, mask: jax.Array) -> jax.Array:
+        values = soft_value(scores(logits / temperature), power=power, scale=scale)
+        before, after = (x - center for x in _around(values, mask))
         end = last_entry(after, mask) if terminal == "after_eos" else terminal
         return potential_shaping(before, mask, gamma=gamma, terminal=end)
 

@@ -1,0 +1,307 @@
+"""The command line of the library: ``rkd COMMAND --help``.
+
+What is heavy is imported when a command runs, so that help comes at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import tyro
+
+if TYPE_CHECKING:
+    from rkd_jax.data.records import Record
+    from rkd_jax.data.tokenize import TokenizeConfig
+    from rkd_jax.data.tokenizer import Tokenizer
+    from rkd_jax.signals.cache import CacheSettings, CacheWriter, Manifest, Source
+    from rkd_jax.training.progress import Progress
+
+
+class UsageError(ValueError):
+    """Options that contradict each other; the message is one line."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """How records become rows of ids; training has to use the same."""
+
+    max_prompt: int = 512
+    """Longest prompt in tokens; of a longer one the end is kept."""
+    max_response: int = 512
+    """Longest response in tokens, end of sequence included."""
+    max_teacher_prompt: int | None = None
+    """Longest prompt of the teacher; as the student's if not given."""
+    prompt_buckets: tuple[int, ...] = ()
+    """Widths that prompts are padded to, ascending; each pair of widths is compiled."""
+    response_buckets: tuple[int, ...] = ()
+    """Widths that responses are padded to, ascending."""
+    chat: bool = False
+    """Make prompts that are text one user message of the chat template."""
+    add_bos: bool = False
+    """Begin with the token that opens a sequence."""
+    append_eos: bool = True
+    """End a response that fits with the token that ends a sequence."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Shaping:
+    """The teacher's values, summed per response (TVKD)."""
+
+    keep: bool = False
+    """Keep the shaping of every response."""
+    gamma: float = 0.7
+    """Discount, in [0, 1]."""
+    power: float = 0.7
+    """Of the probabilities in a soft value; not 1."""
+    scale: float = 1.0
+    """Of a soft value."""
+    terminal: Literal["zero", "last_prefix", "after_eos"] = "zero"
+    """Value after the last target."""
+    center: float = 0.0
+    """Subtracted from every value."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheCommand:
+    """Let a teacher read a data set once and keep what it says, for any training.
+
+    The same command again goes on after an interruption.
+    """
+
+    data: Path
+    """Demonstrations or preferences, as JSON Lines."""
+    teacher: Path
+    """Folder with config.json and safetensors, or a GGUF file."""
+    out: Path
+    """Folder of the cache."""
+    top_k: int | None = 50
+    """Most likely tokens kept at every target; None keeps none."""
+    log_prob_dtype: Literal["float32", "float16", "uint8"] = "uint8"
+    """How their log-probs are kept."""
+    temperature: float = 1.0
+    """Divides the logits of teacher and reference."""
+    shaping: Shaping = dataclasses.field(default_factory=Shaping)
+    reference: Path | None = None
+    """Model whose log-prob of each response is kept: the student before training."""
+    oracle: str | None = None
+    """Reward every response by this oracle: vader, or module:attribute."""
+    records: Literal["auto", "demonstrations", "preferences"] = "auto"
+    """What a line of the data is; auto looks at the first."""
+    on_error: Literal["raise", "skip"] = "raise"
+    """Stop at a line or record that cannot be used, or leave it out and count it."""
+    rows: Rows = dataclasses.field(default_factory=Rows)
+    chat_template: str | None = None
+    """chatml, or a file with a Jinja template, in place of the tokenizer's own."""
+    param_dtype: str | None = None
+    """Type of the parameters, such as bfloat16; as stored if not given."""
+    dtype: str | None = None
+    """Type the models compute in; float32 if not given."""
+    batch_size: int = 8
+    """Records per forward pass; as many as fit."""
+    shard_records: int = 1024
+    """Records per file: what an interruption can cost."""
+
+    def run(self) -> None:
+        """Write the cache and say what is in it."""
+        from rkd_jax.training.progress import Progress
+
+        for name in ("batch_size", "shard_records"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name}={getattr(self, name)}; at least 1 is needed")
+
+        with Progress() as progress:
+            writer = self._writer(progress)
+            progress.stage("cache", writer.manifest.records, done=writer.done)
+            manifest = writer.write(
+                lambda records, tokens: progress.advance(records, tokens=tokens)
+            )
+        print(_summary(self.out, manifest))
+
+    def _writer(self, progress: Progress) -> CacheWriter:
+        from rkd_jax.signals.cache import CacheWriter
+        from rkd_jax.signals.oracles import load_oracle
+
+        settings, rows = self._settings(), self._row_layout()
+        oracle = None if self.oracle is None else load_oracle(self.oracle)
+        records = self._read(progress)
+        teacher, tokenizer = self._load(self.teacher)
+        reference = None
+        if self.reference is not None:
+            reference, other = self._load(self.reference)
+            _check_vocabularies(tokenizer, other)
+        return CacheWriter(
+            self.out,
+            records,
+            tokenizer,
+            rows,
+            settings,
+            teacher=teacher if settings.needs_teacher else None,
+            reference=reference,
+            oracle=oracle,
+            batch_size=self.batch_size,
+            shard_records=self.shard_records,
+            on_error=self.on_error,
+        )
+
+    def _settings(self) -> CacheSettings:
+        from rkd_jax.signals.cache import CacheSettings, ShapingSettings
+
+        shaping = dataclasses.asdict(self.shaping)
+        keep = shaping.pop("keep")
+        with _said_by_options():
+            return CacheSettings(
+                top_k=self.top_k,
+                log_prob_dtype=self.log_prob_dtype,
+                temperature=self.temperature,
+                shaping=ShapingSettings(**shaping) if keep else None,
+                reference=self.reference is not None,
+                oracle=self.oracle,
+            )
+
+    def _row_layout(self) -> TokenizeConfig:
+        from rkd_jax.data.tokenize import TokenizeConfig
+
+        with _said_by_options():
+            return TokenizeConfig(**dataclasses.asdict(self.rows))
+
+    def _read(self, progress: Progress) -> list[Record]:
+        """The records; what was left out is said."""
+        from rkd_jax.data.records import DemonstrationRecord, PreferenceRecord
+        from rkd_jax.data.sources import read_jsonl
+
+        kinds = {"demonstrations": DemonstrationRecord, "preferences": PreferenceRecord}
+        kind = kinds[_kind(self.data) if self.records == "auto" else self.records]
+        records, report = read_jsonl(self.data, kind, on_error=self.on_error)
+        progress.note(str(report))
+        return records
+
+    def _load(self, path: Path) -> tuple[Source, Tokenizer]:
+        from rkd_jax.data.chat_template import CHATML
+        from rkd_jax.interop import load_model
+        from rkd_jax.signals.cache import Source
+
+        model, params, tokenizer = load_model(path, param_dtype=self.param_dtype)
+        if tokenizer is None:
+            raise UsageError(f"{path} holds no tokenizer; put tokenizer.json beside it")
+        if self.dtype is not None:
+            with _said_by_options():
+                config = dataclasses.replace(model.config, dtype=self.dtype)
+            model = dataclasses.replace(model, config=config)
+        template = self.chat_template
+        if template is not None:
+            chatml = template == "chatml"
+            text = CHATML if chatml else Path(template).read_text("utf-8")
+            tokenizer = tokenizer.with_chat_template(text)
+        return Source(model, params), tokenizer
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of ``rkd``.
+
+    Exit codes: 0 done, 2 bad input, 130 interrupted (the same command resumes).
+    """
+    command = tyro.extras.subcommand_cli_from_dict(
+        {"cache": CacheCommand},
+        prog="rkd",
+        description="Reward-guided and preference-based distillation.",
+        args=None if arguments is None else list(arguments),
+    )
+    try:
+        command.run()
+    except KeyboardInterrupt:
+        print(
+            "\ninterrupted; the same command goes on from the last finished shard",
+            file=sys.stderr,
+        )
+        sys.exit(130)
+    except Exception as error:
+        if not isinstance(error, _mendable()):
+            raise
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _mendable() -> tuple[type[Exception], ...]:
+    """What a user can cause and mend. Anything else keeps its traceback."""
+    from rkd_jax.data.records import RecordError
+    from rkd_jax.data.tokenizer import VocabularyMismatch
+    from rkd_jax.interop import UnsupportedConfigError, WeightsError
+    from rkd_jax.signals.cache import CacheError
+    from rkd_jax.signals.oracles import OracleError
+
+    return (
+        CacheError,
+        ImportError,  # an extra that is not installed
+        OracleError,
+        OSError,  # no such file, full disk, read-only folder
+        RecordError,
+        UnsupportedConfigError,
+        UsageError,
+        VocabularyMismatch,
+        WeightsError,
+    )
+
+
+@contextlib.contextmanager
+def _said_by_options() -> Iterator[None]:
+    """A value that a configuration refuses was given as an option."""
+    try:
+        yield
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _kind(path: Path) -> str:
+    """What the first line of a file is."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; check --data")
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        first = next((line for line in file if line.strip()), "")
+    try:
+        keys = set(json.loads(first))
+    except (ValueError, TypeError):
+        keys = set()
+    for kind, key in (("preferences", "chosen"), ("demonstrations", "response")):
+        if key in keys:
+            return kind
+    raise UsageError(
+        f"{path}: the first line has neither 'response' nor 'chosen'; say what the "
+        "lines are with --records"
+    )
+
+
+def _check_vocabularies(teacher: Tokenizer, reference: Tokenizer) -> None:
+    from rkd_jax.data.tokenizer import same_vocabulary
+
+    same_vocabulary(teacher, reference)
+
+
+def _summary(folder: Path, manifest: Manifest) -> str:
+    """What a finished cache holds, in one line."""
+    each = manifest.bytes / max(manifest.tokens, 1)
+    left_out = [
+        f"{count} skipped ({reason})" for reason, count in manifest.skipped.items()
+    ]
+    parts = [
+        f"{manifest.records} record{'s' * (manifest.records != 1)}",
+        *left_out,
+        f"{manifest.tokens:,} tokens",
+        f"{manifest.bytes / 1e6:.1f} MB",
+        f"{each:.1f} bytes per token",
+        f"teacher {manifest.teacher}",
+    ]
+    return f"{folder}: {', '.join(parts)}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""Token-level distillation from the teacher's most likely tokens.
+
+.. math:: \\mathcal L = \\sum_t m_t \\Big[\\sum_{v\\in K_t} p_v \\log\\frac{p_v}{q_v}
+    + p_{rest} \\log\\frac{p_{rest}}{q_{rest}}\\Big]
+
+with p the teacher and q the student at target t. The signal is small enough to be
+computed once and kept (`rkd_jax.signals.cache`), so that no teacher is in memory here;
+and no logits of the student are either, see `rkd_jax.losses.fused`.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from rkd_jax.losses import linear_token_log_probs, linear_topk_divergence
+from rkd_jax.losses.domain import check_domain
+from rkd_jax.masking import fill_masked, masked_sum
+from rkd_jax.models.api import CausalLM, response_hidden
+from rkd_jax.types import (
+    DemonstrationBatch,
+    LossOutput,
+    Mean,
+    Objective,
+    TopkSignal,
+)
+
+
+def make_topk_kd(model: CausalLM, *, temperature: float = 1.0) -> Objective:
+    """Forward KL to the teacher's top k and one bucket for the rest, per target token.
+
+    Args:
+        model: the student.
+        temperature: the policy is ``softmax(logits / temperature)``; the signal has to
+            be taken at the same temperature.
+
+    Returns:
+        `Objective` that requires `TopkSignal`. Unit: nats per token. At most what
+        `make_kd` gives with forward KL, and equal to it at K = V. Metrics
+        ``student/divergence`` and ``student/nll``, both at the temperature.
+
+    Gradient:
+        Flows to the student's parameters only; the signal is data.
+
+    Raises:
+        ValueError: temperature out of range.
+
+    References:
+        Coarse-grained KL as in DCKD, 2502.17927; see
+        `rkd_jax.losses.topk_forward_kl`. Deviation: no factor temperature squared.
+    """
+
+    check_domain("temperature", temperature, "(0, inf)")
+
+    def student_loss(
+        params, critic, frozen, batch: DemonstrationBatch, signal: TopkSignal, rng
+    ):
+        del critic, frozen, rng
+        sequences = batch.sequences
+        mask = sequences.response_mask
+        hidden = fill_masked(response_hidden(model, params, sequences), mask)
+        options = {
+            "mask": mask,
+            "temperature": temperature,
+            "softcap": getattr(model.config, "logit_softcap", None),
+        }
+        head, bias = model.head(params), model.head_bias(params)
+        ids = fill_masked(signal.ids, mask)
+        log_probs = fill_masked(signal.log_probs, mask, -jnp.inf)
+        divergence = linear_topk_divergence(
+            hidden, head, ids, log_probs, bias=bias, **options
+        )
+        readout = jax.lax.stop_gradient((hidden, head, bias))
+        nll = -linear_token_log_probs(
+            *readout[:2], sequences.targets, bias=readout[2], **options
+        )
+        total, nll = masked_sum(divergence, mask), masked_sum(nll, mask)
+        weight = mask.sum().astype(total.dtype)
+        metrics = {
+            "student/divergence": Mean(total, weight),
+            "student/nll": Mean(nll, weight),
+        }
+        return LossOutput(total, weight, metrics)
+
+    return Objective("topk_kd", student_loss, requires=("ids", "log_probs"))

@@ -1,0 +1,310 @@
+"""What frozen models said about a data set, computed once and read at every step.
+
+A cache is written with `rkd cache` or `CacheWriter`, and read by `TeacherCache`: a
+training that reads one never loads the teacher. ``prepare`` of `rkd_jax.training.fit`
+is then::
+
+    cache = TeacherCache("cache/", tokenizer=tokenizer, rows=rows)
+    objective = make_topk_kd(student, temperature=cache.settings.temperature)
+    fit(..., prepare=lambda state, batch: (batch, cache.topk(batch)))
+
+Every row of a batch is recognised before anything is said about it: the cache was made
+of the same data set, in the same order, by the same tokenizer. What a list of K tokens
+costs against the whole distribution: docs/teacher_cache.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, SupportsIndex
+
+import numpy as np
+from grain.sources import ArrayRecordDataSource
+
+from rkd_jax.data.tokenize import TokenizeConfig
+from rkd_jax.signals import cache_identity as identity
+from rkd_jax.signals.cache_format import (
+    REFERENCE,
+    REWARD,
+    SHAPING,
+    CachedRecord,
+    CachedResponse,
+    CacheError,
+    CacheMismatch,
+    CacheSettings,
+    ShapingSettings,
+    Skipped,
+    fingerprint,
+    unpack_record,
+)
+from rkd_jax.signals.cache_identity import model_hash
+from rkd_jax.signals.cache_manifest import Manifest, check_same
+from rkd_jax.signals.cache_writer import CacheWriter, Source
+from rkd_jax.types import (
+    DemonstrationBatch,
+    PreferenceBatch,
+    ReferenceSignal,
+    Sequences,
+    ShapingSignal,
+    TopkSignal,
+)
+
+if TYPE_CHECKING:
+    from rkd_jax.data.tokenizer import Tokenizer
+
+__all__ = [
+    "CacheError",
+    "CacheMismatch",
+    "CacheSettings",
+    "CacheWriter",
+    "CachedRecord",
+    "CachedResponse",
+    "Manifest",
+    "ShapingSettings",
+    "Skipped",
+    "Source",
+    "TeacherCache",
+    "model_hash",
+]
+
+Batch = DemonstrationBatch | PreferenceBatch
+
+
+class TeacherCache:
+    """A finished cache, with random access by the number of the record.
+
+    Args:
+        path: its folder.
+        tokenizer: of the run that reads it.
+        rows: how records become ids in that run. Its buckets and ``max_response`` are
+            free: of a response that is cut earlier than in the cache, `topk` gives the
+            beginning.
+        teacher_hash: `model_hash` of the teacher, or None to take the one there is.
+        reference_hash: likewise.
+
+    Attributes:
+        manifest: what it is a cache of.
+        settings: what is in it.
+
+    Raises:
+        FileNotFoundError: no cache there, or a shard of it is gone.
+        CacheError: not finished, or damaged.
+        CacheMismatch: of another teacher, reference, tokenizer or template; both hashes
+            are named.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        tokenizer: Tokenizer,
+        rows: TokenizeConfig,
+        teacher_hash: str | None = None,
+        reference_hash: str | None = None,
+    ):
+        self.path = Path(path)
+        self.manifest = Manifest.load(self.path)
+        wanted = {
+            "teacher": teacher_hash,
+            "reference": reference_hash,
+            "tokenizer": identity.tokenizer_hash(tokenizer),
+            "rows": identity.rows_hash(tokenizer, rows),
+            "row_settings": identity.row_settings(rows),
+        }
+        asked = {name: value for name, value in wanted.items() if value is not None}
+        check_same(self.path, self.manifest, asked)
+        if not self.manifest.complete:
+            raise CacheError(
+                f"{self.path}: {self.manifest.done} of {self.manifest.records} records "
+                "are there; the command that was interrupted goes on from them"
+            )
+        self.settings = CacheSettings.from_json(self.manifest.settings)
+        files = [self.path / shard.file for shard in self.manifest.shards]
+        if gone := [file for file in files if not file.is_file()]:
+            raise FileNotFoundError(f"{gone[0]}: listed in the manifest, but gone")
+        self.source = ArrayRecordDataSource([str(file) for file in files])
+        if len(self.source) != self.manifest.records:
+            raise CacheError(
+                f"{self.path}: the shards hold {len(self.source)} records, the "
+                f"manifest lists {self.manifest.records}; a file is damaged"
+            )
+
+    def __len__(self) -> int:
+        return self.manifest.records
+
+    def __getitem__(self, number: SupportsIndex) -> CachedRecord | Skipped:
+        if not 0 <= number.__index__() < len(self):
+            raise IndexError(f"{self.path} has no record {number}")
+        return self.read([number])[0]
+
+    def read(
+        self, numbers: Sequence[SupportsIndex], *, lists: bool = True
+    ) -> list[CachedRecord | Skipped]:
+        """Records by number, in the order asked for.
+
+        Args:
+            numbers: positions in the data set.
+            lists: whether to decode the top k.
+
+        Raises:
+            CacheError: no such record, or the file is damaged.
+        """
+        for number in numbers:
+            if not 0 <= number.__index__() < len(self):
+                raise CacheError(
+                    f"{self.path} has records 0 to {len(self) - 1}, not {number}: it "
+                    "was made of another data set"
+                )
+        try:
+            payloads = self.source.__getitems__([n.__index__() for n in numbers])
+        except RuntimeError as error:
+            raise CacheError(
+                f"{self._damaged(numbers)}: damaged: {error}; delete this file and "
+                "write the cache again, which restores it alone"
+            ) from error
+        return [unpack_record(x, self.settings, lists=lists) for x in payloads]
+
+    def topk(self, batch: Batch) -> TopkSignal:
+        """The teacher's top k at every target of a batch.
+
+        Args:
+            batch: rows of the data set, with their ``index``.
+
+        Returns:
+            ``[B, T, K]``, or ``[B, 2, T, K]`` of pairs, in numpy; at masked positions
+            id 0, and absent.
+
+        Raises:
+            CacheError: the cache has no lists, or none of a row; the message names the
+            record. CacheMismatch: a row is not the one that was cached.
+        """
+        if self.settings.top_k is None:
+            raise CacheError(self._lacks("top k"))
+        mask = np.asarray(batch.sequences.response_mask)
+        shape = (*mask.shape, self.settings.top_k)
+        ids = np.zeros(shape, np.int32)
+        log_probs = np.full(shape, -np.inf, np.float32)
+        for at, length, response in self._recognised(batch, whole=False):
+            ids[at][:length] = response.topk.ids[:length]
+            log_probs[at][:length] = response.topk.log_probs[:length]
+        return TopkSignal(ids, log_probs)
+
+    def reference(self, batch: Batch) -> ReferenceSignal:
+        """Summed log-probs under the reference, ``[B, 2]`` of pairs, else ``[B]``.
+
+        Arguments and errors as `topk`; of a response that is cut earlier than in the
+        cache nothing is known.
+        """
+        return ReferenceSignal(*self._values(batch, REFERENCE))
+
+    def shaping(self, batch: Batch) -> ShapingSignal:
+        """The teacher's shaping, and the reference's log-probs if there are any.
+
+        Arguments, shapes and errors as `reference`.
+        """
+        if not self.settings.reference:
+            return ShapingSignal(None, *self._values(batch, SHAPING))
+        return ShapingSignal(*self._values(batch, REFERENCE, SHAPING))
+
+    def rewards(self, batch: Batch) -> np.ndarray:
+        """The oracle's rewards of the whole texts, float32.
+
+        Arguments, shapes and errors as `reference`.
+        """
+        return self._values(batch, REWARD)[0]
+
+    def _values(self, batch: Batch, *names: str) -> list[np.ndarray]:
+        """One array per name."""
+        for name in names:
+            if name not in self.settings.value_names:
+                raise CacheError(self._lacks(name))
+        shape = np.shape(batch.sequences.response_mask)[:-1]
+        values = [np.zeros(shape, np.float32) for _ in names]
+        for at, _, response in self._recognised(batch, whole=True):
+            for name, array in zip(names, values, strict=True):
+                array[at] = response.values[name]
+        return values
+
+    def _recognised(
+        self, batch: Batch, *, whole: bool
+    ) -> Iterator[tuple[tuple[int, ...], int, CachedResponse]]:
+        """Place in the batch, number of targets, and what is known, per response."""
+        numbers = np.asarray(batch.index).tolist()
+        mask = np.asarray(batch.sequences.response_mask)
+        members = 1 if mask.ndim == 2 else mask.shape[1]
+        student, teacher = map(_unpadded, (batch.sequences, batch.teacher_sequences))
+        for row, record in enumerate(self.read(numbers, lists=not whole)):
+            if isinstance(record, Skipped):
+                raise CacheError(
+                    f"record {numbers[row]} is not in {self.path}: {record.reason}"
+                )
+            if len(record.responses) != members:
+                raise CacheMismatch(
+                    f"{self.path} is a cache of {self.manifest.kind}s, the batch has "
+                    f"{members} responses per record"
+                )
+            for n, response in enumerate(record.responses):
+                at = (row,) if mask.ndim == 2 else (row, n)
+                (prompt, targets), (teacher_prompt, _) = student(at), teacher(at)
+                length = len(targets)
+                found = fingerprint(prompt, teacher_prompt, targets)
+                self._check(numbers[row], response, *found, whole=whole)
+                yield at, length, response
+
+    def _check(
+        self,
+        number: int,
+        response: CachedResponse,
+        digest: bytes,
+        checks: np.ndarray,
+        *,
+        whole: bool,
+    ) -> None:
+        """Pass if a row is the one that was cached, or, if allowed, its beginning."""
+        if digest == response.digest:
+            return
+        length = len(checks)
+        begins = response.checks is not None and length < response.length
+        if begins and np.array_equal(checks, response.checks[:length]):
+            if not whole:
+                return
+            raise CacheMismatch(
+                f"record {number}: the batch has {length} of the {response.length} "
+                f"targets that {self.path} sums over; raise max_response to "
+                f"{self.manifest.max_response}, or cache what you train on"
+            )
+        raise CacheMismatch(
+            f"record {number}: its prompt or its {length} targets are not those in "
+            f"{self.path} ({response.length} targets): the data or their order have "
+            "changed, or max_response exceeds the cache's "
+            f"{self.manifest.max_response}"
+        )
+
+    def _damaged(self, numbers: Sequence[SupportsIndex]) -> Path:
+        """The file that a record cannot be read from."""
+        for number in numbers:
+            try:
+                self.source[number]
+            except RuntimeError:
+                shard = number.__index__() // self.manifest.shard_records
+                return self.path / self.manifest.shards[shard].file
+        return self.path
+
+    def _lacks(self, what: str) -> str:
+        return f"{self.path} holds no {what}; it was written without"
+
+
+def _unpadded(
+    sequences: Sequences,
+) -> Callable[[tuple[int, ...]], tuple[np.ndarray, np.ndarray]]:
+    """Prompt and targets of any row, without padding."""
+    width, tokens = sequences.prompt_width, np.asarray(sequences.tokens)
+    mask = np.asarray(sequences.token_mask)
+    target_mask = np.asarray(sequences.response_mask)
+
+    def row(at: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+        prompt = tokens[at][:width][mask[at][:width]]
+        return prompt, tokens[at][width:][target_mask[at]]
+
+    return row

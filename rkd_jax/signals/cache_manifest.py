@@ -1,0 +1,178 @@
+"""The manifest of a teacher cache: what its numbers are, and how far it has got.
+
+A cache is a folder with ``manifest.json`` and the shards it lists: ArrayRecord files
+that hold the records of a data set, in order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rkd_jax.signals.cache_format import CacheError, CacheMismatch, CacheSettings
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+UNFINISHED = ".unfinished"  # ends the name of a file that is being written
+_MEANING = {
+    "teacher": "teacher (hash of parameters and configuration)",
+    "reference": "reference (hash of parameters and configuration)",
+    "tokenizer": "tokenizer (hash of the vocabulary)",
+    "rows": "template and row layout (hash)",
+    "data": "data (hash of all records)",
+    "kind": "kind of records",
+    "records": "number of records",
+    "shard_records": "records per shard",
+    "max_response": "max_response",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """A finished file; ``skipped`` counts by reason.
+
+    Example: ``Shard("shard-00000.array_record", records=1024, responses=2046,
+    tokens=391204, bytes=45875200, skipped={"response: encodes to no token": 1})``.
+    """
+
+    file: str
+    records: int  # skipped ones included
+    responses: int
+    tokens: int
+    bytes: int
+    skipped: dict[str, int] = dataclasses.field(default_factory=dict)
+    first_skipped: int | None = None  # number of the record
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What a cache is of, and how far it has got.
+
+    Hashes are sixteen hexadecimal digits, see `rkd_jax.signals.cache_identity`; None
+    where nothing was read of that model.
+    """
+
+    teacher: str | None
+    reference: str | None
+    tokenizer: str
+    rows: str  # chat template, and how a record becomes ids
+    data: str  # every record
+    kind: str  # name of the records' type
+    records: int  # in the data set
+    shard_records: int
+    settings: dict[str, Any]  # of `CacheSettings`
+    row_settings: dict[str, Any]  # what a `TokenizeConfig` contributes to `rows`
+    max_response: int
+    shards: tuple[Shard, ...] = ()
+    format: int = FORMAT
+
+    @property
+    def done(self) -> int:
+        """Records in finished shards."""
+        return sum(shard.records for shard in self.shards)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every record is in a finished shard."""
+        return self.done == self.records
+
+    @property
+    def tokens(self) -> int:
+        """Targets in finished shards."""
+        return sum(shard.tokens for shard in self.shards)
+
+    @property
+    def bytes(self) -> int:
+        """Size of the finished shards, their indices included."""
+        return sum(shard.bytes for shard in self.shards)
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """How many records were left out, by reason."""
+        total: dict[str, int] = {}
+        for shard in self.shards:
+            for reason, count in shard.skipped.items():
+                total[reason] = total.get(reason, 0) + count
+        return total
+
+    def identity(self) -> dict[str, Any]:
+        """All that has to be the same for a cache to be gone on with."""
+        return {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name not in ("shards", "format")
+        }
+
+    def save(self, folder: Path) -> None:
+        """Replace the folder's manifest, all or nothing."""
+        data = json.dumps(dataclasses.asdict(self), indent=1) + "\n"
+        temporary = folder / f".{MANIFEST}{UNFINISHED}"
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, folder / MANIFEST)
+        sync_directory(folder)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Manifest:
+        """The manifest of a folder.
+
+        Raises:
+            FileNotFoundError: there is none. CacheError: not a manifest, or of another
+            format.
+        """
+        path = Path(folder) / MANIFEST
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file; write one with `rkd cache`")
+        try:
+            data = json.loads(path.read_text("utf-8"))
+            if data["format"] != FORMAT:
+                raise CacheError(
+                    f"{path}: format {data['format']}, this version reads {FORMAT}; "
+                    "write the cache again"
+                )
+            CacheSettings.from_json(data["settings"])
+            shards = tuple(Shard(**shard) for shard in data.pop("shards"))
+            return cls(**data, shards=shards)
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise CacheError(f"{path}: not the manifest of a cache: {error}") from error
+
+
+def sync_directory(folder: Path) -> None:
+    """Make new and renamed files survive a crash; only POSIX opens directories."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def check_same(folder: str | Path, found: Manifest, wanted: Mapping[str, Any]) -> None:
+    """Pass if a manifest says the same as ``wanted``, field -> value.
+
+    Raises:
+        CacheMismatch: it does not; names both values of everything that differs.
+    """
+    differing = []
+    for name, here in wanted.items():
+        there = getattr(found, name)
+        if isinstance(here, dict):  # settings: one phrase for each of them
+            differing += [
+                f"{key} is {there.get(key)!r} there, {here.get(key)!r} here"
+                for key in sorted(there.keys() | here.keys())
+                if there.get(key) != here.get(key)
+            ]
+        elif there != here:
+            differing.append(f"{_MEANING[name]} is {there} there, {here} here")
+    if differing:
+        raise CacheMismatch(
+            f"{folder} is a cache of something else: {'; '.join(differing)}; use what "
+            "it was written with, or write another"
+        )

@@ -1,0 +1,122 @@
+"""The files of a teacher cache: ArrayRecord shards that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+
+from rkd_jax.signals.cache_format import (
+    CacheError,
+    CacheSettings,
+    Skipped,
+    unpack_record,
+)
+from rkd_jax.signals.cache_manifest import UNFINISHED, Shard, sync_directory
+
+# One record per read; what the codec leaves has no slack that zstd would find.
+_OPTIONS = "group_size:1,uncompressed"
+_REMEDY = "free some space or choose another folder, and start again"
+
+
+def write_shard(path: Path, payloads: Iterable[bytes]) -> None:
+    """Write a shard; the file appears when all of it is on the disk.
+
+    Raises:
+        CacheError: the disk does not take it.
+    """
+    temporary = path.with_name(f".{path.name}{UNFINISHED}")
+    written = count = 0
+    try:
+        writer = ArrayRecordWriter(str(temporary), _OPTIONS)
+        for payload in payloads:
+            writer.write(payload)
+            count += 1
+        writer.close()
+        written = _count(temporary)
+    except RuntimeError as error:
+        raise CacheError(f"{path}: cannot be written: {error}; {_REMEDY}") from error
+    if written != count:
+        raise CacheError(f"{path}: {written} of {count} records arrived; {_REMEDY}")
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_directory(path.parent)
+
+
+def summary(path: Path, settings: CacheSettings, *, first: int) -> Shard:
+    """What a finished shard holds; its records count from ``first`` in the data set.
+
+    Raises:
+        CacheError: the file cannot be read.
+    """
+    responses = tokens = 0
+    skipped: Counter[str] = Counter()
+    first_skipped = None
+    count = _count(path)
+    for number, data in enumerate(_records(path), first):
+        record = unpack_record(data, settings, lists=False)
+        if isinstance(record, Skipped):
+            skipped[record.reason] += 1
+            first_skipped = number if first_skipped is None else first_skipped
+            continue
+        responses += len(record.responses)
+        tokens += sum(response.length for response in record.responses)
+    return Shard(
+        file=path.name,
+        records=count,
+        responses=responses,
+        tokens=tokens,
+        bytes=path.stat().st_size,
+        skipped=dict(sorted(skipped.items())),
+        first_skipped=first_skipped,
+    )
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One writer at a time; the lock of a process that was killed is free again.
+
+    Raises:
+        CacheError: another process writes there.
+    """
+    if os.name != "posix":  # nothing to lock a folder with
+        yield
+        return
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise CacheError(f"{folder}: another process is writing this cache") from None
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _count(path: Path) -> int:
+    reader = ArrayRecordReader(str(path))
+    try:
+        return reader.num_records()
+    finally:
+        reader.close()
+
+
+def _records(path: Path) -> Iterator[bytes]:
+    reader = ArrayRecordReader(str(path))
+    try:
+        for number in range(reader.num_records()):
+            yield reader.read([number])[0]
+    except RuntimeError as error:
+        raise CacheError(
+            f"{path}: damaged: {error}; delete this file and start again"
+        ) from error
+    finally:
+        reader.close()

@@ -1,0 +1,194 @@
+"""Distillation from a list of tokens on the enumerable bed, against float64 numpy."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rkd_jax.objectives.kd import make_kd
+from rkd_jax.objectives.topk_kd import make_topk_kd
+from rkd_jax.signals.teacher import make_teacher_log_probs
+from rkd_jax.signals.topk import make_topk
+from rkd_jax.types import DemonstrationBatch, TeacherSignal, TopkSignal
+from tests.evaluation.bigram import Bigram
+from tests.tabular.bed import (
+    BED_E,
+    CHOSEN,
+    REJECTED,
+    STUDENT,
+    TEACHER,
+    TabularLM,
+    bed_sequences,
+    log_softmax,
+)
+
+MODEL = TabularLM()
+NUMBERS, INDICES = np.array([0, 1, 0]), np.array([CHOSEN, REJECTED, 7])
+MASK = BED_E.mask[INDICES]
+
+pytestmark = pytest.mark.usefixtures("x64", "quick_compiler")
+
+
+def params(table=STUDENT):
+    return {"logits": jnp.asarray(table)}
+
+
+def demonstrations():
+    sequences = bed_sequences(NUMBERS, INDICES)
+    return DemonstrationBatch(sequences, sequences, jnp.arange(3))
+
+
+def signal_of(top_k, table=TEACHER):
+    sequences = demonstrations().teacher_sequences
+    return make_topk(MODEL, top_k=top_k)({"logits": jnp.asarray(table)}, sequences)
+
+
+def call(objective, signal, table=STUDENT):
+    batch = demonstrations()
+    return objective.student_loss(params(table), None, None, batch, signal, None)
+
+
+def gradient(objective, signal, table=STUDENT):
+    def total(p):
+        batch = demonstrations()
+        return objective.student_loss(p, None, None, batch, signal, None).total
+
+    return np.asarray(jax.grad(total)(params(table))["logits"])
+
+
+def visited():
+    """(prompt, prefix, action) of every target."""
+    for x, i in zip(NUMBERS, INDICES, strict=True):
+        for t, action in enumerate(BED_E.sequences[i]):
+            yield x, BED_E.states[i, t], action
+
+
+def buckets(scores, top):
+    """Log-probs of the tokens in ``top`` and of all others together."""
+    probs = np.exp(log_softmax(scores))
+    return np.log([*probs[top], np.delete(probs, top).sum()])
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_the_divergence_of_the_buckets_by_hand(temperature):
+    objective = make_topk_kd(MODEL, temperature=temperature)
+    out = call(objective, signal_of(1, TEACHER / temperature))
+    total = nll = 0.0
+    for x, k, action in visited():
+        top = [TEACHER[x, k].argmax()]
+        p, q = (
+            buckets(scores[x, k] / temperature, top) for scores in (TEACHER, STUDENT)
+        )
+        total += (np.exp(p) * (p - q)).sum()
+        nll -= log_softmax(STUDENT[x, k] / temperature)[action]
+    np.testing.assert_allclose(out.total, total, rtol=1e-10)
+    np.testing.assert_allclose(out.metrics["student/divergence"].total, total)
+    np.testing.assert_allclose(out.metrics["student/nll"].total, nll, rtol=1e-10)
+    assert float(out.weight) == MASK.sum()
+
+
+def test_the_gradient_by_hand():
+    """q - p inside the list; outside, the tail's surplus shared out as q shares it."""
+    found, expected = gradient(make_topk_kd(MODEL), signal_of(1)), np.zeros((2, 15, 3))
+    for x, k, _ in visited():
+        p, q = (np.exp(log_softmax(scores[x, k])) for scores in (TEACHER, STUDENT))
+        listed = np.arange(3) == p.argmax()
+        outside = q * (1 - p[~listed].sum() / q[~listed].sum())
+        expected[x, k] += np.where(listed, q - p, outside)
+    np.testing.assert_allclose(found, expected, atol=1e-10)
+
+
+@pytest.mark.parametrize("top_k", [2, 3])
+def test_it_is_kd_where_at_most_one_token_is_not_listed(top_k):
+    sequences = demonstrations().teacher_sequences
+    full = make_teacher_log_probs(MODEL)({"logits": jnp.asarray(TEACHER)}, sequences)
+    ours, theirs = make_topk_kd(MODEL), make_kd(MODEL)
+    found = call(ours, signal_of(top_k))
+    expected = call(theirs, TeacherSignal(full))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), found, expected
+    )
+    np.testing.assert_allclose(
+        gradient(ours, signal_of(top_k)),
+        gradient(theirs, TeacherSignal(full)),
+        atol=1e-10,
+    )
+
+
+def test_nan_in_padding_changes_nothing():
+    clean, objective = signal_of(1), make_topk_kd(MODEL)
+    assert not MASK.all()
+    mask = MASK[..., None]
+    dirty = TopkSignal(
+        jnp.where(mask, clean.ids, 10**6), jnp.where(mask, clean.log_probs, jnp.nan)
+    )
+    assert call(objective, dirty).total == call(objective, clean).total
+    np.testing.assert_array_equal(
+        gradient(objective, dirty), gradient(objective, clean)
+    )
+
+
+def test_it_vanishes_at_the_teacher_and_leaves_the_signal_alone():
+    objective, signal = make_topk_kd(MODEL), signal_of(1)
+    assert abs(float(call(objective, signal, TEACHER).total)) < 1e-10
+    np.testing.assert_allclose(gradient(objective, signal, TEACHER), 0.0, atol=1e-10)
+
+    def total(log_probs):
+        return call(objective, TopkSignal(signal.ids, log_probs)).total
+
+    assert not np.asarray(jax.grad(total)(signal.log_probs)).any()
+
+
+def test_a_batch_without_a_target_is_zero():
+    batch, signal = demonstrations(), signal_of(1)
+    nothing = dataclasses.replace(
+        batch.sequences, response_mask=jnp.zeros_like(batch.sequences.response_mask)
+    )
+    batch = dataclasses.replace(batch, sequences=nothing)
+    objective = make_topk_kd(MODEL)
+
+    def total(p):
+        return objective.student_loss(p, None, None, batch, signal, None)
+
+    assert float(total(params()).total) == float(total(params()).weight) == 0.0
+    grads = jax.grad(lambda p: total(p).total)(params())
+    assert not np.asarray(grads["logits"]).any()
+
+
+@pytest.mark.float32
+def test_states_of_padding_may_be_nan_and_logits_are_capped():
+    """The bigram's padding states are NaN; its configuration is given a soft cap."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Capped(type(Bigram(3).config)):
+        logit_softcap: float = 2.0
+
+    model, rng = Bigram(7), np.random.default_rng(0)
+    model.config = Capped(7, 7)
+    student, teacher = 3 * rng.normal(size=(2, 7, 7)).astype(np.float32)
+    tokens = np.array([[0, 3, 4, 6, 0], [5, 1, 2, 4, 6]], np.int32)
+    mask = np.array([[0, 1, 1, 1, 0], [1, 1, 1, 1, 1]], bool)
+    sequences = type(demonstrations().sequences)(tokens, mask, mask[:, 2:])
+    batch = DemonstrationBatch(sequences, sequences, np.arange(2))
+    p = log_softmax(teacher.astype(np.float64))[tokens[:, 1:-1]]
+    ids = np.argsort(-p, axis=-1)[..., :3]
+    signal = TopkSignal(ids, np.take_along_axis(p, ids, -1).astype(np.float32))
+    out = make_topk_kd(model).student_loss(
+        {"table": jnp.asarray(student)}, None, None, batch, signal, None
+    )
+    expected = 0.0
+    for row, column in np.argwhere(mask[:, 2:]):
+        before = tokens[row, 1 + column]
+        top = ids[row, column]
+        left = buckets(teacher[before].astype(np.float64), top)
+        right = buckets(2 * np.tanh(student[before].astype(np.float64) / 2), top)
+        expected += (np.exp(left) * (left - right)).sum()
+    np.testing.assert_allclose(out.total, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
+def test_a_temperature_that_is_not_positive_is_refused(temperature):
+    with pytest.raises(ValueError, match="temperature"):
+        make_topk_kd(MODEL, temperature=temperature)
