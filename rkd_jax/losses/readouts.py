@@ -65,7 +65,7 @@ def tempered_logits(plan, student, teacher, hidden, columns) -> list[jax.Array]:
             head = columns.of(head)
             bias = None if bias is None else columns.of(bias)
         logits = product(states, head.astype(states.dtype), (1, 0))
-        logits = logits if bias is None else logits + bias[None]
+        logits = logits if bias is None else logits + bias.astype(logits.dtype)[None]
         logits = logits if cap is None else jnp.tanh(logits / cap) * cap
         found.append(logits / temperature)
     return found

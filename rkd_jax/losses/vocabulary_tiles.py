@@ -108,9 +108,13 @@ def _backward(plan, residuals, cotangent):
         gradient = again()
     else:
         scale, exact = _proportion(cotangent, weights)
-        gradient = jax.lax.cond(
-            exact, lambda: jax.tree.map(lambda x: scale * x, ahead), again
-        )
+
+        def scaled():
+            gradient = jax.tree.map(lambda x: scale * x, ahead)
+            head = gradient.head.astype(student.head.dtype)
+            return gradient._replace(head=head)
+
+        gradient = jax.lax.cond(exact, scaled, again)
     hidden = unorder_rows(gradient.hidden, rows, len(student.hidden))
     gradient = gradient._replace(hidden=hidden)
     gradient = jax.tree.map(lambda x, like: x.astype(like.dtype), gradient, student)

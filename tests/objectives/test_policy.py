@@ -107,7 +107,7 @@ def test_log_probs_of_targets_are_those_of_the_dense_logits(model, tiles):
         values = token_log_probs(logits, batch.targets, temperature=0.6)
         return masked_sum(weights * values, mask)
 
-    compare(*(jax.value_and_grad(f)(params) for f in (fused, dense)))
+    compare(*(jax.jit(jax.value_and_grad(f))(params) for f in (fused, dense)))
 
 
 @pytest.mark.parametrize(
@@ -123,12 +123,14 @@ def test_log_probs_of_targets_are_those_of_the_dense_logits(model, tiles):
 def test_divergence_to_the_states_of_a_teacher_is_that_to_its_log_probs(divergence):
     text = sequences()
     batch = DemonstrationBatch(text, text, jnp.arange(B))
-    for make, given in (
-        (make_kd, batch),
-        (make_gkd, batch),
-        (make_gkd, ImitationBatch(batch, imitated=batch)),
-    ):
-        agree(functools.partial(make, CAPPED, divergence), given, loud(CAPPED, 1))
+    agree(functools.partial(make_kd, CAPPED, divergence), batch, loud(CAPPED, 1))
+
+
+def test_gkd_imitates_either_kind_of_responses():
+    text = sequences()
+    batch = DemonstrationBatch(text, text, jnp.arange(B))
+    for given in (batch, ImitationBatch(batch, imitated=batch)):
+        agree(functools.partial(make_gkd, CAPPED), given, loud(CAPPED, 1))
 
 
 @pytest.mark.parametrize(
@@ -185,7 +187,7 @@ def agree(make, batch, params):
             out = objective.student_loss(params, None, frozen, batch, signal, None)
             return out.total, out.metrics
 
-        return jax.value_and_grad(total, has_aux=True)(params)
+        return jax.jit(jax.value_and_grad(total, has_aux=True))(params)
 
     fused = make(teacher=TEACHER, temperature=0.7)
     dense = make(temperature=0.7)
@@ -241,9 +243,9 @@ def test_reference_scores_are_summed_dense_log_probs():
 @pytest.mark.parametrize("tiles", [Tiles(logits=4096 * 8), LATER])
 def test_no_array_holds_the_logits_of_a_batch(tiles):
     """No shape in the traced gradient has rows x vocabulary numbers."""
-    wide = {"vocab_size": 4096, "max_length": 8192 + 8, "num_layers": 1}
+    wide = {"vocab_size": 4096, "max_length": 256, "num_layers": 1}
     model = Decoder(DecoderConfig(**SHAPE | wide))
-    rows, columns = 16, 1024
+    rows, columns = 64, 128
     text = Sequences(
         *(
             jax.ShapeDtypeStruct((rows, columns + 1), dtype)
