@@ -82,6 +82,12 @@ def packed(rows=None, spare=1):
     return collate_packed(bins, ROW)
 
 
+def wide(pairs):
+    """Labels and rewards in float64, like all else in these tests."""
+    label, rewards = (x.astype(np.float64) for x in (pairs.label, pairs.rewards))
+    return dataclasses.replace(pairs, label=label, rewards=rewards)
+
+
 def order(batch):
     """Places ``(row, m)`` of records 0, 1, ..."""
     return [tuple(np.argwhere(batch.index == i)[0]) for i in range(4)]
@@ -252,7 +258,7 @@ def log_sigmoid_losses(margins):
 
 
 def test_dpo_of_packed_pairs_is_the_sum_over_pairs():
-    batch = packed(COUPLES)
+    batch = wide(packed(COUPLES))
     scores = np.random.default_rng(1).normal(size=(4, 2)) - 5.0
     signal = np.full((*batch.label.shape, 2), np.nan)  # where no pair is, anything
     for place, pair in zip(order(batch), scores, strict=True):
@@ -292,7 +298,7 @@ def reward_params(seed=0):
 @pytest.mark.parametrize(("level", "gamma"), [("token", 0.9), ("sequence", 1.0)])
 def test_the_reward_model_of_packed_pairs_is_the_sum_over_pairs(level, gamma):
     rewards = REWARD.token_rewards if level == "token" else REWARD.sequence_rewards
-    batch = packed(COUPLES)
+    batch = wide(packed(COUPLES))
 
     def expected(weights):
         def returns(sequences):
@@ -314,7 +320,8 @@ def test_the_reward_model_of_packed_pairs_is_the_sum_over_pairs(level, gamma):
 
 def test_an_ensemble_on_frozen_features_reads_packed_and_padded_pairs_alike():
     """Heads on a trunk's states, a weight for every pair and member, NaN elsewhere."""
-    batch, padded = packed(COUPLES), collate(COUPLES, TokenizeConfig(8, 8))
+    batch = wide(packed(COUPLES))
+    padded = wide(collate(COUPLES, TokenizeConfig(8, 8)))
     features = make_features(EXPERT)
     expert = params(TEACHER, seed=1)
     head = ScalarHead(width=3)
