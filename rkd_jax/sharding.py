@@ -152,6 +152,32 @@ def batch_sharding(mesh: Mesh, rules: Rules = DEFAULT_RULES) -> NamedSharding:
     return NamedSharding(mesh, partition_spec(("batch",), rules))
 
 
+def ambient_axes(name: str, size: int, rules: Rules = DEFAULT_RULES) -> tuple[str, ...]:
+    """The mesh axes over which a logical axis of that size is cut right here.
+
+    Here is inside `jax.set_mesh`, or the update, which knows its mesh. For code that
+    has to say itself what every device does; all else is the partitioner's.
+
+    Args:
+        name: logical axis.
+        size: of the array's axis.
+        rules: as in `tree_shardings`.
+
+    Returns:
+        Names of mesh axes; none outside of a mesh, inside `jax.shard_map`, or where the
+        size does not divide: then every device has all of it.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    target = rules.get(name)
+    names = (target,) if isinstance(target, str) else target or ()
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    names = tuple(
+        n for n in names if kinds.get(n) == AxisType.Auto and mesh.shape[n] > 1
+    )
+    parts = math.prod(mesh.shape[n] for n in names)
+    return names if size % parts == 0 else ()
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """A full copy on every device."""
     return NamedSharding(mesh, PartitionSpec())

@@ -20,7 +20,10 @@ default, ``mask``, fits every sum or mean over positions (`Tiles.gradient`).
 
 Under `jax.shard_map` with the heads' columns sharded over a mesh axis, ``axis_name``
 names it: every device sees its own columns, and what passes between them is a maximum
-and a sum per row. All else is then replicated over that axis.
+and a sum per row. All else is then replicated over that axis. Outside of it nothing is
+to be said: in an update with a ``batch_sharding``, or inside `jax.set_mesh`, rows are
+cut over the mesh axes of the batch and columns over that of the vocabulary, as the
+rules of `rkd_jax.sharding` have it.
 """
 
 from __future__ import annotations

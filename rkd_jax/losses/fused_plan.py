@@ -8,17 +8,20 @@ True
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, Literal
 
 import chex
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from rkd_jax.losses.domain import check_domain
 from rkd_jax.losses.readouts import Plan, Readout
 from rkd_jax.losses.row_losses import RowLoss
 from rkd_jax.losses.vocabulary_tiles import vocabulary_loss
 from rkd_jax.masking import accumulator
+from rkd_jax.sharding import ambient_axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +62,7 @@ def run(
     tiles: Tiles,
     normalised=(True, True),
 ) -> jax.Array:
-    """Check, flatten the batch, cut, run."""
+    """Check, and run on this device or on all of the mesh in use."""
     student, teacher = sides
     batch = student.hidden.shape[:-1]
     for side in sides:
@@ -75,17 +78,87 @@ def run(
             check_domain("softcap", cap, "(0, inf)")
     if weights is None:
         weights = jnp.ones(batch, bool) if mask is None else mask
-    flat = len(batch)
+    weights = jax.lax.stop_gradient(weights.astype(accumulator(student.hidden)))
+    local = functools.partial(
+        _local,
+        loss,
+        temperatures=tuple(float(one) for one in temperatures),
+        softcaps=softcaps,
+        tiles=tiles,
+        normalised=normalised,
+    )
+    arguments = (student, jax.lax.stop_gradient(teacher), data, weights, mask)
+    if axis_name is not None:  # the caller says what every device does
+        return local(*arguments, axis_name=axis_name)
+    rows = ambient_axes("batch", batch[0]) if batch else ()
+    columns = ambient_axes("vocab", student.head.shape[1])
+    if not rows and not columns:
+        return local(*arguments)
+    return _over_mesh(local, rows, columns, arguments)
+
+
+def _over_mesh(local, rows: tuple[str, ...], columns: tuple[str, ...], arguments):
+    """Every device takes its own rows and columns.
+
+    Left to the partitioner, a loop over chunks of rows that lie on several devices
+    would gather all of them on each.
+    """
+    row, column = PartitionSpec(rows or None), PartitionSpec(columns or None)
+
+    def side(readout):
+        if readout is None:
+            return None
+        bias = None if readout.bias is None else column
+        return Readout(row, PartitionSpec(None, *column), bias)
+
+    def everywhere(array):  # its gradient adds up over the rows of all devices
+        return jax.lax.pcast(array, rows, to="varying") if rows else array
+
+    def body(student, teacher, *rest):
+        student, teacher = (
+            x
+            and x._replace(
+                head=everywhere(x.head), bias=jax.tree.map(everywhere, x.bias)
+            )
+            for x in (student, teacher)
+        )
+        axis = columns[0] if columns else None
+        return local(student, teacher, *rest, axis_name=axis, batch_axes=rows)
+
+    student, teacher, *rest = arguments
+    specs = (
+        side(student),
+        side(teacher),
+        *(jax.tree.map(lambda _: row, x) for x in rest),
+    )
+    return jax.shard_map(body, in_specs=specs, out_specs=row)(*arguments)
+
+
+def _local(
+    loss: RowLoss,
+    student: Readout,
+    teacher: Readout | None,
+    data: Any,
+    weights: jax.Array,
+    mask: jax.Array | None,
+    *,
+    temperatures,
+    softcaps,
+    tiles: Tiles,
+    normalised,
+    axis_name: str | None = None,
+    batch_axes: tuple[str, ...] = (),
+) -> jax.Array:
+    """The rows and columns of one device, ``[*batch, ..]``."""
+    batch = student.hidden.shape[:-1]
 
     def rows(array):
-        return array.reshape(-1, *array.shape[flat:])
+        return array.reshape(-1, *array.shape[len(batch) :])
 
     student, teacher = (
         None if side is None else side._replace(hidden=rows(side.hidden))
-        for side in sides
+        for side in (student, teacher)
     )
-    if teacher is not None:
-        teacher = jax.lax.stop_gradient(teacher)
     chunk, block = _cut(student, tiles)
     gradient = tiles.gradient
     if chunk >= len(student.hidden):
@@ -95,7 +168,7 @@ def run(
         gradient = "ahead" if wide else "recompute"
     plan = Plan(
         loss=loss,
-        temperatures=tuple(float(one) for one in temperatures),
+        temperatures=temperatures,
         softcaps=softcaps,
         rows=chunk,
         block=block,
@@ -103,10 +176,9 @@ def run(
         gradient=gradient,
         axis_name=axis_name,
         normalised=normalised,
+        batch_axes=batch_axes,
     )
-    weights = jax.lax.stop_gradient(rows(weights).astype(accumulator(student.hidden)))
-    mask = None if mask is None else rows(mask)
-    data = jax.tree.map(rows, data)
+    data, weights, mask = jax.tree.map(rows, (data, weights, mask))
     return vocabulary_loss(plan, student, teacher, data, weights, mask).reshape(batch)
 
 

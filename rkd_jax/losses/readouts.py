@@ -41,6 +41,7 @@ class Plan:
     gradient: Gradient
     axis_name: str | None
     normalised: tuple[bool, bool] = (True, True)  # or what the head says, as it is
+    batch_axes: tuple[str, ...] = ()  # of the mesh, over which the rows are cut
 
 
 class Span(NamedTuple):

@@ -178,7 +178,7 @@ def _first_pass(plan, rows, student, teacher, weights):
     size = len(rows.index)
     here = functools.partial(_chunk, start=0, size=plan.rows)
     example, _ = jax.eval_shape(of_chunk, *jax.tree.map(here, (rows.hidden, rows.data)))
-    blank = jax.tree.map(lambda x: jnp.zeros((size, *x.shape[1:]), x.dtype), example)
+    blank = jax.tree.map(lambda x: _blank(plan, (size, *x.shape[1:]), x.dtype), example)
     gradient = None
     if weights is not None:
         gradient = _zeros(plan, student, size)
@@ -307,7 +307,7 @@ def _proportion(values: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.A
 def _zeros(plan: Plan, student: Readout, size: int) -> Readout:
     """An accumulator of the gradient, with N' rows of states."""
     dtype = accumulator(student.hidden)
-    states = jnp.zeros((size, student.hidden.shape[-1]), dtype)
+    states = _blank(plan, (size, student.hidden.shape[-1]), dtype)
     head = _shard_zeros(plan, student.head.shape, dtype)
     bias = None if student.bias is None else _shard_zeros(plan, head.shape[1], dtype)
     return Readout(states, head, bias)
@@ -315,10 +315,18 @@ def _zeros(plan: Plan, student: Readout, size: int) -> Readout:
 
 def _shard_zeros(plan: Plan, shape, dtype) -> jax.Array:
     """Zeros to which every shard of the vocabulary will add what is its own."""
-    zeros = jnp.zeros(shape, dtype)
+    zeros = _blank(plan, shape, dtype)
     if plan.axis_name is None:
         return zeros
     return jax.lax.pcast(zeros, plan.axis_name, to="varying")
+
+
+def _blank(plan: Plan, shape, dtype) -> jax.Array:
+    """Zeros to which every shard of the rows will add what is its own."""
+    zeros = jnp.zeros(shape, dtype)
+    if not plan.batch_axes:
+        return zeros
+    return jax.lax.pcast(zeros, plan.batch_axes, to="varying")
 
 
 def _chunk(array: jax.Array, start, size: int) -> jax.Array:

@@ -12,6 +12,7 @@ once, after all micro-batches are in, so a batch may be cut anywhere.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -80,6 +81,10 @@ def make_update(
     traces = 0
 
     def update(state, frozen, batch, signal):
+        with _on_mesh(batch_sharding):
+            return play(state, frozen, batch, signal)
+
+    def play(state, frozen, batch, signal):
         nonlocal traces
         _check_inputs(objective, state, batch, signal)
         parts = _cut((batch, signal), accumulation, batch_sharding)
@@ -110,6 +115,13 @@ def make_update(
         in_shardings=(state_shardings, None, None, None),
         out_shardings=(state_shardings, None),
     )
+
+
+def _on_mesh(sharding: NamedSharding | None):
+    """Tells losses that divide their work themselves about the mesh."""
+    if sharding is None:
+        return contextlib.nullcontext()
+    return jax.sharding.use_abstract_mesh(sharding.mesh.abstract_mesh)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from rkd_jax.losses import forward_kl, generalized_jsd, token_log_probs, topk_forward_kl
 from rkd_jax.losses.fused import (
@@ -17,8 +17,7 @@ from rkd_jax.losses.fused import (
     linear_token_log_probs,
     linear_topk_divergence,
 )
-
-pytestmark = pytest.mark.usefixtures("quick_compiler")
+from rkd_jax.sharding import MeshConfig, make_mesh
 
 ROWS, WIDTH, VOCABULARY = 24, 6, 64
 RNG = np.random.default_rng(1)
@@ -101,6 +100,41 @@ def test_a_sharded_vocabulary_changes_nothing(name, gradient):
         np.testing.assert_allclose(values, expected, rtol=2e-5, atol=2e-6)
         for found, slope in zip(slopes, wanted, strict=True):
             np.testing.assert_allclose(found, slope, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2), (1, 1, 8)], ids=str)
+@pytest.mark.parametrize("gradient", ["recompute", "ahead", "keep"])
+@pytest.mark.parametrize("name", ["log-probs", "jsd"])
+def test_in_a_mesh_every_device_takes_its_own_rows_and_columns(name, gradient, sizes):
+    """Numbers as on one device; nothing of the size of the states is gathered."""
+    fused, dense = LOSSES[name]
+    tiles = Tiles() if gradient == "keep" else options(gradient=gradient)
+    mesh = make_mesh(MeshConfig(*sizes))
+    mask = jnp.asarray(RNG.random(ROWS) < 0.6)
+    weights = jnp.asarray(RNG.normal(size=ROWS), jnp.float32)
+    rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    columns = NamedSharding(mesh, PartitionSpec("fsdp", "tensor"))
+
+    def whole(hidden, head):
+        values = dense(jnp.matmul(hidden, head), jnp.matmul(TEACHER, TEACHER_HEAD))
+        return jnp.where(mask, values, 0.0)
+
+    step = weighted(
+        functools.partial(fused, mask=mask, tiles=tiles), weights, TEACHER, TEACHER_HEAD
+    )
+    hidden, head = jax.device_put(HIDDEN, rows), jax.device_put(HEAD, columns)
+    with jax.set_mesh(mesh):
+        (_, values), slopes = step(hidden, head)
+        text = step.lower(hidden, head).compile().as_text()
+    (_, expected), wanted = weighted(whole, weights)(HIDDEN, HEAD)
+    np.testing.assert_allclose(values, expected, rtol=2e-5, atol=2e-6)
+    for found, slope in zip(slopes, wanted, strict=True):
+        np.testing.assert_allclose(found, slope, rtol=2e-4, atol=2e-5)
+    here = ROWS // (sizes[0] * sizes[1]), VOCABULARY // sizes[2]
+    logits = {tuple(map(int, pair)) for pair in re.findall(r"f32\[(\d+),(\d+)\]", text)}
+    assert max(n for n, m in logits if m == here[1] and n != WIDTH) <= max(8, here[0])
+    gathered = re.findall(r"= \w+\[([\d,]+)\][^=]*? all-gather\(", text)
+    assert all(str(ROWS) not in shape.split(",") for shape in gathered)
 
 
 def test_two_small_collectives_per_chunk_and_no_gather():
