@@ -51,7 +51,7 @@ from rkd_jax.types import (
 from tests.models import reference as numpy_model
 from tests.models.reference import GEMMA, QWEN, random_params
 
-pytestmark = pytest.mark.usefixtures("x64", "quick_compiler")
+pytestmark = pytest.mark.usefixtures("x64")
 
 ROW = 16
 STUDENT = dataclasses.replace(QWEN, dtype="float64")  # its window is 4 columns
