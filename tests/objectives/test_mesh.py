@@ -79,7 +79,7 @@ def packed_preferences():
     def ids(length):
         return rng.integers(0, 48, length).tolist()
 
-    lengths = rng.integers(1, 4, (20, 3)).tolist()
+    lengths = rng.integers(1, 4, (14, 3)).tolist()
     rows = [
         Tokenized(i, ids(p), ids(1), (ids(a), ids(b)))
         for i, (p, a, b) in enumerate(lengths)
