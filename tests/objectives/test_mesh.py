@@ -8,6 +8,8 @@ import numpy as np
 import optax
 import pytest
 
+from rkd_jax.data.packing import collate_packed, pack
+from rkd_jax.data.tokenize import Tokenized
 from rkd_jax.losses import generalized_jsd
 from rkd_jax.models.api import response_hidden
 from rkd_jax.models.decoder import Decoder, DecoderConfig
@@ -70,16 +72,34 @@ def preferences():
     return batch, ReferenceSignal(np.full((B, 2), -9.0, np.float32))
 
 
+def packed_preferences():
+    """Pairs of any lengths in B rows, the last of them empty."""
+    rng = np.random.default_rng(3)
+
+    def ids(length):
+        return rng.integers(0, 48, length).tolist()
+
+    lengths = rng.integers(1, 4, (14, 3)).tolist()
+    rows = [
+        Tokenized(i, ids(p), ids(1), (ids(a), ids(b)))
+        for i, (p, a, b) in enumerate(lengths)
+    ]
+    bins = pack(rows, STUDENT.max_length)
+    batch = collate_packed(bins + [[]] * (B - len(bins)), STUDENT.max_length)
+    return batch, ReferenceSignal(np.full((*batch.label.shape, 2), -9.0, np.float32))
+
+
 CASES = {
     "kd": (functools.partial(make_kd, MODEL, generalized_jsd), demonstrations),
     "minillm": (functools.partial(make_minillm, MODEL), demonstrations),
     "dpo": (functools.partial(make_dpo, MODEL, beta=1.0), preferences),
+    "packed": (functools.partial(make_dpo, MODEL, beta=1.0), packed_preferences),
 }
 
 
 def objective_of(name):
     make, data = CASES[name]
-    given = {} if data is preferences else {"teacher": TEACHER}
+    given = {"teacher": TEACHER} if data is demonstrations else {}
     return make(**given), *data()
 
 
@@ -104,6 +124,7 @@ def on_one_device(name):
         ("kd", (1, 2, 4)),
         ("minillm", (2, 2, 2)),
         ("dpo", (2, 2, 2)),
+        ("packed", (2, 2, 2)),
     ],
     ids=str,
 )
