@@ -60,7 +60,7 @@ def test_without_the_package_it_asks_where_to_install_from():
 
 
 def test_its_cells_run_from_top_to_bottom(tmp_path):
-    """In one interpreter, compiled cheaply: a third of what a fresh kernel takes."""
+    """In one interpreter, compiled cheaply: a toy computes little."""
     process = subprocess.run(
         [sys.executable, "-c", "\n".join(CODE.values())],
         cwd=tmp_path,
