@@ -6,6 +6,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 ).strip()
+# Tests compile much and compute little.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # BLAS threads of two test processes fight for the same two cores.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -29,12 +31,3 @@ def x64(request):
     """Float64 inside the test, unless it is marked float32."""
     with jax.enable_x64(request.node.get_closest_marker("float32") is None):
         yield
-
-
-@pytest.fixture(scope="module")
-def quick_compiler():
-    """For a file that compiles much and computes little."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)

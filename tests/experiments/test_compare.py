@@ -20,7 +20,6 @@ def report_in(folder: Path) -> dict:
     return json.loads((folder / "report" / "report.json").read_text("utf-8"))
 
 
-@pytest.mark.usefixtures("quick_compiler")
 def test_several_seeds_make_one_report(tmp_path):
     config = dataclasses.replace(
         compare_seed_systems.tiny(), methods=METHODS, out=str(tmp_path / "run")

@@ -39,7 +39,7 @@ def test_without_knows_chats_and_text():
     assert without(pairs, {'"hi"'}) == [pairs[1]]
 
 
-def test_prompts_of_held_out_pairs_in_a_file_teach_nobody(quick_compiler, tmp_path):
+def test_prompts_of_held_out_pairs_in_a_file_teach_nobody(tmp_path):
     config = tvkd.tiny()
     lab = open_lab(config)
     prompts, _, _ = load_prompts(config.task, lab)

@@ -6,7 +6,6 @@ import html.parser
 import json
 import logging
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -39,7 +38,7 @@ class CompileLog(logging.Handler):
 
 
 @pytest.fixture(scope="module")
-def tiny_run(quick_compiler, tmp_path_factory):
+def tiny_run(tmp_path_factory):
     """One uninterrupted run: its folder and what was compiled."""
     folder = tmp_path_factory.mktemp("quickstart") / "run"
     log = CompileLog()
@@ -71,7 +70,6 @@ def start(*arguments: str) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
     )
 
 

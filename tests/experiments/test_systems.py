@@ -68,7 +68,7 @@ def fingerprints(tree) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def lab(quick_compiler, tmp_path_factory):
+def lab(tmp_path_factory):
     """What the toys have in common, compiled once; the rest comes from a cache."""
     before = jax.config.jax_compilation_cache_dir
     cache = tmp_path_factory.mktemp("compiled")
@@ -142,7 +142,7 @@ def test_tiny_trains_and_judges_every_method(name, lab, courses, tmp_path):
         assert len(list(entries)) == config.drdo.oracle_steps
 
 
-def test_reward_players_may_train_their_trunk(quick_compiler, tmp_path):
+def test_reward_players_may_train_their_trunk(tmp_path):
     config = pbkd.tiny()
     reward = dataclasses.replace(
         config.reward, trunk="trained", l2=0.0, steps=10, learning_rate=1e-2

@@ -29,7 +29,7 @@ from rkd_jax.losses.fused import (
     linear_topk_divergence,
 )
 
-pytestmark = pytest.mark.usefixtures("x64", "quick_compiler")
+pytestmark = pytest.mark.usefixtures("x64")
 
 ROWS, WIDTH, TEACHER_WIDTH, VOCABULARY, TOP = 37, 6, 9, 53, 5
 SMALL = functools.partial(Tiles, logits=53 * 8, block=16, columns=20)

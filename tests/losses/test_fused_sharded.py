@@ -19,8 +19,6 @@ from rkd_jax.losses.fused import (
 )
 from rkd_jax.sharding import MeshConfig, make_mesh
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 ROWS, WIDTH, VOCABULARY = 24, 6, 64
 RNG = np.random.default_rng(1)
 HIDDEN, TEACHER = RNG.normal(size=(2, ROWS, WIDTH)).astype(np.float32)

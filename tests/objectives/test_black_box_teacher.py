@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
 
@@ -124,7 +123,6 @@ def first_token_probs(params, prompts):
     return jax.nn.softmax(logits[:, -1], axis=-1)
 
 
-@pytest.mark.usefixtures("quick_compiler")
 def test_pbkd_with_a_teacher_that_is_only_text():
     # Embeddings this small make it speak almost at random: a "z" in 1 of 8 words.
     start = random_params(STUDENT.config)

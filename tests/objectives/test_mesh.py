@@ -31,8 +31,6 @@ from rkd_jax.types import (
     TeacherStates,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 STUDENT = DecoderConfig(
     vocab_size=48,
     hidden_size=16,

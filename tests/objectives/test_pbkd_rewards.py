@@ -31,7 +31,7 @@ from tests.objectives.game_batch import (
 )
 from tests.tabular.bed import BED_E, REWARD, tabular_rewards
 
-pytestmark = pytest.mark.usefixtures("x64", "quick_compiler")
+pytestmark = pytest.mark.usefixtures("x64")
 
 # Rewards read from states: a linear head on the tree's one-hot states is a table
 

@@ -36,7 +36,7 @@ from rkd_jax.types import (
     TeacherStates,
 )
 
-pytestmark = pytest.mark.usefixtures("x64", "quick_compiler")
+pytestmark = pytest.mark.usefixtures("x64")
 
 SHAPE = {
     "vocab_size": 23,

@@ -24,7 +24,7 @@ from tests.models.reference import random_params
 from tests.objectives.game_batch import LABELS, PAIRS, pair_nll, preference_batch
 from tests.tabular.bed import BED_E, REWARD, tabular_rewards
 
-pytestmark = pytest.mark.usefixtures("x64", "quick_compiler")
+pytestmark = pytest.mark.usefixtures("x64")
 
 K = 3
 TABLES = np.stack([REWARD, 0.3 * np.cos(5.0 * REWARD), -0.7 * REWARD])
