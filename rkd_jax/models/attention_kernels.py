@@ -126,10 +126,10 @@ def splash_attention(
     parts = math.prod(mesh.shape[name] for name in columns)
     repeats = parts // math.gcd(parts, key.shape[2])
     key, value = (jnp.repeat(x, repeats, axis=2) for x in (key, value))
-    heads = PartitionSpec(rows, None, columns)
+    heads = PartitionSpec(rows or None, None, columns or None)
     return jax.shard_map(
         attend,
-        in_specs=(heads, heads, heads, PartitionSpec(rows)),
+        in_specs=(heads, heads, heads, PartitionSpec(rows or None)),
         out_specs=heads,
         axis_names=here,
         check_vma=False,

@@ -20,8 +20,6 @@ from rkd_jax.training.optim import OptimConfig, make_optimizer
 from rkd_jax.training.state import init_state
 from rkd_jax.training.update import make_update
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 TOY = StepBenchmark(
     vocab=64,
     batch=2,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +17,13 @@ from rkd_jax.models.attention_kernels import (
     splash_attention,
 )
 from rkd_jax.models.decoder import Decoder
-from rkd_jax.sharding import MeshConfig, make_mesh
+from rkd_jax.objectives.sft import make_sft
+from rkd_jax.sharding import MeshConfig, batch_sharding, make_mesh
+from rkd_jax.training.optim import OptimConfig, make_optimizer
+from rkd_jax.training.state import init_state
+from rkd_jax.training.update import make_update
+from rkd_jax.types import DemonstrationBatch, Sequences
 from tests.models.reference import LLAMA, QWEN, random_params
-
-pytestmark = pytest.mark.usefixtures("quick_compiler")
 
 L = 20
 SEGMENTS = np.array([[0] * 3 + [1] * 12 + [2] * 4 + [0], [1] * 9 + [2] * 11], np.int32)
@@ -93,6 +97,30 @@ def test_splash_attention_on_a_mesh_equals_that_on_one_device():
 
 
 @pytest.mark.parametrize("config", [LLAMA, QWEN], ids=["llama", "window"])
+def test_the_update_tells_the_kernel_its_mesh(monkeypatch, rng):
+    monkeypatch.setitem(KERNELS, "splash", interpreted)
+    mesh = make_mesh(MeshConfig(data=4, tensor=2))
+    model = Decoder(dataclasses.replace(LLAMA, attention="splash"))
+    params = jax.eval_shape(model.init, rng)
+    optimizer = make_optimizer(OptimConfig())
+    state = jax.eval_shape(
+        functools.partial(init_state, student_optimizer=optimizer), params, rng=rng
+    )
+    update = make_update(
+        make_sft(model),
+        student_optimizer=optimizer,
+        batch_sharding=batch_sharding(mesh),
+    )
+    tokens = jax.ShapeDtypeStruct((4, 8), jnp.int32)
+    mask = jax.ShapeDtypeStruct((4, 8), bool)
+    target = jax.ShapeDtypeStruct((4, 5), bool)
+    rows = Sequences(tokens, mask, target)
+    batch = DemonstrationBatch(rows, rows, jax.ShapeDtypeStruct((4,), jnp.int32))
+    program = str(jax.make_jaxpr(update)(state, None, batch, None))
+    (specs,) = set(re.findall(r"in_specs=\((P\(.*?\)), ", program))
+    assert specs == "P('data', None, 'tensor')"
+
+
 def test_the_decoder_says_the_same_with_either_implementation(config):
     params = random_params(config)
     tokens = np.random.default_rng(0).integers(0, 37, (2, L)).astype(np.int32)

@@ -41,12 +41,11 @@ def step(config, batch=2, length=10):
     return jax.jit(jax.value_and_grad(loss))
 
 
-@pytest.mark.parametrize("config", [LLAMA, QWEN], ids=["llama", "qwen"])
-def test_every_policy_gives_the_same_loss_and_gradient(config, x64, quick_compiler):
-    params = random_params(config)
+def test_every_policy_gives_the_same_loss_and_gradient(x64):
+    params = random_params(QWEN)
 
     def run(policy):
-        changed = dataclasses.replace(config, dtype="float64", remat=policy)
+        changed = dataclasses.replace(QWEN, dtype="float64", remat=policy)
         return step(changed)(jax.tree.map(np.float64, params))
 
     plain = run("none")
@@ -59,7 +58,16 @@ def test_every_policy_gives_the_same_loss_and_gradient(config, x64, quick_compil
         )
 
 
-def test_every_policy_takes_less_memory_than_the_one_before():
+@pytest.fixture
+def optimising_compiler():
+    """The compiler of a run."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+def test_every_policy_takes_less_memory_than_the_one_before(optimising_compiler):
     params = jax.eval_shape(Decoder(TOY).init, jax.random.key(0))
 
     def temporaries(policy):
@@ -97,7 +105,7 @@ def test_scores_of_the_library_attention_are_computed_again_too():
     assert products("attention") == products("none") + 1
 
 
-def test_a_deep_model_compiles_to_a_program_as_long_as_a_shallow_one(quick_compiler):
+def test_a_deep_model_compiles_to_a_program_as_long_as_a_shallow_one():
     def instructions(layers):
         config = dataclasses.replace(TOY, num_layers=layers, remat="dots")
         params = jax.eval_shape(Decoder(config).init, jax.random.key(0))
