@@ -20,7 +20,7 @@ SEGMENTS = np.array([[0, 0, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 0, 0]])
 POSITIONS = np.maximum(np.cumsum(SEGMENTS, axis=1) - 1, 0).astype(np.int32)
 
 
-@pytest.mark.parametrize("config", [LLAMA, QWEN, GEMMA], ids=["llama", "qwen", "gemma"])
+@pytest.mark.parametrize("config", [QWEN, GEMMA], ids=["qwen", "gemma"])
 def test_columns_one_by_one_equal_the_decoder(config):
     model, params = Decoder(config), random_params(config)
     segments = SEGMENTS.astype(np.int32)
@@ -65,16 +65,20 @@ def test_columns_one_by_one_equal_the_decoder(config):
 def test_stale_slots_are_not_seen():
     """A cache whose index was set back, as a decode loop's never is."""
     model, params = Decoder(LLAMA), random_params(LLAMA)
-    cache = model.init_cache(params, 2, L)
-    _, cache = model.hidden(params, TOKENS, cache=cache)
-    rewound = dataclasses.replace(cache, index=jnp.int32(6))
-    other, layers, caches = model.unrolled(params, rewound)
-    arguments = {
+    others = {
         "positions": np.full((2, 1), 6, np.int32),
         "segment_ids": np.ones((2, 1), np.int32),
     }
-    stacked, _ = model.hidden(params, TOKENS[:, :1], cache=rewound, **arguments)
-    apart, _ = other.hidden(layers, TOKENS[:, :1], cache=caches, **arguments)
+
+    @jax.jit
+    def compare(params):
+        _, cache = model.hidden(params, TOKENS, cache=model.init_cache(params, 2, L))
+        rewound = dataclasses.replace(cache, index=jnp.int32(6))
+        apart, layers, caches = model.unrolled(params, rewound)
+        again = apart.hidden(layers, TOKENS[:, :1], cache=caches, **others)
+        return model.hidden(params, TOKENS[:, :1], cache=rewound, **others)[0], again[0]
+
+    stacked, apart = compare(params)
     np.testing.assert_allclose(apart, stacked, rtol=1e-5, atol=1e-5)
 
 
