@@ -200,7 +200,9 @@ class Decoder:
 
         See `rkd_jax.models.unrolled`.
         """
-        return UnrolledDecoder(self), unrolled_params(params), unrolled_caches(cache)
+        slots = cache.segment_ids.shape[1]
+        params = unrolled_params(self.config, params, slots)
+        return UnrolledDecoder(self), params, unrolled_caches(cache)
 
     def logical_axes(self) -> Params:
         """Names of the axes of every parameter: a tuple of names per leaf of `init`.

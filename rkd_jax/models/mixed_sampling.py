@@ -73,9 +73,9 @@ def make_mixed_sampler(
             as `make_sampler`, or another number of prompts for the teacher.
 
     References:
-        Gu et al., MiniLLM, 2306.08543, section 2.2, teacher-mixed sampling. Deviation:
-        the temperature divides both models' logits before they are mixed; the released
-        code divides the logarithm of the mixture.
+        Gu et al., MiniLLM, 2306.08543, teacher-mixed sampling and its weights.
+        Deviation: none at temperature 1; at others both models' logits are divided by
+        it before they are mixed.
     """
     _check(student, teacher, config, alpha)
     draw = _mixed_draw(config, float(alpha))

@@ -4,9 +4,12 @@ A scan over stacked layers hands each one a slice of the weights and of the cach
 on a CPU a slice is a copy: every step of decoding would copy the trunk, and the whole
 cache, transposed. Here the weights are cut once, before the loop. Keys are written into
 their slot in place and then read where they are, in the order of axes in which the
-products read. The price is memory, a second trunk while the loop runs, and compiling in
-proportion to the layers; platforms whose products read a slice in place need not pay
-it, which is why the decode loops do this on CPUs only.
+products read. Rotary angles come from a table: without the boundary of a scan they
+would be fused into, and computed again by, every head of every layer.
+
+The price is memory, a second trunk while the loop runs, and compiling in proportion to
+the layers. Platforms whose products read a slice in place need not pay it, which is why
+the decode loops do this on CPUs only.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from jax import lax
 from rkd_jax.models.attention import attention_bias
 from rkd_jax.models.blocks import Block, Embed, RMSNorm
 from rkd_jax.models.config import DecoderConfig
+from rkd_jax.models.rope import rope_frequencies, rope_table
 from rkd_jax.models.slots import Slots
 from rkd_jax.types import Params, struct
 
@@ -39,8 +43,8 @@ class LayerCaches:
 class UnrolledDecoder:
     """The part of `rkd_jax.models.api.CausalLM` that a decode loop calls.
 
-    Parameters are those of the decoder with a tuple of layers in place of the stack.
-    Equal to the decoder's own steps up to rounding.
+    Parameters are from `unrolled_params`. Equal to the decoder's own steps up to
+    rounding.
     """
 
     decoder: Any  # rkd_jax.models.decoder.Decoder, which makes these
@@ -58,7 +62,10 @@ class UnrolledDecoder:
         segment_ids: jax.Array,
         cache: LayerCaches,
     ) -> tuple[jax.Array, LayerCaches]:
-        """As `Decoder.hidden` with a cache; nothing is optional here."""
+        """As `Decoder.hidden` with a cache; nothing is optional here.
+
+        Positions lie below the number of slots, as they do where they count tokens.
+        """
         config, start = self.config, cache.index
         zero = jnp.zeros_like(start)
         tokens = jnp.where(segment_ids == 0, 0, tokens)
@@ -74,7 +81,12 @@ class UnrolledDecoder:
             window=config.sliding_window,
             dtype=config.accumulator,
         )
-        shared = self.decoder._shared(positions, segment_ids, None)._replace(bias=bias)
+        cos, sin = (
+            jnp.expand_dims(jnp.take(table, positions, axis=0), 2)
+            for table in params["rotations"]
+        )
+        shared = self.decoder._shared(positions, segment_ids, None)
+        shared = shared._replace(cos=cos, sin=sin, bias=bias)
         hidden = Embed(config).apply({"params": params["embed"]}, tokens)
         written = []
         for layer, keys, values in zip(
@@ -102,9 +114,21 @@ class UnrolledDecoder:
         return unrolled_caches(self.decoder.init_cache(params, batch_size, length))
 
 
-def unrolled_params(params: Params) -> Params:
-    """A decoder's parameters with a tuple of layers in place of the stack."""
-    return {**params, "layers": _unstacked(params["layers"])}
+def unrolled_params(config: DecoderConfig, params: Params, slots: int) -> Params:
+    """A decoder's parameters with a tuple of layers in place of the stack.
+
+    Beside them stand the cosines and sines [slots, Dh / 2] of all positions there are.
+    """
+    frequencies = rope_frequencies(
+        config.head_dim, config.rope_theta, config.rope_scaling
+    )
+    positions = jnp.expand_dims(jnp.arange(slots, dtype=jnp.int32), 0)
+    tables = rope_table(positions, frequencies, config.accumulator)
+    return {
+        **params,
+        "layers": _unstacked(params["layers"]),
+        "rotations": tuple(table[0, :, 0] for table in tables),
+    }
 
 
 def unrolled_caches(cache: Any) -> LayerCaches:

@@ -1,6 +1,7 @@
 """Batches of any size in few shapes: the same results, and nothing compiled twice."""
 
 import contextlib
+import itertools
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ from rkd_jax.models.decoder import Decoder, DecoderConfig
 from rkd_jax.models.mixed_sampling import make_mixed_sampler
 from rkd_jax.models.sampling import SamplingConfig, make_sampler
 from rkd_jax.types import Prompts
+from tests.evaluation.bigram import Bigram
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 
@@ -61,32 +63,32 @@ def _compilations():
         jax.monitoring.unregister_event_duration_listener(listen)
 
 
-def test_nothing_is_compiled_after_the_warm_up(params):
-    plain = make_sampler(MODEL, CONFIG)
-    mixed = make_mixed_sampler(MODEL, MODEL, CONFIG)
-    beam = make_beam_search(MODEL, beams=2, max_new_tokens=4, eos_ids=(2,))
-    sample, sample_mixed, search = (
-        bucketed(f, **BUCKETS) for f in (plain, mixed, beam)
-    )
+def test_nothing_is_compiled_after_the_warm_up():
+    model = Bigram(20)
+    table = model.init(jax.random.key(0))
+    plain = make_sampler(model, CONFIG)
+    mixed = make_mixed_sampler(model, model, CONFIG)
+    beam = make_beam_search(model, beams=2, max_new_tokens=4, eos_ids=(2,))
+    sample = bucketed(plain, **BUCKETS)
+    sample_mixed = bucketed(mixed, widths=(3, 6), rows=(4,))
+    search = bucketed(beam, widths=(6,), rows=(4,))
 
     def call(rows, width, seed):
-        prompts = _prompts(rows, width, seed)
-        key = jax.random.key(seed)
-        sample(params, prompts, key)
-        search(params, prompts)
-        others = prompts if seed % 2 else None
-        sample_mixed(params, params, prompts, key, teacher_prompts=others)
+        prompts, key = _prompts(rows, width, seed), jax.random.key(seed)
+        sample(table, prompts, key)
+        sample_mixed(table, table, prompts, key, teacher_prompts=prompts)
+        search(table, prompts)
 
     with _compilations() as warming:
-        for rows in (2, 4):
-            for width in (3, 6):
-                call(rows, width, seed=rows + width)
-    assert len(warming) >= 3 * 4  # the counter counts
+        for rows, width in itertools.product((2, 4), (3, 6)):
+            call(rows, width, seed=rows + width)
+    assert len(warming) >= 4 + 2 + 1  # the counter counts
+    traces = model.traces
     with _compilations() as later:
-        for rows in (1, 2, 3, 4):
-            for width in range(1, 7):
-                call(rows, width, seed=7 * rows + width)
+        for rows, width in itertools.product(range(1, 5), range(1, 7)):
+            call(rows, width, seed=7 * rows + width)
     assert not later
+    assert model.traces == traces
 
 
 def test_results_are_those_of_the_plain_sampler(params):
