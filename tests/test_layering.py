@@ -21,7 +21,7 @@ LAYERS = {
     "types": set(),
     "masking": {"types"},
     "sharding": {"types"},
-    "losses": {"types", "masking"},
+    "losses": BASE,
     "models": BASE,
     "data": BASE,
     "interop": BASE | {"models", "data"},
