@@ -144,7 +144,7 @@ def config() -> CompareConfig:
         ava=AvaConfig(fit=large),
         mmkd=MmkdConfig(critic=critic),
         mm_pbkd=MmPbkdConfig(critic=critic, anchor_steps=45),
-        drdo=DrdoConfig(oracle_steps=15, oracle_learning_rate=5e-5),
+        drdo=DrdoConfig(oracle_steps=32, oracle_learning_rate=5e-5),
     )
 
 

@@ -22,7 +22,7 @@ LAYERS = {
     "masking": {"types"},
     "packed": {"types", "masking"},
     "sharding": {"types"},
-    "losses": {"types", "masking"},
+    "losses": BASE,
     "models": BASE,
     "data": BASE,
     "interop": BASE | {"models", "data"},

@@ -53,10 +53,10 @@ class HFFlaxConfig:
     vocab_size: int  # width of the head
     hidden_size: int  # width of what `hidden` returns
     max_length: int  # context, in columns
-    logit_softcap: None = None  # no family with Flax classes has one
     num_layers: int
     tie_embeddings: bool
     dtype: str  # compute dtype
+    logit_softcap: None = None  # no family with Flax classes has one
 
 
 @struct
