@@ -237,15 +237,15 @@ def by_record(batch, values):
 
 def test_the_reference_signal_of_packed_pairs():
     batch, expert = packed(COUPLES), params(TEACHER, seed=1)
-    found = make_pair_scorer(EXPERT, temperature=0.7)(expert, batch)
-    assert found.shape == (*batch.label.shape, 2)
-    score = make_sequence_scorer(EXPERT, temperature=0.7)
-    expected = [[score(expert, s)[0] for s in pair] for pair in members_alone()]
-    np.testing.assert_allclose(by_record(batch, found), expected, rtol=1e-9)
-    assert not np.asarray(found)[batch.index < 0].any()
     padded = collate(COUPLES, TokenizeConfig(8, 8))
-    unpacked = make_pair_scorer(EXPERT, temperature=0.7)(expert, padded)
-    np.testing.assert_allclose(unpacked, expected, rtol=1e-9)
+    score = make_pair_scorer(EXPERT, temperature=0.7)
+    found, unpacked = score(expert, batch), score(expert, padded)
+    assert found.shape == (*batch.label.shape, 2)
+    assert not np.asarray(found)[batch.index < 0].any()
+    by_row = make_sequence_scorer(EXPERT, temperature=0.7)(expert, padded.sequences)
+    assert by_row.shape == (4, 2)
+    np.testing.assert_allclose(by_record(batch, found), by_row, rtol=1e-9)
+    np.testing.assert_allclose(unpacked, by_row, rtol=1e-12)
 
 
 def bradley_terry(value, weights, scale=1.0, offset=0.0):
