@@ -15,7 +15,7 @@ costs against the whole distribution: docs/teacher_cache.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, SupportsIndex
 
@@ -40,6 +40,7 @@ from rkd_jax.signals.cache_format import (
 )
 from rkd_jax.signals.cache_identity import model_hash
 from rkd_jax.signals.cache_manifest import Manifest, check_same
+from rkd_jax.signals.cache_shards import problem
 from rkd_jax.signals.cache_writer import CacheWriter, Source
 from rkd_jax.types import (
     DemonstrationBatch,
@@ -123,11 +124,15 @@ class TeacherCache:
         files = [self.path / shard.file for shard in self.manifest.shards]
         if gone := [file for file in files if not file.is_file()]:
             raise FileNotFoundError(f"{gone[0]}: listed in the manifest, but gone")
-        self.source = ArrayRecordDataSource([str(file) for file in files])
-        if len(self.source) != self.manifest.records:
+        try:
+            self.source = ArrayRecordDataSource([str(file) for file in files])
+            found = len(self.source)
+        except RuntimeError as error:
+            raise self._damaged(range(len(files)), error) from error
+        if found != self.manifest.records:
             raise CacheError(
-                f"{self.path}: the shards hold {len(self.source)} records, the "
-                f"manifest lists {self.manifest.records}; a file is damaged"
+                f"{self.path}: the shards hold {found} records, the manifest lists "
+                f"{self.manifest.records}; a file is damaged"
             )
 
     def __len__(self) -> int:
@@ -159,10 +164,9 @@ class TeacherCache:
         try:
             payloads = self.source.__getitems__([n.__index__() for n in numbers])
         except RuntimeError as error:
-            raise CacheError(
-                f"{self._damaged(numbers)}: damaged: {error}; delete this file and "
-                "write the cache again, which restores it alone"
-            ) from error
+            size = self.manifest.shard_records
+            shards = sorted({n.__index__() // size for n in numbers})
+            raise self._damaged(shards, error) from error
         return [unpack_record(x, self.settings, lists=lists) for x in payloads]
 
     def topk(self, batch: Batch) -> TopkSignal:
@@ -281,15 +285,11 @@ class TeacherCache:
             f"{self.manifest.max_response}"
         )
 
-    def _damaged(self, numbers: Sequence[SupportsIndex]) -> Path:
-        """The file that a record cannot be read from."""
-        for number in numbers:
-            try:
-                self.source[number]
-            except RuntimeError:
-                shard = number.__index__() // self.manifest.shard_records
-                return self.path / self.manifest.shards[shard].file
-        return self.path
+    def _damaged(self, shards: Iterable[int], error: RuntimeError) -> CacheError:
+        """An error that names the file."""
+        files = (self.path / self.manifest.shards[n].file for n in shards)
+        found = next(filter(None, map(problem, files)), None)
+        return found or CacheError(f"{self.path}: cannot be read: {error}")
 
     def _lacks(self, what: str) -> str:
         return f"{self.path} holds no {what}; it was written without"

@@ -147,7 +147,8 @@ def unpack_numbers(data: bytes, count: int, offset: int) -> tuple[np.ndarray, in
     if len(ends) != count or r >= _MOST_BITS:
         raise ValueError(f"{len(ends)} numbers where {count} were stored")
     bits = np.zeros((count, 8 * -(-r // 8)), np.uint8)
-    bits[:, :r] = np.unpackbits(low, count=count * r, bitorder="little").reshape(-1, r)
+    low = np.unpackbits(low, bitorder="little")[: count * r]
+    bits[:, :r] = low.reshape(count, r)
     octets = np.zeros((count, 4), np.uint8)
     octets[:, : bits.shape[1] // 8] = np.packbits(bits, axis=1, bitorder="little")
     rest = np.diff(ends, prepend=-1) - 1

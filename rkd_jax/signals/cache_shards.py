@@ -101,22 +101,38 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _count(path: Path) -> int:
-    reader = ArrayRecordReader(str(path))
+def problem(path: Path) -> CacheError | None:
+    """What keeps a file from being read, if anything does."""
     try:
-        return reader.num_records()
-    finally:
+        for _ in _records(path):
+            pass
+    except CacheError as error:
+        return error
+    return None
+
+
+def _count(path: Path) -> int:
+    try:
+        reader = ArrayRecordReader(str(path))
+        count = reader.num_records()
         reader.close()
+    except RuntimeError as error:
+        raise _damaged(path, error) from error
+    return count
 
 
 def _records(path: Path) -> Iterator[bytes]:
-    reader = ArrayRecordReader(str(path))
     try:
+        reader = ArrayRecordReader(str(path))
         for number in range(reader.num_records()):
             yield reader.read([number])[0]
-    except RuntimeError as error:
-        raise CacheError(
-            f"{path}: damaged: {error}; delete this file and start again"
-        ) from error
-    finally:
         reader.close()
+    except RuntimeError as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: RuntimeError) -> CacheError:
+    return CacheError(
+        f"{path}: damaged: {error}; delete this file and write the cache again, which "
+        "restores it alone"
+    )

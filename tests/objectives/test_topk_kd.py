@@ -1,6 +1,7 @@
 """Distillation from a list of tokens on the enumerable bed, against float64 numpy."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from rkd_jax.objectives.kd import make_kd
 from rkd_jax.objectives.topk_kd import make_topk_kd
 from rkd_jax.signals.teacher import make_teacher_log_probs
 from rkd_jax.signals.topk import make_topk
-from rkd_jax.types import DemonstrationBatch, TeacherSignal, TopkSignal
+from rkd_jax.types import DemonstrationBatch, Sequences, TeacherSignal, TopkSignal
 from tests.evaluation.bigram import Bigram
 from tests.tabular.bed import (
     BED_E,
@@ -27,12 +28,9 @@ from tests.tabular.bed import (
 MODEL = TabularLM()
 NUMBERS, INDICES = np.array([0, 1, 0]), np.array([CHOSEN, REJECTED, 7])
 MASK = BED_E.mask[INDICES]
+OURS, THEIRS = make_topk_kd(MODEL), make_kd(MODEL)
 
 pytestmark = pytest.mark.usefixtures("x64", "quick_compiler")
-
-
-def params(table=STUDENT):
-    return {"logits": jnp.asarray(table)}
 
 
 def demonstrations():
@@ -45,17 +43,24 @@ def signal_of(top_k, table=TEACHER):
     return make_topk(MODEL, top_k=top_k)({"logits": jnp.asarray(table)}, sequences)
 
 
+@functools.cache
+def compiled(objective):
+    """Outcome and gradient in the table."""
+
+    def loss(table, signal):
+        batch = demonstrations()
+        out = objective.student_loss({"logits": table}, None, None, batch, signal, None)
+        return out.total, out
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+
 def call(objective, signal, table=STUDENT):
-    batch = demonstrations()
-    return objective.student_loss(params(table), None, None, batch, signal, None)
+    return compiled(objective)(jnp.asarray(table), signal)[0][1]
 
 
 def gradient(objective, signal, table=STUDENT):
-    def total(p):
-        batch = demonstrations()
-        return objective.student_loss(p, None, None, batch, signal, None).total
-
-    return np.asarray(jax.grad(total)(params(table))["logits"])
+    return np.asarray(compiled(objective)(jnp.asarray(table), signal)[1])
 
 
 def visited():
@@ -91,7 +96,7 @@ def test_the_divergence_of_the_buckets_by_hand(temperature):
 
 def test_the_gradient_by_hand():
     """q - p inside the list; outside, the tail's surplus shared out as q shares it."""
-    found, expected = gradient(make_topk_kd(MODEL), signal_of(1)), np.zeros((2, 15, 3))
+    found, expected = gradient(OURS, signal_of(1)), np.zeros(BED_E.table_shape)
     for x, k, _ in visited():
         p, q = (np.exp(log_softmax(scores[x, k])) for scores in (TEACHER, STUDENT))
         listed = np.arange(3) == p.argmax()
@@ -104,41 +109,43 @@ def test_the_gradient_by_hand():
 def test_it_is_kd_where_at_most_one_token_is_not_listed(top_k):
     sequences = demonstrations().teacher_sequences
     full = make_teacher_log_probs(MODEL)({"logits": jnp.asarray(TEACHER)}, sequences)
-    ours, theirs = make_topk_kd(MODEL), make_kd(MODEL)
-    found = call(ours, signal_of(top_k))
-    expected = call(theirs, TeacherSignal(full))
+    found = call(OURS, signal_of(top_k))
+    expected = call(THEIRS, TeacherSignal(full))
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), found, expected
     )
     np.testing.assert_allclose(
-        gradient(ours, signal_of(top_k)),
-        gradient(theirs, TeacherSignal(full)),
+        gradient(OURS, signal_of(top_k)),
+        gradient(THEIRS, TeacherSignal(full)),
         atol=1e-10,
     )
 
 
 def test_nan_in_padding_changes_nothing():
-    clean, objective = signal_of(1), make_topk_kd(MODEL)
+    clean = signal_of(1)
     assert not MASK.all()
     mask = MASK[..., None]
     dirty = TopkSignal(
         jnp.where(mask, clean.ids, 10**6), jnp.where(mask, clean.log_probs, jnp.nan)
     )
-    assert call(objective, dirty).total == call(objective, clean).total
-    np.testing.assert_array_equal(
-        gradient(objective, dirty), gradient(objective, clean)
-    )
+    assert call(OURS, dirty).total == call(OURS, clean).total
+    np.testing.assert_array_equal(gradient(OURS, dirty), gradient(OURS, clean))
 
 
 def test_it_vanishes_at_the_teacher_and_leaves_the_signal_alone():
-    objective, signal = make_topk_kd(MODEL), signal_of(1)
-    assert abs(float(call(objective, signal, TEACHER).total)) < 1e-10
-    np.testing.assert_allclose(gradient(objective, signal, TEACHER), 0.0, atol=1e-10)
+    signal = signal_of(1)
+    assert abs(float(call(OURS, signal, TEACHER).total)) < 1e-10
+    np.testing.assert_allclose(gradient(OURS, signal, TEACHER), 0.0, atol=1e-10)
 
-    def total(log_probs):
-        return call(objective, TopkSignal(signal.ids, log_probs)).total
+    @jax.jit
+    @jax.grad
+    def slope(log_probs):
+        given = TopkSignal(signal.ids, log_probs)
+        return OURS.student_loss(
+            {"logits": jnp.asarray(STUDENT)}, None, None, demonstrations(), given, None
+        ).total
 
-    assert not np.asarray(jax.grad(total)(signal.log_probs)).any()
+    assert not np.asarray(slope(signal.log_probs)).any()
 
 
 def test_a_batch_without_a_target_is_zero():
@@ -147,14 +154,18 @@ def test_a_batch_without_a_target_is_zero():
         batch.sequences, response_mask=jnp.zeros_like(batch.sequences.response_mask)
     )
     batch = dataclasses.replace(batch, sequences=nothing)
-    objective = make_topk_kd(MODEL)
 
-    def total(p):
-        return objective.student_loss(p, None, None, batch, signal, None)
+    @jax.jit
+    def step(table):
+        def loss(table):
+            out = OURS.student_loss({"logits": table}, None, None, batch, signal, None)
+            return out.total, out
 
-    assert float(total(params()).total) == float(total(params()).weight) == 0.0
-    grads = jax.grad(lambda p: total(p).total)(params())
-    assert not np.asarray(grads["logits"]).any()
+        return jax.value_and_grad(loss, has_aux=True)(table)
+
+    (total, out), slope = step(jnp.asarray(STUDENT))
+    assert float(total) == float(out.weight) == 0.0
+    assert not np.asarray(slope).any()
 
 
 @pytest.mark.float32
@@ -170,14 +181,13 @@ def test_states_of_padding_may_be_nan_and_logits_are_capped():
     student, teacher = 3 * rng.normal(size=(2, 7, 7)).astype(np.float32)
     tokens = np.array([[0, 3, 4, 6, 0], [5, 1, 2, 4, 6]], np.int32)
     mask = np.array([[0, 1, 1, 1, 0], [1, 1, 1, 1, 1]], bool)
-    sequences = type(demonstrations().sequences)(tokens, mask, mask[:, 2:])
+    sequences = Sequences(tokens, mask, mask[:, 2:])
     batch = DemonstrationBatch(sequences, sequences, np.arange(2))
     p = log_softmax(teacher.astype(np.float64))[tokens[:, 1:-1]]
-    ids = np.argsort(-p, axis=-1)[..., :3]
+    ids = np.argsort(-p, axis=-1)[..., :3].astype(np.int32)
     signal = TopkSignal(ids, np.take_along_axis(p, ids, -1).astype(np.float32))
-    out = make_topk_kd(model).student_loss(
-        {"table": jnp.asarray(student)}, None, None, batch, signal, None
-    )
+    loss = jax.jit(make_topk_kd(model).student_loss, static_argnums=(1, 2, 5))
+    out = loss({"table": jnp.asarray(student)}, None, None, batch, signal, None)
     expected = 0.0
     for row, column in np.argwhere(mask[:, 2:]):
         before = tokens[row, 1 + column]

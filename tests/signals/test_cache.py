@@ -17,9 +17,11 @@ from rkd_jax.objectives.topk_kd import make_topk_kd
 from rkd_jax.signals.cache import (
     CacheSettings,
 )
+from rkd_jax.signals.cache_scores import make_teacher_scores
 from rkd_jax.signals.teacher import make_teacher_log_probs
 from rkd_jax.signals.topk import make_topk
 from rkd_jax.training import init_state, make_update
+from rkd_jax.types import TopkSignal
 from tests.signals import tiny_cache
 from tests.signals.tiny_cache import (
     LISTS,
@@ -172,18 +174,25 @@ def test_distillation_from_the_cache_is_that_from_the_live_teacher(
 ):
     """Exactly: the same bits in, the same bits out."""
     batch = batch_of(demonstrations(), numbers=[0, 1])  # as the writer batched them
-    teacher = source(1)
-    live = make_topk(teacher.model, top_k=TOP)(teacher.params, batch.teacher_sequences)
+    mask = batch.sequences.response_mask
+    model, params = source(1)
+    live = make_teacher_scores(model, SETTINGS)(params, batch.teacher_sequences).topk
     kept = open_cache(folders / "demonstrations").topk(batch)
-    np.testing.assert_array_equal(kept.ids, live.ids)
-    np.testing.assert_array_equal(kept.log_probs, live.log_probs)
-    step, params = distillation
+    np.testing.assert_array_equal(kept.ids[mask], np.asarray(live.ids)[mask])
+    np.testing.assert_array_equal(
+        kept.log_probs[mask], np.asarray(live.log_probs)[mask]
+    )
+    step, student = distillation
     for found, expected in zip(
-        jax.tree.leaves(step(params, batch, kept)),
-        jax.tree.leaves(step(params, batch, live)),
+        jax.tree.leaves(step(student, batch, kept)),
+        jax.tree.leaves(step(student, batch, TopkSignal(live.ids, live.log_probs))),
         strict=True,
     ):
         np.testing.assert_array_equal(found, expected)
+    # Another program for the same numbers rounds them differently.
+    other = make_topk(model, top_k=TOP)(params, batch.teacher_sequences)
+    np.testing.assert_array_equal(kept.ids, other.ids)
+    np.testing.assert_allclose(kept.log_probs, other.log_probs, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [("float16", 5e-4), ("uint8", 5e-3)])
@@ -202,11 +211,12 @@ def test_coarser_log_probs_change_the_loss_within_their_rounding(
     )
     tokens = float(batch.sequences.response_mask.sum())
     assert abs(found - expected) / tokens < bound
-    sizes = [
-        float(optax.global_norm(tree))
-        for tree in (jax.tree.map(jnp.subtract, gradient, slope), slope)
-    ]
-    assert sizes[0] < 4 * bound * sizes[1]
+    off = sum(
+        np.sum((np.asarray(a) - np.asarray(b)) ** 2)
+        for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(slope), strict=True)
+    )
+    size = sum(np.sum(np.asarray(b) ** 2) for b in jax.tree.leaves(slope))
+    assert np.sqrt(off / size) < 4 * bound
 
 
 def test_training_from_a_cache_needs_no_teacher(folders, monkeypatch):
@@ -230,7 +240,7 @@ def test_training_from_a_cache_needs_no_teacher(folders, monkeypatch):
     assert losses[-1] < 0.9 * losses[0]
 
 
-def test_the_bucket_costs_less_the_longer_the_list(distillation):
+def test_the_bucket_costs_less_the_longer_the_list():
     """0 <= KL of the buckets <= KL, growing with k, and equal at k = V - 1."""
     teacher, batch = source(1), batch_of(demonstrations())
     sequences, mask = batch.sequences, batch.sequences.response_mask
@@ -239,9 +249,9 @@ def test_the_bucket_costs_less_the_longer_the_list(distillation):
     q = jnp.asarray(q, jnp.float32)
     full = np.asarray(forward_kl(q, p))
     found = []
-    for k in (1, 5, 20, 100, VOCABULARY - 1):
-        live = make_topk(teacher.model, top_k=k)(teacher.params, sequences)
-        kl = topk_forward_kl(q, live.ids[mask], live.log_probs[mask])
+    for k in (1, 20, VOCABULARY - 1):
+        log_probs, ids = jax.lax.top_k(p, k)
+        kl = jax.jit(topk_forward_kl)(q, ids, log_probs)
         assert np.all(kl <= full + 1e-5)
         found.append(float(np.mean(kl)))
     assert found == sorted(found)
