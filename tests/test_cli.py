@@ -27,8 +27,6 @@ from rkd_jax.signals.teacher import make_sequence_scorer
 from rkd_jax.signals.topk import make_topk
 from rkd_jax.signals.values import make_shaping
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 ROOT = Path(__file__).parents[1]
 MODEL = Decoder(
     DecoderConfig(

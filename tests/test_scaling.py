@@ -5,7 +5,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import pytest
 
 from rkd_jax.data import make_batches
 from rkd_jax.objectives.sft import make_sft
@@ -13,8 +12,6 @@ from rkd_jax.training import fit, init_state, make_update
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "scaling.md").read_text("utf-8")
-
-pytestmark = pytest.mark.usefixtures("quick_compiler")
 
 
 def test_the_sample_trains_what_one_device_trains():

@@ -21,8 +21,6 @@ from tests.tabular.bed import (
     log_softmax,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 
 def _search_bed(logits, **options):
     search = make_beam_search(TabularLM(), max_new_tokens=4, eos_ids=(EOS,), **options)

@@ -15,8 +15,6 @@ from rkd_jax.models.sampling import SamplingConfig, make_sampler
 from rkd_jax.types import Prompts
 from tests.evaluation.bigram import Bigram
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 MODEL = Decoder(
     DecoderConfig(
         vocab_size=20,

@@ -25,8 +25,6 @@ from tests.tabular.bed import (
     log_softmax,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 ALPHA, TEMPERATURE, COUNT = 0.3, 0.7, 4096
 # The teacher reads the other prompt, in wider columns.
 OTHER = TEACHER[::-1]

@@ -12,8 +12,6 @@ from rkd_jax.models.sampling import SamplingConfig, make_sampler
 from rkd_jax.types import Prompts
 from tests.models.reference import GEMMA, LLAMA, QWEN, random_params
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 L = 9
 TOKENS = np.random.default_rng(0).integers(0, 37, (2, L)).astype(np.int32)
 SEGMENTS = np.array([[0, 0, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 0, 0]])

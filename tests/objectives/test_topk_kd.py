@@ -30,7 +30,7 @@ NUMBERS, INDICES = np.array([0, 1, 0]), np.array([CHOSEN, REJECTED, 7])
 MASK = BED_E.mask[INDICES]
 OURS, THEIRS = make_topk_kd(MODEL), make_kd(MODEL)
 
-pytestmark = pytest.mark.usefixtures("x64", "quick_compiler")
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 def demonstrations():

@@ -39,13 +39,11 @@ from tests.signals.tiny_cache import (
     writer,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 KINDS = {"demonstrations": demonstrations, "preferences": preferences}
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory, quick_compiler):
+def folders(tmp_path_factory):
     """A cache of everything, for each kind of record."""
     root = tmp_path_factory.mktemp("caches")
     for kind, records in KINDS.items():

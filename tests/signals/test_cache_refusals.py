@@ -36,11 +36,9 @@ from tests.signals.tiny_cache import (
     writer,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, quick_compiler):
+def folder(tmp_path_factory):
     """A cache of everything."""
     folder = tmp_path_factory.mktemp("cache")
     writer(folder, demonstrations()).write()
