@@ -16,16 +16,12 @@ D         width of a hidden state
 H         attention head
 ========  ==========================================================
 
-Layout of a row: the prompt is left-padded to P columns, the response is
-right-padded to T columns. So column ``P`` is the first response token in every
-row, the state before target ``t`` is column ``P - 1 + t``, and the vocabulary
-head need never run on a prompt position. This module is where "targets are
-shifted once" happens: `Sequences.targets` are the last T columns, and states are
-read one column earlier (`rkd_jax.models.api.response_hidden`). Nothing else shifts.
-
-Layout of a packed row (`rkd_jax.packed`): several records, prompts included, one behind
-another, told apart by `Sequences.segment_ids`. It is the same layout at P = 1: all
-columns but the first are target positions, and the mask is set on true targets.
+Layout of a row: the prompt is left-padded to P columns, the response right-padded to T.
+Column ``P`` is thus the first response token in every row, the state before target
+``t`` is column ``P - 1 + t``, and the vocabulary head need never run on a prompt
+position. Targets are shifted once, here: `Sequences.targets` are the last T columns,
+and states are read one column earlier (`rkd_jax.models.api.response_hidden`). Nothing
+else shifts. A packed row is the same layout at P = 1 (`rkd_jax.packed`).
 
 Everything here is a frozen dataclass registered as a pytree, so it crosses
 `jax.jit` as it is.
@@ -119,9 +115,7 @@ class PromptBatch:
     """
 
     prompts: Prompts  # [B, P]
-    teacher_prompts: (
-        Prompts  # [B, P']; equals `prompts` when no teacher prompt is given
-    )
+    teacher_prompts: Prompts  # [B, P']; `prompts` when no teacher prompt is given
     index: jax.Array  # int32[B], position of the record in its source
 
 
@@ -201,13 +195,8 @@ class AnchoredPairs:
 class TrajectoryBatch:
     """Demonstrated trajectories of a control problem, padded on the right.
 
-    Example, one trajectory of two steps in T = 3 columns, states of two numbers::
-
-        TrajectoryBatch(
-            states=[[[0.1, 0.0], [0.1, 0.2], [0.0, 0.0]]],
-            actions=[[1, 0, 0]],
-            mask=[[True, True, False]],
-        )
+    Example, one trajectory of two steps in T = 3 columns, states of one number:
+    ``TrajectoryBatch([[[0.1], [0.2], [0.0]]], [[1, 0, 0]], [[True, True, False]])``.
     """
 
     states: jax.Array  # float[B, T, S], before each action; or int32[B, T] of a table
