@@ -70,8 +70,9 @@ def sft_nll(
     """Mean negative log-likelihood of the teacher's responses, nats per token."""
     sequences = demonstrations.sequences
     mask = sequences.response_mask
-    lengths = jnp.maximum(mask.sum(axis=-1, keepdims=True), 1)
+    counted = mask.astype(jnp.float32)
+    shares = counted / jnp.maximum(counted.sum(axis=-1, keepdims=True), 1.0)
     log_probs = target_log_probs(
-        model, params, sequences, temperature=temperature, weights=mask / lengths
+        model, params, sequences, temperature=temperature, weights=shares
     )
     return prompt_mean(sequence_mean(-log_probs, mask), mask)
