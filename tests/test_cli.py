@@ -200,11 +200,15 @@ def test_bad_input_is_one_clear_line(files, tmp_path, capsys, options, message):
     assert not (tmp_path / "out").exists()
 
 
-def _listens_to_ctrl_c():
-    """A job in the background has it ignored, and hands that on."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+@pytest.fixture
+def ctrl_c_is_heard():
+    """A job in the background has it ignored, and hands that on to its children."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.usefixtures("ctrl_c_is_heard")
 def test_ctrl_c_leaves_something_to_go_on_from(files, tmp_path):
     """The oracle of the process sends the signal while it is asked the second time."""
     (tmp_path / "stopping.py").write_text(
@@ -235,7 +239,6 @@ def test_ctrl_c_leaves_something_to_go_on_from(files, tmp_path):
         return subprocess.run(
             command,
             cwd=tmp_path,
-            preexec_fn=_listens_to_ctrl_c,
             env=os.environ | {"PYTHONPATH": f"{ROOT}:{tmp_path}"},
             capture_output=True,
             text=True,
