@@ -96,7 +96,6 @@ def test_splash_attention_on_a_mesh_equals_that_on_one_device():
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("config", [LLAMA, QWEN], ids=["llama", "window"])
 def shapes_on_a_device(jaxpr) -> set:
     """Of everything that a `jax.shard_map` inside the program is given."""
     found = set()
@@ -134,6 +133,7 @@ def test_the_update_tells_the_kernel_its_mesh(monkeypatch, rng):
     assert all(shape[0] == 1 for shape in shapes)
 
 
+@pytest.mark.parametrize("config", [LLAMA, QWEN], ids=["llama", "window"])
 def test_the_decoder_says_the_same_with_either_implementation(config):
     params = random_params(config)
     tokens = np.random.default_rng(0).integers(0, 37, (2, L)).astype(np.int32)

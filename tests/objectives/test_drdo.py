@@ -46,6 +46,12 @@ class EmbeddingLM:
         embedded = params["embedding"][tokens]
         return jnp.tanh(embedded + 0.5 * jnp.cumsum(embedded, axis=1))
 
+    def head(self, params):
+        return params["head"]
+
+    def head_bias(self, params):
+        del params
+
     def unembed(self, params, hidden):
         return hidden @ params["head"]
 
