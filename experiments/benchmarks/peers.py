@@ -105,7 +105,7 @@ def plain_torch(setting: Setting, objective: str) -> Step:
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        float(loss)
+        float(loss.detach())
         return time.perf_counter() - start
 
     return step
@@ -160,7 +160,7 @@ def trl(setting: Setting, objective: str) -> Step:
         torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0)
         trainer.optimizer.step()
         trainer.optimizer.zero_grad()
-        float(loss)
+        float(loss.detach())
         return time.perf_counter() - start
 
     return step
