@@ -16,7 +16,7 @@ def test_sample_runs(code, tmp_path, monkeypatch):
 
 
 def test_there_are_samples_and_their_files_exist():
-    assert len(SAMPLES) == 3
+    assert len(SAMPLES) == 4
     for name in re.findall(
         r"`((?:rkd_jax|experiments|docs|tests)/[\w/]+\.\w+)`", README
     ):

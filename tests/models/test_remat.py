@@ -115,7 +115,7 @@ def test_a_deep_model_compiles_to_a_program_as_long_as_a_shallow_one():
     assert instructions(6) == instructions(24)
 
 
-def test_bfloat16_compute_with_float32_masters_stays_near_float32():
+def test_bfloat16_compute_with_float32_masters_stays_near_float32(optimising_compiler):
     params = random_params(LLAMA)
     loss, grads = step(LLAMA)(params)
     narrow = dataclasses.replace(LLAMA, dtype="bfloat16", param_dtype="float32")

@@ -39,6 +39,7 @@ class MiniConfig:
     hidden_size: int = 3
     max_length: int = 3
     num_layers: int = 1
+    logit_softcap: float | None = None
 
 
 class MiniLM:
@@ -51,6 +52,12 @@ class MiniLM:
         first = tokens[:, 1]
         nodes = jnp.stack([jnp.zeros_like(first), 1 + first, 1 + first], axis=1)
         return jax.nn.one_hot(nodes, 3)
+
+    def head(self, params):
+        return params["logits"]
+
+    def head_bias(self, params):
+        del params
 
     def unembed(self, params, hidden):
         return hidden @ params["logits"]
