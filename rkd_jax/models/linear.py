@@ -60,7 +60,17 @@ def _project_backward(contracted, dtype, saved, cotangent):
 
 
 def _dot(left, right, axes, dtype):
-    return jax.lax.dot_general(left, right, (axes, ((), ())), None, dtype)
+    def dot(left, right):
+        return jax.lax.dot_general(left, right, (axes, ((), ())), None, dtype)
+
+    def wide(left, right):
+        return dot(left.astype(dtype), right.astype(dtype))
+
+    if left.dtype == dtype:
+        return dot(left, right)
+    # On CPUs XLA has no product of halves into float32 for every order of axes; the
+    # product of the wide copies is the same number.
+    return jax.lax.platform_dependent(left, right, cpu=wide, default=dot)
 
 
 project.defvjp(_project_forward, _project_backward)
