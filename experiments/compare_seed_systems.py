@@ -100,7 +100,8 @@ class CompareConfig(ExperimentConfig):
     """Arithmetic trains its teacher first. It is one of the presets."""
     arithmetic: ArithmeticConfig = ArithmeticConfig()
     fit: FitConfig = FitConfig()
-    """Of SFT, SeqKD, KD and MiniLLM."""
+    """Of SFT, SeqKD and KD."""
+    minillm: FitConfig = FitConfig()
     gkd: GkdConfig = GkdConfig()
     dpo: DpoConfig = DpoConfig()
     game: GameConfig = GameConfig()
@@ -117,11 +118,12 @@ def with_fit(fit: FitConfig) -> dict:
     """Every method trained by `fit` alone, with the same step."""
     return {
         "fit": fit,
+        "minillm": fit,
         "gkd": GkdConfig(fit=fit),
         "dpo": DpoConfig(fit=fit),
         "tvkd": TvkdConfig(fit=fit),
         "ava": AvaConfig(fit=fit),
-        "xkd": XkdConfig(fit=fit),
+        "xkd": XkdConfig(fit=fit, minillm_fit=fit),
         "edpo": EdpoConfig(fit=fit),
     }
 
@@ -129,9 +131,9 @@ def with_fit(fit: FitConfig) -> dict:
 def config() -> CompareConfig:
     """The sentiment task, SmolLM2-135M-Instruct, one seed.
 
-    Preferences and games take quickstart's steps, likelihoods and divergences larger
-    ones: at 1e-5 fifteen of them leave the student where it was. Prompts and the steps
-    of second players are what ninety minutes on two cores allow.
+    Preferences, games and MiniLLM take quickstart's steps, likelihoods and divergences
+    larger ones: at 1e-5 fifteen of them leave the student where it was. Prompts and the
+    steps of second players are what ninety minutes on two cores allow.
     """
     large = FitConfig(learning_rate=5e-5)
     critic = CriticConfig(steps=2)
@@ -167,8 +169,9 @@ def arithmetic() -> CompareConfig:
         seeds=(0, 1, 2),
         updates=200,
         fit=large,
+        minillm=large,
         gkd=GkdConfig(fit=large),
-        xkd=XkdConfig(fit=large),
+        xkd=XkdConfig(fit=large, minillm_fit=large),
         dpo=DpoConfig(fit=small),
         tvkd=TvkdConfig(fit=small),
         ava=AvaConfig(fit=large),
@@ -289,7 +292,7 @@ def table(lab: Lab, config: CompareConfig) -> dict[str, Method]:
         "SeqKD": SeqKd(lab, config.fit),
         "KD": Kd(lab, config.fit),
         "GKD": Gkd(lab, config.gkd),
-        "MiniLLM": MiniLlm(lab, config.fit),
+        "MiniLLM": MiniLlm(lab, config.minillm),
         "DPO": Dpo(lab, config.dpo),
         **pbkd.family(lab, config.game, config.reward, config.pairs.rounds),
         **mm_pbkd.family(lab, config.mmkd, config.mm_pbkd),

@@ -48,6 +48,8 @@ class XkdConfig:
     """The regulariser, and the options of the parents; see `RewardInference`."""
 
     fit: FitConfig = FitConfig()
+    minillm_fit: FitConfig = FitConfig()
+    """MiniLLM-style: a policy gradient, which bears smaller steps than a divergence."""
     w_x: float = 1.0
     """Weight of the regulariser."""
     q_source: Literal["log_probs", "raw_logits"] = "log_probs"
@@ -84,6 +86,7 @@ class Xkd:
         *,
         metric: str,
         rho: float,
+        fit: FitConfig,
     ):
         self.lab, self.options, self.metric, self.rho = lab, options, metric, rho
         self.head = GaussianHead()
@@ -94,7 +97,7 @@ class Xkd:
             td_weight=options.td_weight,
             next_value=options.next_value,
         )
-        self.trainer = Trainer(lab, make(inference), options.fit)
+        self.trainer = Trainer(lab, make(inference), fit)
 
     def train(self, desk: Desk, stage: str, course: Course, *, steps, seed) -> Params:
         """On the teacher's answers and, by ``rho``, on fresh samples; the policy."""
@@ -147,6 +150,7 @@ def xkd_sequence(lab: Lab, options: XkdConfig) -> Xkd:
         ),
         metric="student/nll",
         rho=0.0,
+        fit=options.fit,
     )
 
 
@@ -166,6 +170,7 @@ def xkd_gkd(lab: Lab, options: XkdConfig) -> Xkd:
         ),
         metric="student/divergence",
         rho=options.rho,
+        fit=options.fit,
     )
 
 
@@ -184,6 +189,7 @@ def xkd_minillm(lab: Lab, options: XkdConfig) -> Xkd:
         ),
         metric="student/divergence",
         rho=1.0,
+        fit=options.minillm_fit,
     )
 
 
@@ -211,7 +217,8 @@ def config() -> XkdExperiment:
         pairs=PairsConfig(rounds=0),
         updates=1000,
         xkd=XkdConfig(
-            fit=FitConfig(learning_rate=5e-6, batch_size=64, accumulation=16)
+            fit=FitConfig(learning_rate=5e-6, batch_size=64, accumulation=16),
+            minillm_fit=FitConfig(learning_rate=5e-6, batch_size=64, accumulation=16),
         ),
     )
 
@@ -219,7 +226,9 @@ def config() -> XkdExperiment:
 def tiny() -> XkdExperiment:
     """The same wiring with a random toy teacher."""
     return XkdExperiment(
-        **toy_system(), out="runs/xkd-tiny", xkd=XkdConfig(fit=TOY_FIT)
+        **toy_system(),
+        out="runs/xkd-tiny",
+        xkd=XkdConfig(fit=TOY_FIT, minillm_fit=TOY_FIT),
     )
 
 
@@ -243,7 +252,7 @@ def run(config: XkdExperiment) -> Path:
         lambda lab: {
             "SeqKD": SeqKd(lab, options.fit),
             "GKD": Gkd(lab, gkd),
-            "MiniLLM": MiniLlm(lab, options.fit),
+            "MiniLLM": MiniLlm(lab, options.minillm_fit),
             **family(lab, options),
         },
     )
