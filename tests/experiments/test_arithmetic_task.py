@@ -30,6 +30,8 @@ from experiments.lab import open_lab
 from experiments.settings import ExperimentConfig
 from experiments.system import TOY_FIT, SystemConfig, run_system
 
+pytestmark = pytest.mark.usefixtures("compiled_programs")
+
 CONFIG = problems.ProblemsConfig(seed=3, lessons=96, train=32, held_out=48)
 
 

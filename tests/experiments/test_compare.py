@@ -15,6 +15,8 @@ from experiments.settings import SettingsError
 ROOT = Path(__file__).parents[2]
 METHODS = ("SFT", "SeqKD", "DPO", "PbKD online")
 
+pytestmark = pytest.mark.usefixtures("compiled_programs")
+
 
 def report_in(folder: Path) -> dict:
     return json.loads((folder / "report" / "report.json").read_text("utf-8"))
@@ -96,7 +98,6 @@ def test_an_unknown_method_is_refused_by_name(table):
 def test_the_command_trains_the_named_methods_and_names_its_report(tmp_path):
     out = tmp_path / "run"
     chosen = ["--methods", "SeqKD", "SFT", "--seeds", "0", "--out", str(out)]
-    chosen.append("--no-compilation-cache")
     done = subprocess.run(
         [sys.executable, "-m", "experiments.compare_seed_systems", "--tiny", *chosen],
         cwd=ROOT,

@@ -23,6 +23,8 @@ from rkd_jax.interop import load_model
 ROOT = Path(__file__).parents[2]
 FREE = ("created", "timings", "versions", "command")  # what may differ between two runs
 
+pytestmark = pytest.mark.usefixtures("compiled_programs")
+
 
 class CompileLog(logging.Handler):
     """Counts what XLA compiles, by function and types."""
@@ -38,7 +40,7 @@ class CompileLog(logging.Handler):
 
 
 @pytest.fixture(scope="module")
-def tiny_run(tmp_path_factory):
+def tiny_run(compiled_programs, tmp_path_factory):
     """One uninterrupted run: its folder and what was compiled."""
     folder = tmp_path_factory.mktemp("quickstart") / "run"
     log = CompileLog()
@@ -62,10 +64,7 @@ def report_of(folder: Path) -> dict:
 
 def start(*arguments: str) -> subprocess.Popen:
     return subprocess.Popen(
-        [
-            *(sys.executable, "-m", "experiments.quickstart"),
-            *("--no-compilation-cache", *arguments),
-        ],
+        [sys.executable, "-m", "experiments.quickstart", *arguments],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -11,7 +11,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from experiments import pbkd, system, tvkd
 from experiments.course import load_prompts, take_course
@@ -59,6 +58,9 @@ SYSTEMS = {
 GAMES = {"pbkd": ["PbKD offline", "PbKD online"], "mm_pbkd": ["PbKD"]}
 
 
+pytestmark = pytest.mark.usefixtures("compiled_programs")
+
+
 def fingerprints(tree) -> list[str]:
     """A hash of every array, and its type."""
     return [
@@ -68,15 +70,9 @@ def fingerprints(tree) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory):
-    """What the toys have in common, compiled once; the rest comes from a cache."""
-    before = jax.config.jax_compilation_cache_dir
-    cache = tmp_path_factory.mktemp("compiled")
-    jax.config.update("jax_compilation_cache_dir", str(cache))
-    compilation_cache.reset_cache()
-    yield open_lab(tvkd.tiny())
-    jax.config.update("jax_compilation_cache_dir", before)
-    compilation_cache.reset_cache()
+def lab(compiled_programs):
+    """What the toys have in common."""
+    return open_lab(tvkd.tiny())
 
 
 @pytest.fixture

@@ -59,7 +59,7 @@ def test_without_the_package_it_asks_where_to_install_from():
     assert "RuntimeError: set SOURCE to where pip finds rkd_jax" in bare.stderr
 
 
-def test_its_cells_run_from_top_to_bottom(tmp_path):
+def test_its_cells_run_from_top_to_bottom(compiled_programs, tmp_path):
     """In one interpreter, compiled cheaply: a toy computes little."""
     process = subprocess.run(
         [sys.executable, "-c", "\n".join(CODE.values())],
