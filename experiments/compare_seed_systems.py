@@ -145,7 +145,7 @@ def config() -> CompareConfig:
         xkd=XkdConfig(fit=large),
         ava=AvaConfig(fit=large),
         mmkd=MmkdConfig(critic=critic),
-        mm_pbkd=MmPbkdConfig(critic=critic, anchor_steps=45),
+        mm_pbkd=MmPbkdConfig(critic=critic, anchor_steps=45, keep_distributions=True),
         drdo=DrdoConfig(oracle_steps=32, oracle_learning_rate=5e-5),
     )
 

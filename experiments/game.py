@@ -38,13 +38,13 @@ class TextBook:
     """A frozen model's word on every text, computed once however often it comes.
 
     The same response stands in many pairs, and pairs accumulate over the rounds; it is
-    kept once. What is too large even so is asked for every time (``keep=False``).
+    kept once.
 
     Example: ``TextBook(lab.features).look_up(batch.sequences)``, ``[*batch, T, D]``.
     """
 
-    def __init__(self, function, *, keep: bool = True):
-        self._function, self._keep = function, keep
+    def __init__(self, function):
+        self._function = function
         self._known: dict[bytes, np.ndarray] = {}
 
     def learn(self, sequences: Sequences) -> list[bytes]:
@@ -64,8 +64,6 @@ class TextBook:
     def look_up(self, sequences: Sequences) -> np.ndarray:
         """``function`` of every sequence, on the host."""
         values = np.stack([self._known[key] for key in self.learn(sequences)])
-        if not self._keep:
-            self._known.clear()
         shape = sequences.response_mask.shape[:-1]
         return values.reshape(*shape, *values.shape[1:])
 

@@ -74,7 +74,6 @@ def config() -> MmPbkdExperiment:
             learning_rate=1e-6,
             pairs_per_step=64,
             accumulation=64,
-            keep_distributions=False,
         ),
     )
 

@@ -1,14 +1,16 @@
 """Games on action values with a white-box teacher: MM-PbKD, and MMKD beside it.
 
 The critic is a small head on the frozen trunk's states *before* each target, with one
-value per token of the vocabulary. What frozen models say of the pairs never changes:
-the teacher's distribution on every response is taken once (T x V numbers for each) and
-looked up, unless that is too much to keep; on samples it is taken at every step.
+value per token of the vocabulary. What frozen models say of the pairs never changes: it
+is taken once and looked up; what they say of samples is taken at every step. That is
+their states before each target, and the losses read their heads; or the distributions
+themselves, T x V numbers for every response, where there is room for them.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Literal
 
 import jax
@@ -26,11 +28,12 @@ from rkd_jax.data.tokenize import tokenize_record
 from rkd_jax.evaluation.generation import with_prompts
 from rkd_jax.losses import check_epsilon
 from rkd_jax.models.heads import QHead, head_q_values
+from rkd_jax.objectives.action_values import FrozenPolicy, QFunction
 from rkd_jax.objectives.mm_pbkd import make_mm_pbkd
 from rkd_jax.objectives.mmkd import make_mmkd
-from rkd_jax.objectives.q_anchor import QFunction, make_q_anchor, pair_advantages
+from rkd_jax.objectives.q_anchor import make_q_anchor, pair_advantages
 from rkd_jax.objectives.reward_model import l2_penalty, pair_losses
-from rkd_jax.signals.teacher import make_teacher_log_probs
+from rkd_jax.signals.teacher import make_features, make_teacher_log_probs
 from rkd_jax.training.state import TrainState, init_state, step_keys
 from rkd_jax.training.update import make_update
 from rkd_jax.types import (
@@ -76,9 +79,10 @@ class MmPbkdConfig:
     anchor: FitConfig = FitConfig(learning_rate=1e-3, batch_size=32, accumulation=8)
     """Maximum likelihood of the critic, the centre of the set."""
     anchor_steps: int = 60
-    keep_distributions: bool = True
-    """Keep the distribution at every token of every response of a pair, T x V numbers
-    each, on the host; otherwise it is computed again for every batch."""
+    keep_distributions: bool = False
+    """Keep the teacher's distribution at every token, T x V numbers for every response
+    of a pair, in place of its state: no head is computed twice, but they are large on
+    the host and in every update."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,8 +99,11 @@ class MmkdConfig:
 class _MomentGame:
     """What both games do at every step: sample, ask the teacher, look states up."""
 
-    def __init__(self, lab: Lab, objective: Objective, options, sampled: bool):
+    def __init__(
+        self, lab: Lab, objective: Objective, options, sampled: bool, dense: bool
+    ):
         self.lab, self.options, self.sampled = lab, options, sampled
+        self._ask = lab.teacher_policy if dense else lab.teacher_states
         self.student_optimizer = constant_rate(options.learning_rate)
         self.critic_optimizer = constant_rate(options.critic.learning_rate)
         self.update = make_update(
@@ -128,15 +135,17 @@ class _MomentGame:
             seed=seed,
         )
 
+    def _hear(self, sequences: Sequences) -> jax.Array:
+        """The teacher's word on responses behind its own prompts."""
+        return self._ask(self.lab.teacher_params, sequences)
+
     def _look(
         self, state: TrainState, demonstrations: DemonstrationBatch, taught: bool
     ) -> tuple[Sequences | None, dict[str, jax.Array]]:
         """Fresh samples, and what is known of them and of the teacher's responses."""
         lab, found = self.lab, {}
         if taught:
-            found["demonstrations"] = lab.teacher_policy(
-                lab.teacher_params, demonstrations.teacher_sequences
-            )
+            found["demonstrations"] = self._hear(demonstrations.teacher_sequences)
             found["demonstration_features"] = lab.states(demonstrations.sequences)
         if not self.sampled:
             return None, found
@@ -146,7 +155,7 @@ class _MomentGame:
             step_keys(state).prepare,
         ).sequences
         heard = with_prompts(samples, demonstrations.teacher_sequences.prompts)
-        found["rollouts"] = lab.teacher_policy(lab.teacher_params, heard)
+        found["rollouts"] = self._hear(heard)
         found["rollout_features"] = lab.states(samples)
         return samples, found
 
@@ -161,11 +170,13 @@ class Mmkd(_MomentGame):
         objective = make_mmkd(
             lab.student,
             head_q_values(self.head),
+            teacher=lab.teacher,
             on_weight=options.on_weight,
             q_bound=options.q_bound,
             temperature=lab.policy.temperature,
         )
-        super().__init__(lab, objective, options, sampled=options.on_weight > 0)
+        sampled = options.on_weight > 0
+        super().__init__(lab, objective, options, sampled=sampled, dense=False)
 
     def train(self, desk: Desk, stage: str, course: Course, *, steps, seed) -> Params:
         """The student."""
@@ -191,6 +202,7 @@ class Mmkd(_MomentGame):
             steps=steps,
             config={"game": dataclasses.asdict(self.options), "seed": seed},
             prepare=prepare,
+            frozen=self.lab.frozen,
         )
         return state.student.params
 
@@ -210,24 +222,43 @@ class MmPbkd(_MomentGame):
             self.sides, self.metric = ("off", "on"), "student/on_gap"
         else:
             self.sides, self.epsilon = (options.gap,), options.epsilon
+        dense, temperature = options.keep_distributions, lab.policy.temperature
         values = head_q_values(self.head)
         likelihood = {"q_bound": options.q_bound, "l2": options.l2}
         objective = make_mm_pbkd(
             lab.student,
             values,
+            teacher=None if dense else lab.teacher,
             gap=options.gap,
             student_step=options.student_step,
             epsilon=options.epsilon,
-            temperature=lab.policy.temperature,
+            temperature=temperature,
             **likelihood,
         )
-        super().__init__(lab, objective, options, sampled=options.gap != "off")
+        sampled = options.gap != "off"
+        super().__init__(lab, objective, options, sampled=sampled, dense=dense)
         self.q_function = QFunction(values, center=True, bound=options.q_bound)
-        self.anchors = Trainer(lab, make_q_anchor(values, **likelihood), options.anchor)
-        self.start_policy = make_teacher_log_probs(
-            lab.student, temperature=lab.policy.temperature
+        models = {"on": lab.teacher, "off": lab.student}
+        self.policies = {
+            side: FrozenPolicy("anchor", None if dense else models[side], temperature)
+            for side in self.sides
+        }
+        self.anchors = {
+            side: Trainer(
+                lab,
+                make_q_anchor(
+                    values, anchor=policy.model, temperature=temperature, **likelihood
+                ),
+                options.anchor,
+            )
+            for side, policy in self.policies.items()
+        }
+        self._ask_start = (
+            make_teacher_log_probs(lab.student, temperature=temperature)
+            if dense
+            else make_features(lab.student, states="before")
         )
-        self._pair_nll = jax.jit(self._pair_nll)
+        self._pair_nll = jax.jit(self._pair_nll, static_argnames="side")
 
     def train(self, desk: Desk, stage: str, course: Course, *, steps, seed) -> Params:
         """Anchor, then the game; the student."""
@@ -237,11 +268,9 @@ class MmPbkd(_MomentGame):
                 f"{stage}: {len(course.pairs)} pairs for batches of "
                 f"{options.pairs_per_step}; lower --mm-pbkd.pairs-per-step"
             )
-        states, keep = TextBook(lab.states), options.keep_distributions
-        teacher = TextBook(
-            lambda rows: lab.teacher_policy(lab.teacher_params, rows), keep=keep
-        )
-        start = TextBook(lambda rows: self.start_policy(course.start, rows), keep=keep)
+        states, teacher = TextBook(lab.states), TextBook(self._hear)
+        start = TextBook(lambda rows: self._ask_start(course.start, rows))
+        anchors = {"on": lab.teacher_params, "off": course.start}
 
         def on_pairs(side: str, pairs: PreferenceBatch) -> WhiteBoxSignal:
             """What the critic of a side reads of pairs."""
@@ -255,8 +284,10 @@ class MmPbkd(_MomentGame):
         critics, nlls = {}, []
         for side in self.sides:
             name = f"{stage}-anchor-{side}"
-            critics[side] = self._fit_anchor(desk, name, course, on_pairs, side, seed)
-            nlls.append(self._anchor_nll(critics[side], course, on_pairs, side))
+            look, frozen = partial(on_pairs, side), {"anchor": anchors[side]}
+            critic = self._fit_anchor(desk, name, course, side, look, frozen, seed)
+            nlls.append(self._anchor_nll(critic, course, side, look, frozen))
+            critics[side] = critic
         for nll in nlls:
             try:
                 check_epsilon(options.epsilon, float(nll.mean()))
@@ -286,22 +317,24 @@ class MmPbkd(_MomentGame):
             steps=steps,
             config={"game": dataclasses.asdict(options), "seed": seed},
             prepare=prepare,
+            frozen=lab.frozen,
         )
         return state.student.params
 
-    def _fit_anchor(self, desk, name, course, on_pairs, side, seed) -> Params:
+    def _fit_anchor(self, desk, name, course, side, look, frozen, seed) -> Params:
         width = self.lab.trunk.config.hidden_size
-        return self.anchors.train(
+        return self.anchors[side].train(
             desk,
             name,
             self.head.init(jax.random.key(seed), width),
             course.pairs,
             steps=self.options.anchor_steps,
             seed=seed,
-            prepare=lambda state, batch: (batch, on_pairs(side, batch)),
+            prepare=lambda state, batch: (batch, look(batch)),
+            frozen=frozen,
         )
 
-    def _anchor_nll(self, critic, course, on_pairs, side) -> np.ndarray:
+    def _anchor_nll(self, critic, course, side, look, frozen) -> np.ndarray:
         """Penalised loss of every pair under an anchor, ``float32[n]``."""
         lab, size = self.lab, self.options.pairs_per_step
         rows = [
@@ -312,17 +345,17 @@ class MmPbkd(_MomentGame):
         for first in range(0, len(rows), size):
             some = rows[first : first + size]
             pairs = collate(some + some[-1:] * (size - len(some)), lab.rows)
-            nll = self._pair_nll(critic, pairs, on_pairs(side, pairs))
+            nll = self._pair_nll(critic, pairs, look(pairs), frozen, side=side)
             parts.append(np.asarray(nll)[: len(some)])
         return np.concatenate(parts)
 
-    def _pair_nll(self, critic, pairs: PreferenceBatch, signal) -> jax.Array:
+    def _pair_nll(self, critic, pairs: PreferenceBatch, signal, frozen, *, side):
         returns = pair_advantages(
             self.q_function,
             critic,
             pairs.sequences,
             signal.preference_features,
-            signal.preferences,
+            self.policies[side](frozen, signal.preferences),
             gamma=1.0,
         )
         nll, _ = pair_losses(returns, pairs)

@@ -323,7 +323,8 @@ class WhiteBoxSignal:
 
     The features are a frozen trunk's states *before* each target, for critics that are
     a head on them; None when the critic has a trunk of its own. What a method does not
-    require may be None.
+    require may be None. An objective that was given the model reads its states, [.., T,
+    D], in the place of log-probs.
 
     Example: ``WhiteBoxSignal(anchor_nll=[0.41], rollouts=float32[B, G, T, V],
     preferences=float32[pairs, 2, T, V])``.

@@ -55,7 +55,8 @@ NAMES = {
     "rkd_jax.losses.returns": "discount_weights trajectory_return reward_to_go",
     "rkd_jax.objectives.mm_pbkd": "make_mm_pbkd",
     "rkd_jax.objectives.mmkd": "make_mmkd",
-    "rkd_jax.objectives.q_anchor": "make_q_anchor QFunction pair_advantages",
+    "rkd_jax.objectives.action_values": "action_moments QFunction FrozenPolicy Rows",
+    "rkd_jax.objectives.q_anchor": "make_q_anchor pair_advantages",
     "rkd_jax.losses.policy_gradient": "leave_one_out reinforce on_policy_distillation "
     "sequence_reverse_kl",
     "rkd_jax.losses.value": "soft_value potential_shaping tvkd",

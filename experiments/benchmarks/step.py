@@ -70,9 +70,9 @@ _COMPILED = "/jax/core/compile/backend_compile_duration"
 class StepBenchmark:
     """Sizes and what to measure."""
 
-    objective: Literal["kd", "gkd", "dpo", "pbkd", "mm_pbkd", "tvkd", "xkd", "drdo"] = (
-        "kd"
-    )
+    objective: Literal[
+        "kd", "gkd", "topk_kd", "dpo", "pbkd", "mm_pbkd", "tvkd", "xkd", "drdo"
+    ] = "kd"
     vocab: int = 32000
     batch: int = 8
     """Demonstrations, preference pairs, or prompts of a game."""

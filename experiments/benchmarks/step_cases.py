@@ -4,11 +4,10 @@ Rows are full: random tokens in every column. What frozen models say of texts th
 new at every step (the teacher on imitated responses and rollouts, the trunk's states of
 rollouts) is computed in every step, in `Case.prepare`. What an experiment computes once
 per record and looks up (a reference's log-probs, shaping, an oracle's rewards, states
-and distributions of fixed pairs) is random data. Rollouts are given: sampling has a
+of fixed pairs, a teacher's top k) is random data. Rollouts are given: sampling has a
 benchmark of its own.
 
-A new objective is one more function from a `Setting` to a `Case`, entered in `CASES`;
-so is a variant without a teacher in the step, which reads a cached signal instead.
+A new objective is one more function from a `Setting` to a `Case`, entered in `CASES`.
 """
 
 from __future__ import annotations
@@ -41,9 +40,10 @@ from rkd_jax.objectives.kd import make_kd
 from rkd_jax.objectives.mm_pbkd import make_mm_pbkd
 from rkd_jax.objectives.pbkd import make_pbkd
 from rkd_jax.objectives.reward_inference import RewardInference
+from rkd_jax.objectives.topk_kd import make_topk_kd
 from rkd_jax.objectives.tvkd import make_tvkd
 from rkd_jax.objectives.xkd import make_xkd_gkd
-from rkd_jax.signals.teacher import make_features, make_teacher_log_probs
+from rkd_jax.signals.teacher import make_features
 from rkd_jax.types import (
     DemonstrationBatch,
     GameBatch,
@@ -56,12 +56,14 @@ from rkd_jax.types import (
     Sequences,
     ShapingSignal,
     TeacherStates,
+    TopkSignal,
     WhiteBoxSignal,
 )
 
 TRUNK_LAYERS = 4  # of the teacher, under the critics
 CRITIC_STEPS = 3
 CRITIC_WIDTH = 64  # hidden units of the action values
+TOP = 50  # tokens of the teacher that a cache keeps at every target
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +135,27 @@ def gkd(setting: Setting) -> Case:
     )
 
 
+def topk_kd(setting: Setting) -> Case:
+    """Forward KL to what a cache kept of the teacher, who is not there."""
+    batch = demonstrations(setting)
+    vocabulary = setting.student.config.vocab_size
+    top = min(TOP, vocabulary)
+    shape = (setting.batch, setting.targets)
+    first = np.random.default_rng(5).integers(0, vocabulary, (*shape, 1))
+    ids = (first + np.arange(top)) % vocabulary  # distinct at each target
+    scores = np.random.default_rng(6).normal(scale=3.0, size=(*shape, top + 1))
+    log_probs = jax.nn.log_softmax(jnp.asarray(scores, jnp.float32))[..., :top]
+    signal = TopkSignal(jnp.asarray(ids, jnp.int32), log_probs)
+    return Case(
+        make_topk_kd(setting.student),
+        student_params(setting),
+        batch,
+        lambda batch: signal,
+        setting.batch,
+        setting.trained_flops(setting.batch),
+    )
+
+
 def xkd(setting: Setting) -> Case:
     """GKD with a reward inferred from the demonstrations: two sets of responses."""
     head = GaussianHead()
@@ -198,17 +221,15 @@ def pbkd(setting: Setting) -> Case:
 
 
 def mm_pbkd(setting: Setting) -> Case:
-    """The game on action values with the teacher's distribution on all responses."""
+    """The game on action values with the teacher's states on all responses."""
     trunk, states = frozen_trunk(setting, "before")
-    width = trunk.config.hidden_size
-    ask = functools.partial(
-        make_teacher_log_probs(setting.teacher), teacher_params(setting)
-    )
+    width, teacher = trunk.config.hidden_size, teacher_params(setting)
+    ask = functools.partial(make_features(setting.teacher, states="before"), teacher)
     vocabulary = setting.student.config.vocab_size
     pairs = (setting.batch, 2, setting.targets)
     fixed = WhiteBoxSignal(
         anchor_nll=normal(setting.batch, shift=0.5),
-        preferences=jax.nn.log_softmax(normal(*pairs, vocabulary)),
+        preferences=normal(*pairs, setting.teacher.config.hidden_size),
         preference_features=normal(*pairs, width),
     )
     head = QHead(actions=vocabulary, width=CRITIC_WIDTH)
@@ -222,7 +243,7 @@ def mm_pbkd(setting: Setting) -> Case:
         )
 
     return Case(
-        make_mm_pbkd(setting.student, head_q_values(head)),
+        make_mm_pbkd(setting.student, head_q_values(head), teacher=setting.teacher),
         student_params(setting),
         game_batch(setting),
         prepare,
@@ -231,6 +252,7 @@ def mm_pbkd(setting: Setting) -> Case:
         + setting.teacher_flops(rollouts)
         + trunk_flops(trunk.config, rollouts, setting.length)
         + _critic_flops(setting, width, vocabulary),
+        frozen={"teacher": teacher},
         critic=head.init(jax.random.key(2), width),
         critic_steps=CRITIC_STEPS,
     )
@@ -239,6 +261,7 @@ def mm_pbkd(setting: Setting) -> Case:
 CASES: dict[str, Callable[[Setting], Case]] = {
     "kd": kd,
     "gkd": gkd,
+    "topk_kd": topk_kd,
     "dpo": dpo,
     "pbkd": pbkd,
     "mm_pbkd": mm_pbkd,

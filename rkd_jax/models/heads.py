@@ -262,6 +262,24 @@ def head_sequence_rewards(head: ScalarHead) -> HeadRewards:
     return sequence_rewards
 
 
+@dataclasses.dataclass(frozen=True)
+class _QOnFeatures:
+    """`head_q_values`."""
+
+    head: QHead
+
+    def __call__(
+        self, params: Params, sequences: Sequences, features: jax.Array | None
+    ) -> jax.Array:
+        """See `head_q_values`."""
+        mask = sequences.response_mask
+        return fill_masked(self.on_states(params, _given_states(features, mask)), mask)
+
+    def on_states(self, params: Params, states: jax.Array) -> jax.Array:
+        """``[.., D] -> [.., actions]``, wherever the states stand."""
+        return self.head.apply(params, states)
+
+
 def head_q_values(head: QHead) -> HeadQValues:
     """A critic that is only a head: the value of every action before each target.
 
@@ -274,19 +292,14 @@ def head_q_values(head: QHead) -> HeadQValues:
     Returns:
         `HeadQValues`: float32[*batch, T, actions], 0 where the response mask is not
         set. It raises ValueError without features, AssertionError for ones of other
-        rows.
+        rows. Its ``on_states(params, [.., D])`` reads single states; the objectives ask
+        that, a few positions at a time.
 
     Gradient:
         Flows to the head's parameters and, for penalties on a critic's slope, to the
         features, which may hold NaN in padding.
     """
-
-    def q_values(params, sequences, features):
-        mask = sequences.response_mask
-        states = _given_states(features, mask)
-        return fill_masked(head.apply(params, states), mask)
-
-    return q_values
+    return _QOnFeatures(head)
 
 
 def _read_features(head: ScalarHead, params, features, credited) -> jax.Array:

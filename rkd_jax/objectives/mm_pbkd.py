@@ -31,8 +31,8 @@ one_step_plus_long  both, the first one summed     unbiased, less variance
 ==================  =============================  ====================================
 
 Cost: every step of the critic runs the student forward, on the rollouts (on), or on the
-demonstrations and the pairs (off). It holds Q, its gradient and both policies'
-log-probs, ``[.., T, V]`` each, there and on the pairs; see `rkd_jax.losses.moments`.
+demonstrations and the pairs (off). With the teacher given as a model and a critic that
+is a head, no array ``[.., T, V]`` exists; see `rkd_jax.objectives.action_values`.
 
 Source: MM-PbKD, 2505.18952, for the reformulation through Q. Reconstruction: which gap,
 which anchor, which student step and all hyper-parameters are not published in what we
@@ -49,15 +49,19 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from rkd_jax.losses import (
-    confidence_slack,
-    dual_update,
-    moment_gap,
-    reward_player_loss,
-)
+from rkd_jax.losses import confidence_slack, dual_update, reward_player_loss
 from rkd_jax.losses.domain import check_choice, check_domain
 from rkd_jax.masking import masked_sum, sequence_sum
 from rkd_jax.models.api import CausalLM
+from rkd_jax.objectives.action_values import (
+    FrozenPolicy,
+    Moments,
+    QFunction,
+    QValues,
+    Rows,
+    action_moments,
+    student_rows,
+)
 from rkd_jax.objectives.game import (
     LESS_BASELINE,
     Baseline,
@@ -68,7 +72,7 @@ from rkd_jax.objectives.game import (
     weighted,
 )
 from rkd_jax.objectives.pbkd import Constraint, DualScale
-from rkd_jax.objectives.q_anchor import QFunction, QValues, pair_advantages
+from rkd_jax.objectives.q_anchor import pair_advantages
 from rkd_jax.objectives.reward_model import l2_penalty, pair_losses
 from rkd_jax.objectives.white_box import (
     OFF,
@@ -76,10 +80,11 @@ from rkd_jax.objectives.white_box import (
     STEPS,
     Credit,
     Side,
+    Step,
     StudentStep,
-    all_log_probs,
+    View,
+    discounted,
     own_nll,
-    stage,
 )
 from rkd_jax.types import Mean, Objective, Params
 
@@ -98,6 +103,7 @@ def make_mm_pbkd(
     model: CausalLM,
     q_values: QValues,
     *,
+    teacher: CausalLM | None = None,
     gap: Gap = "on",
     on_weight: float = 0.5,
     share_critic: bool = False,
@@ -124,6 +130,8 @@ def make_mm_pbkd(
         q_values: the critic's raw action values, ``(params, sequences, features) ->
             [.., T, V]``: a head on a frozen trunk's states before each target
             (`rkd_jax.models.heads.head_q_values`), or a model of its own.
+        teacher: the model whose states the signal holds in the place of log-probs; its
+            parameters are in ``frozen["teacher"]``.
         gap: which identity; see the module's table. ``"on"`` needs rollouts and the
             teacher's log-probs on them and on both responses of every pair. ``"off"``
             needs its log-probs on the demonstrations and no rollouts (None is fine);
@@ -197,7 +205,8 @@ def make_mm_pbkd(
     ):
         check_domain(name, number, interval)
     game = _Game(
-        policy=partial(all_log_probs, model, temperature=temperature),
+        student=partial(student_rows, model, temperature=temperature),
+        teacher=FrozenPolicy("teacher", teacher, temperature),
         q_function=QFunction(q_values, center_q, q_bound),
         sides=_SIDES[gap],
         weights=(1.0 - on_weight, on_weight) if gap == "mixed" else (1.0,),
@@ -229,12 +238,13 @@ def make_mm_pbkd(
 class _Game:
     """The rules of one game: the arguments of `make_mm_pbkd`, looked up."""
 
-    policy: Callable[..., jax.Array]  # (params, sequences) -> log-probs [*batch, T, V]
+    student: Callable[..., Rows]  # (params, sequences)
+    teacher: FrozenPolicy
     q_function: QFunction
     sides: tuple[Side, ...]
     weights: tuple[float, ...]
     share_critic: bool
-    steps: dict[str, Callable[..., jax.Array]]  # by side
+    steps: dict[str, Step]  # by side
     credit: Credit
     epsilon: float
     hinge: bool
@@ -244,19 +254,30 @@ class _Game:
     sft_weight: float
 
     def critic_loss(self, critic, params, dual, frozen, batch, signal, rng):
-        del frozen, rng
-        student = partial(self.policy, jax.lax.stop_gradient(params))
-        signal = jax.lax.stop_gradient(signal)
+        del rng
+        params, signal = jax.lax.stop_gradient((params, signal))
+        student = partial(self.student, params)
+        teacher = partial(self.teacher, frozen)
+        policies = {
+            "student": student,
+            "teacher": lambda sequences: teacher(signal.preferences),
+        }
         metrics = {"critic/teacher_length": length(batch.demonstrations.sequences)}
         if batch.rollouts is not None:
             metrics["critic/student_length"] = length(batch.rollouts)
         loss = 0.0
         for i, (side, weight) in enumerate(zip(self.sides, self.weights, strict=True)):
             own = self._critic_of(critic, side)
-            gap = self._gap(side, own, student, batch, signal)
-            anchor_nll = self._entry(signal.anchor_nll, i, "anchor_nll")
+            view = side.view(batch, signal)
+            policy = student(view.sequences)
+            moments = self._moments(("gap",), side, view, own, policy, teacher)
+            gap = self._gap(moments, view)
             preferences = self._preference_terms(
-                side, own, student, batch.preferences, signal, anchor_nll
+                own,
+                policies[side.anchor],
+                batch.preferences,
+                signal.preference_features,
+                self._entry(signal.anchor_nll, i, "anchor_nll"),
             )
             loss += weight * reward_player_loss(
                 value_of(gap),
@@ -268,21 +289,28 @@ class _Game:
         return weighted(loss, gap.weight, metrics)
 
     def student_loss(self, params, critic, frozen, batch, signal, rng):
-        del frozen, rng
+        del rng
         critic, signal = jax.lax.stop_gradient((critic, signal))
+        teacher = partial(self.teacher, frozen)
         loss, metrics = 0.0, {}
         for side, weight in zip(self.sides, self.weights, strict=True):
-            view = side.view(batch, signal)
-            log_probs = self.policy(params, view.sequences)
-            own = self._critic_of(critic, side)
-            scene = stage(side, view, log_probs, partial(self.q_function, own))
-            steps = self.steps[side.name](scene, self.credit)
-            mean = prompt_mean(sequence_sum(steps, scene.mask), scene.mask)
+            view, step = side.view(batch, signal), self.steps[side.name]
+            mask = view.sequences.response_mask
+            moments = self._moments(
+                dict.fromkeys(("gap", "log_probs", *step.reads)),
+                side,
+                view,
+                self._critic_of(critic, side),
+                self.student(params, view.sequences),
+                teacher,
+            )
+            values = step.loss(moments, mask, self.credit)
+            mean = prompt_mean(sequence_sum(values, mask), mask)
             loss += weight * value_of(mean)
-            gap = self._moments(view, scene.q_values, log_probs)
+            gap = self._gap(moments, view)
             metrics |= self._named("student", side, {"gap": gap})
             if side is ON:
-                metrics["student/entropy_bound"] = own_nll(scene)
+                metrics["student/entropy_bound"] = own_nll(moments, mask)
         if self.sft_weight:
             metrics["student/sft"] = self.sft(params, batch.demonstrations)
             loss += self.sft_weight * value_of(metrics["student/sft"])
@@ -299,35 +327,32 @@ class _Game:
         ]
         return jnp.stack(moved) if len(moved) > 1 else moved[0]
 
-    def _gap(self, side: Side, critic, student, batch, signal) -> Mean:
-        """The moment gap that the critic of a side maximises."""
-        view = side.view(batch, signal)
-        log_probs = student(view.sequences)
-        q_values = self.q_function(
-            critic,
+    def _moments(self, names, side: Side, view: View, critic, student, teacher):
+        """What a side's critic says of the responses it looks at."""
+        return action_moments(
+            names,
+            self.q_function,
+            self.q_function.along(critic, view.sequences, view.features),
             view.sequences,
-            view.features,
-            side.anchor(lambda: log_probs, view.teacher),
+            anchor=side.anchor,
+            student=student,
+            teacher=teacher(view.teacher),
         )
-        return self._moments(view, q_values, log_probs)
 
-    def _moments(self, view, q_values, student_log_probs) -> Mean:
+    def _gap(self, moments: Moments, view: View) -> Mean:
+        """The moment gap that the critic of a side maximises."""
         mask = view.sequences.response_mask
-        moments = moment_gap(
-            q_values, student_log_probs, view.teacher, mask, gamma=self.credit.gamma
-        )
-        return prompt_mean(sequence_sum(moments, mask), mask)
+        values = discounted(moments["gap"], mask, self.credit.gamma)
+        return prompt_mean(sequence_sum(values, mask), mask)
 
-    def _preference_terms(
-        self, side: Side, critic, student, pairs, signal, anchor_nll
-    ) -> Means:
+    def _preference_terms(self, critic, anchor, pairs, features, anchor_nll) -> Means:
         """What the pairs say about a critic; pairs without any token do not count."""
         returns = pair_advantages(
             self.q_function,
             critic,
             pairs.sequences,
-            signal.preference_features,
-            side.anchor(lambda: student(pairs.sequences), signal.preferences),
+            features,
+            anchor(pairs.sequences),
             self.credit.gamma,
         )
         nll, valid = pair_losses(returns, pairs)

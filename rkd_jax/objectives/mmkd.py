@@ -25,20 +25,23 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
-from rkd_jax.losses import (
-    gradient_penalty,
-    moment_gap,
-    off_policy_moment,
-    on_policy_moment,
-)
+from rkd_jax.losses import gradient_penalty
 from rkd_jax.losses.domain import check_choice, check_domain
 from rkd_jax.masking import accumulator, sequence_mean, sequence_sum
 from rkd_jax.models.api import CausalLM
+from rkd_jax.objectives.action_values import (
+    FrozenPolicy,
+    QFunction,
+    QValues,
+    Rows,
+    action_moments,
+    student_rows,
+)
 from rkd_jax.objectives.game import (
     LESS_BASELINE,
     Baseline,
@@ -47,7 +50,6 @@ from rkd_jax.objectives.game import (
     value_of,
     weighted,
 )
-from rkd_jax.objectives.q_anchor import QFunction, QValues
 from rkd_jax.objectives.white_box import (
     OFF,
     ON,
@@ -55,9 +57,8 @@ from rkd_jax.objectives.white_box import (
     Credit,
     Side,
     View,
-    all_log_probs,
+    discounted,
     own_nll,
-    stage,
 )
 from rkd_jax.types import LossOutput, Mean, Objective
 
@@ -68,6 +69,7 @@ def make_mmkd(
     model: CausalLM,
     q_values: QValues,
     *,
+    teacher: CausalLM | None = None,
     on_weight: float = 0.5,
     q_bound: float | None = 1.0,
     moments: Moments = "all_actions",
@@ -85,6 +87,8 @@ def make_mmkd(
         model: the student.
         q_values: a critic's raw values, as in `make_mm_pbkd`; one function for both
             critics.
+        teacher: the model whose states the signal holds in the place of log-probs; its
+            parameters are in ``frozen["teacher"]``.
         on_weight: in [0, 1], weight w of the on-policy distance; the off-policy one has
             the rest. A side of weight 0 is not computed and needs no data: at 0 the
             rollouts may be None.
@@ -129,7 +133,7 @@ def make_mmkd(
     References:
         MMKD, 2406.02959. Reconstruction: see the module's docstring.
     """
-    check_choice("moments", moments, tuple(_MOMENTS))
+    check_choice("moments", moments, get_args(Moments))
     check_choice("baseline", baseline, tuple(LESS_BASELINE))
     for name, number, interval in (
         ("on_weight", on_weight, "[0, 1]"),
@@ -146,10 +150,11 @@ def make_mmkd(
         if weight
     )
     game = _Game(
-        policy=partial(all_log_probs, model, temperature=temperature),
+        student=partial(student_rows, model, temperature=temperature),
+        teacher=FrozenPolicy("teacher", teacher, temperature),
         q_function=QFunction(q_values, center=False, bound=q_bound),
         sides=sides,
-        moments=_MOMENTS[moments],
+        sampled=moments == "sampled",
         credit=Credit(gamma, discount_weighting, LESS_BASELINE[baseline]),
         critic_penalty=critic_penalty,
         penalty_target=penalty_target,
@@ -162,27 +167,9 @@ def make_mmkd(
     )
 
 
-def _all_actions(view: View, q_values, student, gamma):
-    mask = view.sequences.response_mask
-    return moment_gap(q_values, student, view.teacher, mask, gamma=gamma)
-
-
-def _sampled_on(view: View, q_values, student, gamma):
-    del student
-    targets, mask = view.sequences.targets, view.sequences.response_mask
-    return on_policy_moment(q_values, view.teacher, targets, mask, gamma=gamma)
-
-
-def _sampled_off(view: View, q_values, student, gamma):
-    targets, mask = view.sequences.targets, view.sequences.response_mask
-    return off_policy_moment(q_values, student, targets, mask, gamma=gamma)
-
-
-# By side: (view, q_values, student_log_probs, gamma) -> [*batch, T].
-_MOMENTS = {
-    "all_actions": {"on": _all_actions, "off": _all_actions},
-    "sampled": {"on": _sampled_on, "off": _sampled_off},
-}
+# A sampled moment is the teacher's mean less the value of the student's action (on), or
+# the value of the teacher's action less the student's mean (off).
+_SIGNS = {"on": -1.0, "off": 1.0}
 _REQUIRES = {
     "all_actions": {"on": ("rollouts",), "off": ("demonstrations",)},
     "sampled": {"on": ("rollouts",), "off": ()},
@@ -194,10 +181,11 @@ _STEPS = {"on": STEPS["reinforce"], "off": STEPS["one_step"]}
 class _Game:
     """The rules of one game: the arguments of `make_mmkd`, looked up."""
 
-    policy: Callable[..., jax.Array]  # (params, sequences) -> log-probs [*batch, T, V]
+    student: Callable[..., Rows]  # (params, sequences)
+    teacher: FrozenPolicy
     q_function: QFunction
     sides: tuple[tuple[Side, float], ...]  # with their weights
-    moments: dict[str, Callable[..., jax.Array]]  # by side
+    sampled: bool  # moments of the actions that were taken
     credit: Credit
     critic_penalty: float
     penalty_target: float
@@ -205,16 +193,22 @@ class _Game:
     sft_weight: float
 
     def critic_loss(self, critic, params, dual, frozen, batch, signal, rng):
-        del dual, frozen, rng
+        del dual, rng
         params, signal = jax.lax.stop_gradient((params, signal))
         distance, penalty, metrics = 0.0, 0.0, {}
         for side, weight in self.sides:
             view = side.view(batch, signal)
-            student = self.policy(params, view.sequences)
-            moments = partial(self._moments, side, view, student, critic[side.name])
             mask = view.sequences.response_mask
-            values = sequence_sum(moments(view.features, self.credit.gamma), mask)
-            mean = prompt_mean(values, mask)
+            moments = partial(
+                self._moments,
+                side,
+                view,
+                critic[side.name],
+                self.student(params, view.sequences),
+                self.teacher(frozen, view.teacher),
+            )
+            values = discounted(moments(view.features), mask, self.credit.gamma)
+            mean = prompt_mean(sequence_sum(values, mask), mask)
             metrics[f"critic/{side.name}_distance"] = mean
             distance += weight * value_of(mean)
             if self.critic_penalty:
@@ -226,28 +220,47 @@ class _Game:
         return weighted(self.critic_penalty * penalty - distance, prompts, metrics)
 
     def student_loss(self, params, critic, frozen, batch, signal, rng) -> LossOutput:
-        del frozen, rng
+        del rng
         critic, signal = jax.lax.stop_gradient((critic, signal))
         loss, metrics = 0.0, {}
         for side, weight in self.sides:
-            view = side.view(batch, signal)
-            log_probs = self.policy(params, view.sequences)
-            q_function = partial(self.q_function, critic[side.name])
-            scene = stage(side, view, log_probs, q_function)
-            steps = _STEPS[side.name](scene, self.credit)
-            mean = prompt_mean(sequence_sum(steps, scene.mask), scene.mask)
+            view, step = side.view(batch, signal), _STEPS[side.name]
+            mask = view.sequences.response_mask
+            moments = action_moments(
+                step.reads,
+                self.q_function,
+                self._critic_rows(critic[side.name], view, view.features),
+                view.sequences,
+                anchor=side.anchor,
+                student=self.student(params, view.sequences),
+                teacher=self.teacher(frozen, view.teacher),
+            )
+            values = step.loss(moments, mask, self.credit)
+            mean = prompt_mean(sequence_sum(values, mask), mask)
             loss += weight * value_of(mean)
             if side is ON:
-                metrics["student/entropy_bound"] = own_nll(scene)
+                metrics["student/entropy_bound"] = own_nll(moments, mask)
         if self.sft_weight:
             metrics["student/sft"] = self.sft(params, batch.demonstrations)
             loss += self.sft_weight * value_of(metrics["student/sft"])
         return weighted(loss, mean.weight, jax.lax.stop_gradient(metrics))
 
-    def _moments(self, side: Side, view: View, student, critic, features, gamma):
-        """What the critic of a side maximises, per position, by its features."""
-        q_values = self.q_function(critic, view.sequences, features, None)
-        return self.moments[side.name](view, q_values, student, gamma)
+    def _moments(self, side: Side, view: View, critic, student, teacher, features):
+        """What the critic of a side maximises, per position, without discount."""
+        name = "advantages" if self.sampled else "gap"
+        moments = action_moments(
+            (name,),
+            self.q_function,
+            self._critic_rows(critic, view, features),
+            view.sequences,
+            anchor=side.anchor,
+            student=student,
+            teacher=teacher,
+        )[name]
+        return _SIGNS[side.name] * moments if self.sampled else moments
+
+    def _critic_rows(self, critic, view: View, features) -> Rows:
+        return self.q_function.along(critic, view.sequences, features)
 
     def _penalty(self, moments: Callable[..., jax.Array], view: View) -> Mean:
         """Penalty on the slope of each state's undiscounted moment, per token."""
@@ -257,7 +270,7 @@ class _Game:
                 "needs rollout_features and demonstration_features"
             )
         features = view.features.astype(accumulator(view.features))
-        slopes = jax.grad(lambda h: jnp.sum(moments(h, 1.0)))(features)
+        slopes = jax.grad(lambda h: jnp.sum(moments(h)))(features)
         mask = view.sequences.response_mask
         penalty = gradient_penalty(slopes, mask, target=self.penalty_target)
         return prompt_mean(sequence_mean(penalty, mask), mask)

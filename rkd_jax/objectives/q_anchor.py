@@ -11,15 +11,20 @@ player takes the ``student`` seat of the update.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 
-from rkd_jax.losses import advantage_sum, centered_q
+from rkd_jax.losses import trajectory_return
 from rkd_jax.losses.domain import check_domain
-from rkd_jax.masking import fill_masked, masked_sum
+from rkd_jax.masking import masked_sum
+from rkd_jax.models.api import CausalLM
+from rkd_jax.objectives.action_values import (
+    FrozenPolicy,
+    QFunction,
+    QValues,
+    Rows,
+    action_moments,
+)
 from rkd_jax.objectives.policy import members
 from rkd_jax.objectives.reward_model import l2_penalty, pair_losses
 from rkd_jax.types import (
@@ -33,81 +38,36 @@ from rkd_jax.types import (
     WhiteBoxSignal,
 )
 
-QValues = Callable[[Params, Sequences, jax.Array | None], jax.Array]
-"""``(parameters, sequences [*batch], features | None) -> float[*batch, T, V]``.
-
-Entry t holds the value of every action in the state *before* target t; the features are
-a frozen trunk's states there.
-"""
-
-
-@dataclasses.dataclass(frozen=True)
-class QFunction:
-    """A critic's action values as the game reads them: centred, then bounded.
-
-    Example: ``QFunction(head_on_features, center=True, bound=5.0)``.
-
-    Raises:
-        ValueError: ``bound`` is not positive.
-    """
-
-    values: QValues
-    center: bool  # less the anchor's mean, so that the bound is one on advantages
-    bound: float | None  # R: the value becomes R * tanh(value / R)
-
-    def __post_init__(self) -> None:
-        check_domain("q_bound", self.bound, "(0, inf)")
-
-    def __call__(
-        self,
-        params: Params,
-        sequences: Sequences,
-        features: jax.Array | None,
-        anchor_log_probs: jax.Array | None,
-    ) -> jax.Array:
-        """float32[*batch, T, V], 0 in padding; gradient flows to ``params``.
-
-        The anchor's log-probs are read only if ``center`` is set.
-        """
-        mask = sequences.response_mask
-        if features is not None:
-            features = fill_masked(features, mask)
-        values = fill_masked(self.values(params, sequences, features), mask)
-        if self.center:
-            values = centered_q(values, anchor_log_probs, mask)
-        if self.bound is None:
-            return values
-        return self.bound * jnp.tanh(values / self.bound)
-
-
 def pair_advantages(
     q_function: QFunction,
     params: Params,
     sequences: Sequences,
     features: jax.Array | None,
-    anchor_log_probs: jax.Array,
+    anchor: Rows,
     gamma: float,
 ) -> Pair:
-    """`advantage_sum` of both responses of each pair, ``[pairs]`` each.
+    """`rkd_jax.losses.advantage_sum` of both responses of each pair, ``[pairs]`` each.
 
     Their loss (`pair_losses`) under the anchor's parameters, plus its penalty if there
     is one, is the ``anchor_nll`` that the game asks for.
     """
-    q_values = q_function(params, sequences, features, anchor_log_probs)
-    return members(
-        advantage_sum(
-            q_values,
-            anchor_log_probs,
-            sequences.targets,
-            sequences.response_mask,
-            gamma=gamma,
-        )
+    moments = action_moments(
+        ("advantages",),
+        q_function,
+        q_function.along(params, sequences, features),
+        sequences,
+        anchor="teacher",
+        teacher=anchor,
     )
+    mask = sequences.response_mask
+    return members(trajectory_return(moments["advantages"], mask, gamma=gamma))
 
 
 def make_q_anchor(
     q_values: QValues,
     *,
+    anchor: CausalLM | None = None,
+    temperature: float = 1.0,
     gamma: float = 1.0,
     center_q: bool = True,
     q_bound: float | None = 5.0,
@@ -117,6 +77,9 @@ def make_q_anchor(
 
     Args:
         q_values: the critic's raw action values; see `QValues`.
+        anchor: the model whose states the signal holds in the place of log-probs; its
+            parameters are in ``frozen["anchor"]``.
+        temperature: of that model's policy.
         gamma: discount in [0, 1]; the sum is not divided by length.
         center_q, q_bound: as in `rkd_jax.objectives.mm_pbkd.make_mm_pbkd`, and equal to
             what the game will use.
@@ -126,8 +89,8 @@ def make_q_anchor(
     Returns:
         `Objective` whose ``student_loss`` trains the critic's parameters on a
         `PreferenceBatch`. It requires `WhiteBoxSignal.preferences`, the log-probs [B,
-        2, T, V] of the *anchoring* policy: the teacher's, or, for the off-policy gap,
-        those of the student at hand. Unit: nats per pair. Metrics ``anchor/nll`` and
+        2, T, V] of the *anchoring* policy (with ``anchor``, its states): the teacher's,
+        or, for the off-policy gap, those of the student at hand. Unit: nats per pair. Metrics ``anchor/nll`` and
         ``anchor/accuracy`` (ties count half).
 
     Gradient:
@@ -140,19 +103,21 @@ def make_q_anchor(
         MM-PbKD, 2505.18952. Reconstruction: see `make_mm_pbkd`.
     """
     check_domain("l2", l2, "[0, inf)")
+    check_domain("temperature", temperature, "(0, inf)")
+    policy = FrozenPolicy("anchor", anchor, temperature)
     q_function = QFunction(q_values, center_q, q_bound)
 
     def student_loss(
         params, critic, frozen, batch: PreferenceBatch, signal: WhiteBoxSignal, rng
     ):
-        del critic, frozen, rng
+        del critic, rng
         signal = jax.lax.stop_gradient(signal)
         returns = pair_advantages(
             q_function,
             params,
             batch.sequences,
             signal.preference_features,
-            signal.preferences,
+            policy(frozen, signal.preferences),
             gamma,
         )
         nll, valid = pair_losses(returns, batch)

@@ -10,10 +10,9 @@ and no logits of the student are either, see `rkd_jax.losses.fused`.
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 
-from rkd_jax.losses import linear_token_log_probs, linear_topk_divergence
+from rkd_jax.losses import linear_topk_divergence
 from rkd_jax.losses.domain import check_domain
 from rkd_jax.masking import fill_masked, masked_sum
 from rkd_jax.models.api import CausalLM, response_hidden
@@ -36,8 +35,8 @@ def make_topk_kd(model: CausalLM, *, temperature: float = 1.0) -> Objective:
 
     Returns:
         `Objective` that requires `TopkSignal`. Unit: nats per token. At most what
-        `make_kd` gives with forward KL, and equal to it at K = V. Metrics
-        ``student/divergence`` and ``student/nll``, both at the temperature.
+        `make_kd` gives with forward KL, and equal to it at K = V. Metric
+        ``student/divergence``, at the temperature.
 
     Gradient:
         Flows to the student's parameters only; the signal is data.
@@ -59,27 +58,19 @@ def make_topk_kd(model: CausalLM, *, temperature: float = 1.0) -> Objective:
         sequences = batch.sequences
         mask = sequences.response_mask
         hidden = fill_masked(response_hidden(model, params, sequences), mask)
-        options = {
-            "mask": mask,
-            "temperature": temperature,
-            "softcap": getattr(model.config, "logit_softcap", None),
-        }
-        head, bias = model.head(params), model.head_bias(params)
-        ids = fill_masked(signal.ids, mask)
-        log_probs = fill_masked(signal.log_probs, mask, -jnp.inf)
         divergence = linear_topk_divergence(
-            hidden, head, ids, log_probs, bias=bias, **options
+            hidden,
+            model.head(params),
+            fill_masked(signal.ids, mask),
+            fill_masked(signal.log_probs, mask, -jnp.inf),
+            mask=mask,
+            temperature=temperature,
+            bias=model.head_bias(params),
+            softcap=getattr(model.config, "logit_softcap", None),
         )
-        readout = jax.lax.stop_gradient((hidden, head, bias))
-        nll = -linear_token_log_probs(
-            *readout[:2], sequences.targets, bias=readout[2], **options
-        )
-        total, nll = masked_sum(divergence, mask), masked_sum(nll, mask)
+        total = masked_sum(divergence, mask)
         weight = mask.sum().astype(total.dtype)
-        metrics = {
-            "student/divergence": Mean(total, weight),
-            "student/nll": Mean(nll, weight),
-        }
+        metrics = {"student/divergence": Mean(total, weight)}
         return LossOutput(total, weight, metrics)
 
     return Objective("topk_kd", student_loss, requires=("ids", "log_probs"))

@@ -104,7 +104,7 @@ def test_a_name_is_the_shape_it_says():
 
 
 TRAINED = {"kd": 2, "gkd": 2, "xkd": 4, "dpo": 4, "tvkd": 4, "drdo": 4}
-TRAINED |= {"pbkd": 6, "mm_pbkd": 6}
+TRAINED |= {"topk_kd": 2, "pbkd": 6, "mm_pbkd": 6}
 ASKED = {"kd": 2, "gkd": 2, "xkd": 2, "mm_pbkd": 6}  # sequences, of the teacher
 
 

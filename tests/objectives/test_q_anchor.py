@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from rkd_jax.models.heads import QHead, head_q_values
-from rkd_jax.objectives.q_anchor import QFunction, make_q_anchor, pair_advantages
+from rkd_jax.objectives.action_values import QFunction, Rows
+from rkd_jax.objectives.q_anchor import make_q_anchor, pair_advantages
 from rkd_jax.objectives.reward_model import l2_penalty, pair_losses
 from rkd_jax.types import WhiteBoxSignal
 from tests.objectives.game_batch import (
@@ -64,9 +65,10 @@ def test_q_is_centred_then_bounded():
 
     @jax.jit
     def all_forms(params):
+        functions = [QFunction(tabular_q, *form) for form in expected]
         return [
-            QFunction(tabular_q, *form)(params, sequences, None, anchor)
-            for form in expected
+            q.shaped(q.along(params, sequences, None).states, anchor, mask[..., 0])
+            for q in functions
         ]
 
     found = all_forms({"q": jnp.asarray(100 * Q)})
@@ -137,7 +139,7 @@ def pair_terms():
 
     @jax.jit
     def terms(params, batch, rows):
-        args = (params, batch.sequences, None, rows, GAMMA)
+        args = (params, batch.sequences, None, Rows(rows), GAMMA)
         return pair_losses(pair_advantages(q_function, *args), batch)
 
     return terms

@@ -1,0 +1,268 @@
+"""What a critic's action values say along responses, a few positions at a time.
+
+A moment is a sum over the vocabulary: of a critic's values, weighted by the student's
+or the teacher's probabilities. Each of the three is read from the states of a model by
+a head; of policies or critics that are known by their numbers the numbers are read.
+Where all positions together would be too much, slices of them follow one another, and
+the backward pass computes a slice again: no array ``[*batch, T, V]`` exists that was
+not given. Slices are cut along T, so a batch that lies on several devices stays there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rkd_jax.losses import anchored_advantages, centered_q, moment_gap, one_step
+from rkd_jax.losses.domain import check_domain
+from rkd_jax.losses.likelihood import taken_values, tempered_log_softmax
+from rkd_jax.masking import fill_masked
+from rkd_jax.models.api import CausalLM, response_hidden
+from rkd_jax.objectives.policy import frozen_params
+from rkd_jax.types import Params, Sequences
+
+LOGITS = 2**25
+"""Numbers over the vocabulary that a device holds at once, in each of a few arrays."""
+
+QValues = Callable[[Params, Sequences, jax.Array | None], jax.Array]
+"""``(parameters, sequences [*batch], features | None) -> float[*batch, T, V]``.
+
+Entry t holds the value of every action in the state *before* target t; the features are
+a frozen trunk's states there. A critic that is nothing but a head on these also has
+``on_states(parameters, features [.., D]) -> [.., V]`` (as that of
+`rkd_jax.models.heads.head_q_values`): it is asked about a slice at a time.
+"""
+
+Player = Literal["student", "teacher"]
+Moments = dict[str, jax.Array]  # by the names of `MOMENTS`
+
+
+def _as_given(rows: jax.Array) -> jax.Array:
+    return rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Numbers over the vocabulary at every position, and what they are read from.
+
+    Padding of the states may hold anything.
+
+    Example: ``Rows(log_probs)`` are numbers that are there; ``Rows(hidden, head)`` are
+    those of a head.
+    """
+
+    states: jax.Array  # [*batch, T, D]
+    read: Callable[[jax.Array], jax.Array] = _as_given  # [.., D] -> [.., V]
+
+    @property
+    def vocabulary(self) -> int:
+        """V."""
+        one = jax.ShapeDtypeStruct((1, self.states.shape[-1]), self.states.dtype)
+        return jax.eval_shape(self.read, one).shape[-1]
+
+
+def policy_rows(
+    model: CausalLM, params: Params, states: jax.Array, *, temperature: float
+) -> Rows:
+    """A policy's log-probs from its states before every target, ``[*batch, T, D]``."""
+
+    def log_probs(states):
+        return tempered_log_softmax(model.unembed(params, states), temperature)
+
+    return Rows(states, log_probs)
+
+
+def student_rows(
+    model: CausalLM, params: Params, sequences: Sequences, *, temperature: float
+) -> Rows:
+    """`policy_rows` after a pass of the trunk; gradient flows to ``params``."""
+    states = response_hidden(model, params, sequences)
+    return policy_rows(model, params, states, temperature=temperature)
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenPolicy:
+    """A policy that a signal knows by its log-probs, or, with a model, by its states.
+
+    Example: ``FrozenPolicy("teacher", None, 1.0)`` reads log-probs [*batch, T, V];
+    ``FrozenPolicy("teacher", model, 1.0)`` states [*batch, T, D], and the head's
+    parameters from ``frozen["teacher"]``.
+    """
+
+    name: str
+    model: CausalLM | None
+    temperature: float
+
+    def __call__(self, frozen: Any, given: jax.Array | None) -> Rows | None:
+        """None where the signal has nothing."""
+        if given is None:
+            return None
+        given = jax.lax.stop_gradient(given)
+        if self.model is None:
+            return Rows(given)
+        params = jax.lax.stop_gradient(frozen_params(frozen, self.name))
+        return policy_rows(self.model, params, given, temperature=self.temperature)
+
+
+@dataclasses.dataclass(frozen=True)
+class QFunction:
+    """A critic's action values as the game reads them: centred, then bounded.
+
+    Example: ``QFunction(head_on_features, center=True, bound=5.0)``.
+
+    Raises:
+        ValueError: ``bound`` is not positive.
+    """
+
+    values: QValues
+    center: bool  # less the anchor's mean, so that the bound is one on advantages
+    bound: float | None  # R: the value becomes R * tanh(value / R)
+
+    def __post_init__(self) -> None:
+        check_domain("q_bound", self.bound, "(0, inf)")
+
+    def along(
+        self, params: Params, sequences: Sequences, features: jax.Array | None
+    ) -> Rows:
+        """The raw values of the responses; gradient flows to ``params``."""
+        if features is not None and hasattr(self.values, "on_states"):
+            return Rows(features, lambda rows: self.values.on_states(params, rows))
+        if features is not None:
+            features = fill_masked(features, sequences.response_mask)
+        return Rows(self.values(params, sequences, features))
+
+    def shaped(
+        self, values: jax.Array, anchor_log_probs: jax.Array | None, mask: jax.Array
+    ) -> jax.Array:
+        """Raw values [.., V] as the game reads them, 0 where the mask [..] is not set.
+
+        The anchor's log-probs [.., V] are read only if ``center`` is set.
+        """
+        values = fill_masked(values, mask)
+        if self.center:
+            values = centered_q(values, anchor_log_probs, mask)
+        if self.bound is None:
+            return values
+        return self.bound * jnp.tanh(values / self.bound)
+
+
+class Slice(NamedTuple):
+    """What is known at some positions."""
+
+    q_values: jax.Array  # [.., V], shaped
+    student: jax.Array | None  # [.., V], log-probs
+    teacher: jax.Array | None
+    anchor: jax.Array | None
+    targets: jax.Array  # int32[..]
+    mask: jax.Array  # bool[..]
+
+
+MOMENTS: dict[str, Callable[[Slice], jax.Array]] = {
+    "gap": lambda s: moment_gap(s.q_values, s.student, s.teacher, s.mask),
+    "advantages": lambda s: anchored_advantages(
+        s.q_values, s.anchor, s.targets, s.mask
+    ),
+    "one_step": lambda s: one_step(s.q_values, s.student, s.mask),
+    "log_probs": lambda s: taken_values(s.student, s.targets, s.mask),
+}
+"""What is asked of a position, without discount, ``[..]`` each, 0 where masked:
+`moment_gap`, `anchored_advantages` and `one_step`, and the student's log-prob of the
+target."""
+
+_READS: dict[str, tuple[str, ...]] = {
+    "gap": ("student", "teacher"),
+    "advantages": ("anchor",),
+    "one_step": ("student",),
+    "log_probs": ("student",),
+}
+
+
+def action_moments(
+    names: Iterable[str],
+    q_function: QFunction,
+    q_rows: Rows,
+    sequences: Sequences,
+    *,
+    anchor: Player,
+    student: Rows | None = None,
+    teacher: Rows | None = None,
+    logits: int | None = None,
+) -> Moments:
+    """The named `MOMENTS` at every target.
+
+    Args:
+        names: which.
+        q_function: how raw values are shaped.
+        q_rows: from its ``along``.
+        sequences: [*batch].
+        anchor: the policy that Q is anchored by.
+        student: its log-probs along the responses; needed where a name or the anchor
+            reads it, as is the teacher's.
+        teacher: data.
+        logits: numbers over the vocabulary that a device may hold at once; None for
+            `LOGITS`.
+
+    Returns:
+        float32[*batch, T] by name.
+
+    Gradient:
+        Flows as the losses of the names say: to the critic from all but ``one_step``
+        and ``log_probs``, to the student from ``gap`` and these. A head's gradient adds
+        up over slices in the dtype of its parameters.
+    """
+    names = tuple(names)
+    targets, mask = sequences.targets, sequences.response_mask
+    players = {"student": student, "teacher": teacher}
+    read = {who for name in names for who in _READS[name]}
+    if q_function.center:
+        read.add("anchor")
+    heard = {anchor if who == "anchor" else who for who in read}
+    rows = {who: players[who] for who in players if who in heard}
+    states = {who: one.states for who, one in rows.items()}
+
+    def at(states, q_states, targets, mask):
+        said = {
+            who: one.read(fill_masked(states[who], mask)) for who, one in rows.items()
+        }
+        values = q_rows.read(fill_masked(q_states, mask))
+        here = Slice(
+            q_function.shaped(values, said.get(anchor), mask),
+            said.get("student"),
+            said.get("teacher"),
+            said.get(anchor),
+            targets,
+            mask,
+        )
+        return {name: MOMENTS[name](here) for name in names}
+
+    width = max(one.vocabulary for one in (q_rows, *rows.values()))
+    given = (states, q_rows.states, targets, mask)
+    return _in_slices(at, given, mask.shape, width, logits or LOGITS)
+
+
+def _in_slices(at, given, shape: tuple[int, ...], width: int, logits: int) -> Moments:
+    """``at`` of all positions ``[*batch, T, ..]``, along T in as few slices as fit."""
+    *batch, length = shape
+    devices = max(jax.sharding.get_abstract_mesh().size, 1)
+    count = min(-(-math.prod(shape) * width // (logits * devices)), length)
+    if count <= 1:
+        return at(*given)
+    size = -(-length // count)
+    axis = len(batch)
+
+    def cut(array):
+        array = jnp.moveaxis(array, axis, 0)
+        padding = [(0, count * size - length)] + [(0, 0)] * (array.ndim - 1)
+        return jnp.pad(array, padding).reshape(count, size, *array.shape[1:])
+
+    def whole(array):
+        array = array.reshape(count * size, *array.shape[2:])[:length]
+        return jnp.moveaxis(array, 0, axis)
+
+    again = jax.checkpoint(lambda slices: at(*slices), prevent_cse=False)
+    return jax.tree.map(whole, jax.lax.map(again, jax.tree.map(cut, given)))
