@@ -13,6 +13,10 @@ from pathlib import Path
 import jax
 
 
+MOST_BYTES = 4 * 2**30
+"""Of the folder; what was used least lately goes first."""
+
+
 def keep_compiled_programs() -> Path | None:
     """Let JAX read and write its persistent compilation cache; where it is.
 
@@ -20,7 +24,9 @@ def keep_compiled_programs() -> Path | None:
     by default ``~/.cache``). JAX's own variables win: ``JAX_COMPILATION_CACHE_DIR``
     names another folder, ``JAX_ENABLE_COMPILATION_CACHE=false`` turns it off. Programs
     that compile in less than a second are not kept
-    (``JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS``), and nothing is ever deleted.
+    (``JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS``), nor more than `MOST_BYTES` of them
+    (``JAX_COMPILATION_CACHE_MAX_SIZE``). With a bound JAX locks the folder, so commands
+    that run side by side may share it.
 
     Returns:
         The folder; None where programs are not kept, because they should not be or,
@@ -42,6 +48,8 @@ def keep_compiled_programs() -> Path | None:
         )
         return None
     jax.config.update("jax_compilation_cache_dir", str(folder))
+    if "JAX_COMPILATION_CACHE_MAX_SIZE" not in os.environ:
+        jax.config.update("jax_compilation_cache_max_size", MOST_BYTES)
     return folder
 
 

@@ -203,7 +203,7 @@ as that of {depths[0]}: tracing and compiling took {seconds[1]:.1f} s against
 
 def fused_section(run: Runner, toy: bool) -> str:
     """Losses straight from hidden states."""
-    sizes = ("--rows", "1024", "--turns", "3")
+    sizes = ("--rows", "256", "1024", "--turns", "3")
     if toy:
         sizes = ("--rows", "16", "--hidden", "8", "--vocab", "32", "--turns", "1")
     rows = run("fused", *sizes, "--json")
@@ -222,10 +222,10 @@ def fused_section(run: Runner, toy: bool) -> str:
                 row["loss"],
                 row["rows"],
                 f"{row['dense_temp_gib']:.2f} GiB",
-                f"{row['recompute_temp_gib']:.2f} GiB",
+                f"{row['default_temp_gib']:.2f} GiB",
                 number(row["dense_seconds"]),
-                number(row["recompute_seconds"]),
-                number(row.get("recompute_time_ratio")),
+                number(row["default_seconds"]),
+                number(row.get("default_time_ratio")),
             )
             for row in rows
         ],

@@ -16,8 +16,8 @@ both sides. A step's seconds are those of sampling ``new`` columns less those of
 sampling one, by ``new`` - 1: the prefill is left out and told apart. No row ends early.
 
     python -m experiments.benchmarks.sample
-    python -m experiments.benchmarks.sample --model h576-l30-i1536-q9-kv3 \\
-        --vocab 49152 --batch 1 8 --dtype bfloat16 --json
+    python -m experiments.benchmarks.sample --model h384-l6-i1024-q6-kv3 \\
+        --vocab 32000 --batch 1 8 --dtype bfloat16 --json
 """
 
 from __future__ import annotations
@@ -46,9 +46,10 @@ _MODEL = re.compile(r"h(\d+)-l(\d+)-i(\d+)-q(\d+)-kv(\d+)")
 class SampleBenchmark:
     """Sizes and what to measure."""
 
-    model: str = "h384-l6-i1024-q6-kv3"
-    """Hidden size, layers, intermediate size, query heads, key and value heads."""
-    vocab: int = 32000
+    model: str = "h576-l30-i1536-q9-kv3"
+    """Hidden size, layers, intermediate size, query heads, key and value heads; those
+    of SmolLM2-135M, with its vocabulary."""
+    vocab: int = 49152
     tie_embeddings: bool = True
     batch: tuple[int, ...] = (1, 32)
     """Rows that are decoded at once."""

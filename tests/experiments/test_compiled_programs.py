@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from experiments.command import run_command
-from experiments.compiled_programs import keep_compiled_programs
+from experiments.compiled_programs import MOST_BYTES, keep_compiled_programs
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,10 +24,12 @@ class Options:
 def untouched(monkeypatch, tmp_path):
     """A cache folder of its own; the settings of JAX as they were."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    before = jax.config.jax_compilation_cache_dir
+    names = ("jax_compilation_cache_dir", "jax_compilation_cache_max_size")
+    before = [getattr(jax.config, name) for name in names]
     jax.config.update("jax_compilation_cache_dir", None)
     yield
-    jax.config.update("jax_compilation_cache_dir", before)
+    for name, value in zip(names, before, strict=True):
+        jax.config.update(name, value)
 
 
 def command(monkeypatch, *arguments):
@@ -47,6 +49,14 @@ def test_a_command_keeps_programs_in_the_users_cache_folder(monkeypatch, tmp_pat
     folder = tmp_path / "cache" / "rkd_jax" / "compiled"
     assert command(monkeypatch) == [str(folder)]
     assert folder.is_dir()
+    assert jax.config.jax_compilation_cache_max_size == MOST_BYTES
+
+
+def test_another_bound_may_be_named(monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_MAX_SIZE", "-1")  # JAX has read its own
+    before = jax.config.jax_compilation_cache_max_size
+    command(monkeypatch)
+    assert jax.config.jax_compilation_cache_max_size == before
 
 
 def test_the_option_turns_it_off(monkeypatch, tmp_path):
