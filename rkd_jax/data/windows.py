@@ -194,6 +194,8 @@ def make_bucketed_batches(
         seed=seed,
         tokens=_fingerprint(tokenizer, config),
         window_batches=window_batches,
+        # The last window is cut short, and sorted otherwise than the whole one.
+        end=None if epochs is None else len(numbers),
     )
     short = not drop_remainder and len(numbers) % batch_size > 0
     return BatchIterator(steps, order, None if epochs is None else total + short)

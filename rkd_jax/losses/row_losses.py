@@ -162,7 +162,11 @@ class TopK:
         p = jnp.where(present, data[1].astype(listed.dtype), -jnp.inf)
         listed = kl_terms(p, jnp.where(present, listed, -jnp.inf)).sum(-1)
         bucket = kl_terms(stats.teacher, stats.student)
-        return listed + jnp.where(logs.columns[0] == 0, bucket, 0.0)
+        value = listed + jnp.where(logs.columns[0] == 0, bucket, 0.0)
+        # A listed token that the student does not have is nowhere, its mass is.
+        ids, log_probs = data
+        unknown = (log_probs > -jnp.inf) & ((ids < 0) | (ids >= self.vocabulary))
+        return jnp.where(unknown.any(-1), jnp.nan, value)
 
     def slopes(self, logs: Logs, data, stats: _Tail) -> jax.Array:
         """Minus the teacher's mass; the bucket's is shared out as the student's is."""

@@ -73,4 +73,5 @@ def make_topk_kd(model: CausalLM, *, temperature: float = 1.0) -> Objective:
         metrics = {"student/divergence": Mean(total, weight)}
         return LossOutput(total, weight, metrics)
 
-    return Objective("topk_kd", student_loss, requires=("ids", "log_probs"))
+    requires = ("ids", "log_probs")
+    return Objective("topk_kd", student_loss, requires=requires, packed=True)

@@ -136,7 +136,8 @@ class CacheWriter:
             )
         self.folder.mkdir(parents=True, exist_ok=True)
         self._wanted = self._describe(shard_records)
-        self.manifest = self._open()
+        with locked(self.folder):
+            self.manifest = self._open()
 
     @property
     def done(self) -> int:
@@ -356,13 +357,22 @@ def _check(
         if part is not None and prompts:
             width = prompts[-1] + rows.response_widths[-1]
             _check_model(name, part.model, tokenizer, width)
-    if settings.top_k is not None:
-        vocabulary = teacher.model.config.vocab_size
-        if settings.top_k > vocabulary:
-            raise CacheError(
-                f"top_k={settings.top_k} exceeds the teacher's {vocabulary} vocabulary "
-                "entries"
-            )
+    if settings.needs_teacher:
+        _check_width(settings, teacher.model.config.vocab_size)
+
+
+def _check_width(settings: CacheSettings, vocabulary: int) -> None:
+    if settings.top_k is not None and settings.top_k > vocabulary:
+        raise CacheError(
+            f"top_k={settings.top_k} exceeds the teacher's {vocabulary} vocabulary "
+            "entries"
+        )
+    support = None if settings.shaping is None else settings.shaping.support
+    if support is not None and support >= vocabulary:
+        raise CacheError(
+            f"support={support} of the shaping is not below the teacher's {vocabulary} "
+            "vocabulary entries"
+        )
 
 
 def _check_model(name: str, model: CausalLM, tokenizer: Tokenizer, width: int) -> None:

@@ -204,7 +204,13 @@ def shaping_of_logits(
         gamma=gamma, power=power, terminal=terminal, value_source=value_source
     )
     check_choice("terminal", terminal, get_args(Terminal))
-    check_domain("temperature", temperature, "(0, inf)")
+    for name, value, interval in (
+        ("gamma", gamma, "[0, 1]"),
+        ("power", power, "(0, inf)"),
+        ("scale", scale, "(0, inf)"),
+        ("temperature", temperature, "(0, inf)"),
+    ):
+        check_domain(name, value, interval)
     scores = _scores(value_source, support)
 
     def shaping(logits: jax.Array, mask: jax.Array) -> jax.Array:

@@ -171,6 +171,15 @@ def test_topk_is_the_dense_one_with_its_bucket(gradient):
     agree(fused, dense, HIDDEN, HEAD, mask=MASK)
 
 
+@pytest.mark.parametrize("gradient", TILES)
+def test_a_listed_token_that_the_student_lacks_is_not_a_number(gradient):
+    teacher = jax.nn.log_softmax(logits(TEACHER_HIDDEN, TEACHER_HEAD))
+    listed = jnp.take_along_axis(teacher, IDS, -1).at[4, 0].set(-jnp.inf)
+    ids = IDS.at[3, 2].set(VOCABULARY).at[2, 0].set(-1).at[4, 0].set(VOCABULARY + 5)
+    found = linear_topk_divergence(HIDDEN, HEAD, ids, listed, tiles=TILES[gradient])
+    np.testing.assert_array_equal(np.flatnonzero(np.isnan(found)), [2, 3])
+
+
 def test_topk_of_all_tokens_is_forward_kl():
     teacher = jax.nn.log_softmax(logits(TEACHER_HIDDEN, TEACHER_HEAD))
     ids = jnp.broadcast_to(jnp.arange(VOCABULARY), teacher.shape)

@@ -29,6 +29,7 @@ from rkd_jax.objectives.reward_model import (
     pair_returns,
 )
 from rkd_jax.objectives.sft import make_seqkd, make_sft
+from rkd_jax.objectives.topk_kd import make_topk_kd
 from rkd_jax.signals.reward_oracle import make_return_scorer
 from rkd_jax.signals.teacher import (
     make_features,
@@ -37,6 +38,7 @@ from rkd_jax.signals.teacher import (
     make_teacher_log_probs,
     make_token_scorer,
 )
+from rkd_jax.signals.topk import make_topk
 from rkd_jax.signals.values import make_shaping
 from rkd_jax.training.state import init_state
 from rkd_jax.training.update import make_update
@@ -205,13 +207,20 @@ def test_any_lengths_give_the_loss_and_gradient_of_padded_rows():
     assert_equal(found, value_and_gradient(objective, params(), padded, ()))
 
 
-@pytest.mark.parametrize("known_by", ["log_probs", "states"])
+@pytest.mark.parametrize("known_by", ["log_probs", "states", "top k"])
 def test_distillation_of_packed_rows_is_the_sum_over_records(known_by):
     """The teacher has other prompts, longer and shorter ones."""
     expert = params(TEACHER, seed=1)
     if known_by == "log_probs":
         objective, kind = make_kd(MODEL, temperature=0.7), TeacherSignal
         score = make_teacher_log_probs(EXPERT, temperature=0.7)
+    elif known_by == "top k":
+        objective = make_topk_kd(MODEL, temperature=0.7)
+        score = make_topk(EXPERT, top_k=5, temperature=0.7)
+
+        def kind(signal):
+            return signal
+
     else:
         objective = make_kd(MODEL, teacher=EXPERT, temperature=0.7)
         score, kind = make_features(EXPERT, states="before"), TeacherStates

@@ -22,7 +22,7 @@ from rkd_jax.signals.teacher import make_teacher_log_probs
 from rkd_jax.signals.topk import make_topk
 from rkd_jax.training import init_state, make_update
 from rkd_jax.types import TopkSignal
-from tests.signals import tiny_cache
+from tests.evaluation.bigram import Bigram
 from tests.signals.tiny_cache import (
     LISTS,
     ROWS,
@@ -218,8 +218,13 @@ def test_coarser_log_probs_change_the_loss_within_their_rounding(
 
 
 def test_training_from_a_cache_needs_no_teacher(folders, monkeypatch):
-    """A few steps through `make_update`: no teacher exists, and the loss falls."""
-    monkeypatch.setattr(tiny_cache, "source", None)
+    """A few steps through `make_update`: nobody asks the teacher, and the loss falls."""
+
+    def asked(*arguments, **options):
+        raise AssertionError("the teacher is asked")
+
+    for name in ("init", "hidden", "head", "unembed"):
+        monkeypatch.setattr(Bigram, name, asked)
     cache = open_cache(folders / "demonstrations")
     objective = make_topk_kd(STUDENT, temperature=cache.settings.temperature)
     optimizer = optax.adam(1e-2)
