@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.benchmarks.llama import forward_flops, trunk_flops
+from experiments.benchmarks.llama import forward_flops, head_flops, trunk_flops
 from rkd_jax.losses import generalized_jsd
 from rkd_jax.models.decoder import Decoder
 from rkd_jax.models.heads import (
@@ -229,7 +230,9 @@ def mm_pbkd(setting: Setting) -> Case:
     pairs = (setting.batch, 2, setting.targets)
     fixed = WhiteBoxSignal(
         anchor_nll=normal(setting.batch, shift=0.5),
-        preferences=normal(*pairs, setting.teacher.config.hidden_size),
+        preferences=normal(*pairs, setting.teacher.config.hidden_size).astype(
+            setting.teacher.config.dtype
+        ),
         preference_features=normal(*pairs, width),
     )
     head = QHead(actions=vocabulary, width=CRITIC_WIDTH)
@@ -251,6 +254,7 @@ def mm_pbkd(setting: Setting) -> Case:
         setting.trained_flops(rollouts)
         + setting.teacher_flops(rollouts)
         + trunk_flops(trunk.config, rollouts, setting.length)
+        + head_flops(setting.teacher.config, math.prod(pairs))
         + _critic_flops(setting, width, vocabulary),
         frozen={"teacher": teacher},
         critic=head.init(jax.random.key(2), width),

@@ -47,7 +47,8 @@ def bucketed(
 
     Raises:
         ValueError: buckets that are not positive and ascending; and from the call, a
-            batch without rows, longer or with more rows than the last bucket.
+            batch without rows, longer or with more rows than the last bucket, or two that
+            have not the same number of rows.
         TypeError: a call without prompts.
     """
     widths, rows = _ascending("widths", widths), _ascending("rows", rows)
@@ -61,7 +62,10 @@ def bucketed(
         given = [x for x in (*args, *kwargs.values()) if isinstance(x, Prompts)]
         if not given:
             raise TypeError("no argument is a rkd_jax.types.Prompts")
-        count = given[0].tokens.shape[0]
+        counts = [prompts.tokens.shape[0] for prompts in given]
+        if len(set(counts)) > 1:  # filled up they would all look alike
+            raise ValueError(f"batches of prompts with {counts} rows: give one of each")
+        count = counts[0]
         named = {name: bucket(value) for name, value in kwargs.items()}
         result = run(*(bucket(value) for value in args), **named)
         return jax.tree.map(lambda leaf: np.asarray(leaf)[:count], result)

@@ -74,7 +74,8 @@ def _keep_while(admits: Callable[[jax.Array], jax.Array], weights: jax.Array):
     # No weight exceeds 1, so 1 is admitted; -1 stands for a threshold below zero.
     bounds = (jnp.full(rows, -1, jnp.int32), jnp.full(rows, _BITS_OF_ONE, jnp.int32))
     _, admitted = lax.fori_loop(0, 31, halve, bounds)
-    threshold = lax.bitcast_convert_type(admitted, jnp.float32)
+    # A row with too few positive weights admits everything, the stand-in too.
+    threshold = lax.bitcast_convert_type(jnp.maximum(admitted, 0), jnp.float32)
     return jnp.where(weights >= threshold, weights, 0.0)
 
 

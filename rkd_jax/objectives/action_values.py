@@ -3,9 +3,9 @@
 A moment is a sum over the vocabulary: of a critic's values, weighted by the student's
 or the teacher's probabilities. Each of the three is read from the states of a model by
 a head; of policies or critics that are known by their numbers the numbers are read.
-Where all positions together would be too much, slices of them follow one another, and
-the backward pass computes a slice again: no array ``[*batch, T, V]`` exists that was
-not given. Slices are cut along T, so a batch that lies on several devices stays there.
+Where all positions together would be more than `LOGITS`, slices of them follow one
+another, and the backward pass computes a slice again. Slices are cut along T, so a
+batch that lies on several devices stays there.
 """
 
 from __future__ import annotations
@@ -24,10 +24,12 @@ from rkd_jax.losses.likelihood import taken_values, tempered_log_softmax
 from rkd_jax.masking import fill_masked
 from rkd_jax.models.api import CausalLM, response_hidden
 from rkd_jax.objectives.policy import frozen_params
+from rkd_jax.sharding import ambient_axes
 from rkd_jax.types import Params, Sequences
 
 LOGITS = 2**25
-"""Numbers over the vocabulary that a device holds at once, in each of a few arrays."""
+"""Numbers over the vocabulary that a device holds at once, in each of a few arrays,
+where the heads are whole on it."""
 
 QValues = Callable[[Params, Sequences, jax.Array | None], jax.Array]
 """``(parameters, sequences [*batch], features | None) -> float[*batch, T, V]``.
@@ -248,12 +250,14 @@ def action_moments(
 def _in_slices(at, given, shape: tuple[int, ...], width: int, logits: int) -> Moments:
     """``at`` of all positions ``[*batch, T, ..]``, along T in as few slices as fit."""
     *batch, length = shape
-    devices = max(jax.sharding.get_abstract_mesh().size, 1)
+    mesh = jax.sharding.get_abstract_mesh()
+    cut_over = ambient_axes("batch", batch[0]) if batch else ()
+    devices = math.prod(mesh.shape[name] for name in cut_over)
     count = min(-(-math.prod(shape) * width // (logits * devices)), length)
     if count <= 1:
         return at(*given)
     size = -(-length // count)
-    axis = len(batch)
+    count, axis = -(-length // size), len(batch)
 
     def cut(array):
         array = jnp.moveaxis(array, axis, 0)

@@ -32,7 +32,8 @@ one_step_plus_long  both, the first one summed     unbiased, less variance
 
 Cost: every step of the critic runs the student forward, on the rollouts (on), or on the
 demonstrations and the pairs (off). With the teacher given as a model and a critic that
-is a head, no array ``[.., T, V]`` exists; see `rkd_jax.objectives.action_values`.
+is a head, what is over the vocabulary is read a few positions at a time; see
+`rkd_jax.objectives.action_values`.
 
 Source: MM-PbKD, 2505.18952, for the reformulation through Q. Reconstruction: which gap,
 which anchor, which student step and all hyper-parameters are not published in what we

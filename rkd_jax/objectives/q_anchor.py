@@ -38,6 +38,7 @@ from rkd_jax.types import (
     WhiteBoxSignal,
 )
 
+
 def pair_advantages(
     q_function: QFunction,
     params: Params,
@@ -90,8 +91,8 @@ def make_q_anchor(
         `Objective` whose ``student_loss`` trains the critic's parameters on a
         `PreferenceBatch`. It requires `WhiteBoxSignal.preferences`, the log-probs [B,
         2, T, V] of the *anchoring* policy (with ``anchor``, its states): the teacher's,
-        or, for the off-policy gap, those of the student at hand. Unit: nats per pair. Metrics ``anchor/nll`` and
-        ``anchor/accuracy`` (ties count half).
+        or, for the off-policy gap, those of the student at hand. Unit: nats per pair.
+        Metrics ``anchor/nll`` and ``anchor/accuracy`` (ties count half).
 
     Gradient:
         Flows to the critic's parameters only.

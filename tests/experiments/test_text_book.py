@@ -50,14 +50,6 @@ def test_the_mask_is_part_of_the_text():
     assert model.seen == 2 * CHUNK
 
 
-def test_nothing_is_kept_if_told_so():
-    model = Model()
-    book = TextBook(model, keep=False)
-    for _ in range(2):
-        np.testing.assert_array_equal(book.look_up(rows([5, 5])), [[10.0] * 2] * 2)
-    assert model.seen == 2 * CHUNK
-
-
 def test_a_table_hands_out_records_and_goes_through_all_of_them():
     numbers = np.arange(2 * (CHUNK + 3)).reshape(-1, 2)
     labels = np.linspace(0.0, 1.0, len(numbers))

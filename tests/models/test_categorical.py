@@ -36,6 +36,7 @@ def test_truncate_keeps_exactly_the_defined_support(top_k, top_p):
     weights = (weights / weights.max(-1, keepdims=True)).astype(np.float32)
     weights[0, 5:9] = weights[0, 4]  # ties, wherever they fall
     weights[1] = 1.0  # all tied: everything stays
+    weights[2, 2:], weights[2, 0] = 0.0, 1.0  # fewer that are possible than top_k
     kept = np.asarray(cut(jnp.asarray(weights), top_k=top_k, top_p=top_p))
     expected = np.stack([_kept(row, top_k, top_p) for row in weights])
     np.testing.assert_array_equal(kept > 0, expected)

@@ -40,8 +40,8 @@ pytestmark = pytest.mark.usefixtures("x64")
 TEMPERATURE, BOUND, WIDTH = 2.0, 0.7, 6
 HEAD = QHead(actions=3, width=5)
 Q = QFunction(head_q_values(HEAD), center=True, bound=BOUND)
-# All moments of 2 x 3 responses of 4 tokens, 72 logits: in 1, 3 and 4 slices.
-SLICES = {"whole": None, "padded": 30, "one by one": 1}
+# All moments of 2 x 3 responses of 5 columns, 90 logits: in 1, 3 and 5 slices.
+SLICES = {"whole": None, "padded": 40, "one by one": 1}
 
 
 def policy(table):
@@ -65,6 +65,19 @@ def states_of(table, sequences):
     """States of `MODEL`, NaN in padding."""
     states = response_hidden(MODEL, policy(table), sequences)
     return jnp.where(jnp.expand_dims(sequences.response_mask, -1), states, jnp.nan)
+
+
+def longer(sequences):
+    """One more column, of padding."""
+    return jax.tree.map(
+        lambda x: np.pad(np.asarray(x), [(0, 0)] * (x.ndim - 1) + [(0, 1)]), sequences
+    )
+
+
+def longer_rows(values):
+    """The same for float[.., T, D]."""
+    widths = [(0, 0)] * (values.ndim - 2) + [(0, 1), (0, 0)]
+    return jnp.pad(values, widths, constant_values=jnp.nan)
 
 
 def along(params, sequences):
@@ -139,10 +152,12 @@ def whole(anchor):
 @pytest.mark.parametrize("slices", SLICES)
 @pytest.mark.parametrize("anchor", ["student", "teacher"])
 def test_slices_of_states_say_what_whole_arrays_say(anchor, slices):
-    sequences = game_batch().rollouts
-    given = (policy(STUDENT), critic(), features_of(ROLLOUTS), sequences)
+    sequences = longer(game_batch().rollouts)
+    features = longer_rows(features_of(ROLLOUTS))
+    given = (policy(STUDENT), critic(), features, sequences)
     found = sliced(anchor, SLICES[slices])(*given, states_of(TEACHER, sequences))
-    expected = whole(anchor)(*given, log_prob_rows(TEACHER, *ROLLOUTS))
+    teacher = longer_rows(log_prob_rows(TEACHER, *ROLLOUTS))
+    expected = whole(anchor)(*given, teacher)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-12)
     jax.tree.map(close, found, expected)
     for gradient in jax.tree.leaves(found[0]):
@@ -196,7 +211,8 @@ def test_no_array_over_the_vocabulary_exists_as_a_whole():
     def largest(logits):
         function = jax.grad(functools.partial(total, logits=logits), argnums=(0, 1))
         return max(
-            aval.size for aval in outputs(jax.make_jaxpr(function)(kernel, critic).jaxpr)
+            aval.size
+            for aval in outputs(jax.make_jaxpr(function)(kernel, critic).jaxpr)
         )
 
     assert largest(None) >= batch * length * vocabulary
