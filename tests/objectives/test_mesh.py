@@ -13,13 +13,17 @@ from rkd_jax.data.tokenize import Tokenized
 from rkd_jax.losses import generalized_jsd
 from rkd_jax.models.api import response_hidden
 from rkd_jax.models.decoder import Decoder, DecoderConfig
+from rkd_jax.models.heads import QHead, head_q_values
+from rkd_jax.objectives import action_values
 from rkd_jax.objectives.dpo import make_dpo
 from rkd_jax.objectives.kd import make_kd
 from rkd_jax.objectives.minillm import make_minillm
+from rkd_jax.objectives.mm_pbkd import make_mm_pbkd
 from rkd_jax.sharding import (
     MeshConfig,
     batch_sharding,
     make_mesh,
+    replicated,
     shard_batch,
     tree_shardings,
 )
@@ -27,10 +31,12 @@ from rkd_jax.training import init_state, make_update
 from rkd_jax.training.state import state_shardings
 from rkd_jax.types import (
     DemonstrationBatch,
+    GameBatch,
     PreferenceBatch,
     ReferenceSignal,
     Sequences,
     TeacherStates,
+    WhiteBoxSignal,
 )
 
 STUDENT = DecoderConfig(
@@ -89,7 +95,39 @@ def packed_preferences():
     return batch, ReferenceSignal(np.full((*batch.label.shape, 2), -9.0, np.float32))
 
 
+def game():
+    """Rollouts, pairs and demonstrations, with the teacher's states on all of them."""
+    teacher = TEACHER.init(jax.random.key(1))
+    demonstrated, rollouts, (pairs, _) = sequences(B), sequences(B, 2), preferences()
+    index = np.arange(B, dtype=np.int32)
+    batch = GameBatch(
+        DemonstrationBatch(demonstrated, demonstrated, index), rollouts, pairs
+    )
+    states = {
+        name: np.asarray(response_hidden(TEACHER, teacher, rows))
+        for name, rows in (("rollouts", rollouts), ("preferences", pairs.sequences))
+    }
+    features = {f"{name[:-1]}_features": given for name, given in states.items()}
+    return batch, WhiteBoxSignal(np.full(B, 0.6, np.float32), **states, **features)
+
+
+def critic_of(name):
+    """Of the one game among the cases: random, or the student's gradient is 0."""
+    if name != "mm_pbkd":
+        return None
+    generator = np.random.default_rng(5)
+    zeros = Q_HEAD.init(jax.random.key(0), TEACHER.config.hidden_size)
+    return jax.tree.map(
+        lambda x: jnp.asarray(generator.normal(size=x.shape), x.dtype), zeros
+    )
+
+
+Q_HEAD = QHead(actions=48)
 CASES = {
+    "mm_pbkd": (
+        functools.partial(make_mm_pbkd, MODEL, head_q_values(Q_HEAD)),
+        game,
+    ),
     "kd": (functools.partial(make_kd, MODEL, generalized_jsd), demonstrations),
     "minillm": (functools.partial(make_minillm, MODEL), demonstrations),
     "dpo": (functools.partial(make_dpo, MODEL, beta=1.0), preferences),
@@ -99,17 +137,28 @@ CASES = {
 
 def objective_of(name):
     make, data = CASES[name]
-    given = {"teacher": TEACHER} if data is demonstrations else {}
+    given = {"teacher": TEACHER} if data in (demonstrations, game) else {}
     return make(**given), *data()
 
 
 @functools.cache
 def on_one_device(name):
     objective, batch, signal = objective_of(name)
+    critic = critic_of(name)
+    critic_optimizer = None if critic is None else ADAM
     state = init_state(
-        MODEL.init(jax.random.key(0)), student_optimizer=ADAM, rng=jax.random.key(2)
+        MODEL.init(jax.random.key(0)),
+        student_optimizer=ADAM,
+        critic_params=critic,
+        critic_optimizer=critic_optimizer,
+        rng=jax.random.key(2),
     )
-    update = make_update(objective, student_optimizer=ADAM, accumulation=2)
+    update = make_update(
+        objective,
+        student_optimizer=ADAM,
+        critic_optimizer=critic_optimizer,
+        accumulation=2,
+    )
     frozen = {"teacher": TEACHER.init(jax.random.key(1))}
     state, metrics = update(state, frozen, batch, signal)
     return jax.tree.map(np.asarray, (state.student.params, metrics))
@@ -125,19 +174,31 @@ def on_one_device(name):
         ("minillm", (2, 2, 2)),
         ("dpo", (2, 2, 2)),
         ("packed", (2, 2, 2)),
+        ("mm_pbkd", (2, 2, 2)),
     ],
     ids=str,
 )
-def test_an_update_on_a_mesh_is_the_update(name, sizes):
+def test_an_update_on_a_mesh_is_the_update(name, sizes, monkeypatch):
+    monkeypatch.setattr(action_values, "LOGITS", 600)  # several slices per device
     objective, batch, signal = objective_of(name)
     mesh = make_mesh(MeshConfig(*sizes))
     params = MODEL.init(jax.random.key(0))
     teacher = TEACHER.init(jax.random.key(1))
     homes = tree_shardings(MODEL.logical_axes(), mesh, shapes=params)
-    shardings = state_shardings(params, homes, student_optimizer=ADAM)
+    critic = critic_of(name)
+    critic_optimizer = None if critic is None else ADAM
+    shardings = state_shardings(
+        params,
+        homes,
+        student_optimizer=ADAM,
+        critic_params=critic,
+        critic_shardings=jax.tree.map(lambda _: replicated(mesh), critic),
+        critic_optimizer=critic_optimizer,
+    )
     update = make_update(
         objective,
         student_optimizer=ADAM,
+        critic_optimizer=critic_optimizer,
         accumulation=2,
         state_shardings=shardings,
         batch_sharding=batch_sharding(mesh),
@@ -145,6 +206,8 @@ def test_an_update_on_a_mesh_is_the_update(name, sizes):
     state = init_state(
         params,
         student_optimizer=ADAM,
+        critic_params=critic,
+        critic_optimizer=critic_optimizer,
         rng=jax.random.key(2),
         shardings=shardings,
     )
