@@ -12,7 +12,6 @@ from pathlib import Path
 
 import jax
 
-
 MOST_BYTES = 4 * 2**30
 """Of the folder; what was used least lately goes first."""
 

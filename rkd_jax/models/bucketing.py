@@ -47,8 +47,8 @@ def bucketed(
 
     Raises:
         ValueError: buckets that are not positive and ascending; and from the call, a
-            batch without rows, longer or with more rows than the last bucket, or two that
-            have not the same number of rows.
+            batch without rows, longer or with more rows than the last bucket, or
+            batches that differ in their number of rows.
         TypeError: a call without prompts.
     """
     widths, rows = _ascending("widths", widths), _ascending("rows", rows)

@@ -218,7 +218,7 @@ def test_coarser_log_probs_change_the_loss_within_their_rounding(
 
 
 def test_training_from_a_cache_needs_no_teacher(folders, monkeypatch):
-    """A few steps through `make_update`: nobody asks the teacher, and the loss falls."""
+    """Steps through `make_update`: nobody asks the teacher, and the loss falls."""
 
     def asked(*arguments, **options):
         raise AssertionError("the teacher is asked")
