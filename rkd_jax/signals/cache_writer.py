@@ -362,17 +362,14 @@ def _check(
 
 
 def _check_width(settings: CacheSettings, vocabulary: int) -> None:
-    if settings.top_k is not None and settings.top_k > vocabulary:
-        raise CacheError(
-            f"top_k={settings.top_k} exceeds the teacher's {vocabulary} vocabulary "
-            "entries"
-        )
-    support = None if settings.shaping is None else settings.shaping.support
-    if support is not None and support >= vocabulary:
-        raise CacheError(
-            f"support={support} of the shaping is not below the teacher's {vocabulary} "
-            "vocabulary entries"
-        )
+    asked = {"top_k": settings.top_k}
+    if settings.shaping is not None and settings.shaping.support is not None:
+        asked["one more than support"] = settings.shaping.support + 1
+    for name, count in asked.items():
+        if count is not None and count > vocabulary:
+            raise CacheError(
+                f"{name}={count} exceeds the teacher's {vocabulary} vocabulary entries"
+            )
 
 
 def _check_model(name: str, model: CausalLM, tokenizer: Tokenizer, width: int) -> None:

@@ -175,7 +175,8 @@ def test_topk_is_the_dense_one_with_its_bucket(gradient):
 def test_a_listed_token_that_the_student_lacks_is_not_a_number(gradient):
     teacher = jax.nn.log_softmax(logits(TEACHER_HIDDEN, TEACHER_HEAD))
     listed = jnp.take_along_axis(teacher, IDS, -1).at[4, 0].set(-jnp.inf)
-    ids = IDS.at[3, 2].set(VOCABULARY).at[2, 0].set(-1).at[4, 0].set(VOCABULARY + 5)
+    ids = IDS.copy()
+    ids[3, 2], ids[2, 0], ids[4, 0] = VOCABULARY, -1, VOCABULARY + 5
     found = linear_topk_divergence(HIDDEN, HEAD, ids, listed, tiles=TILES[gradient])
     np.testing.assert_array_equal(np.flatnonzero(np.isnan(found)), [2, 3])
 
