@@ -42,12 +42,7 @@ from rkd_jax.signals.cache_format import (
     pack_record,
     pack_skipped,
 )
-from rkd_jax.signals.cache_manifest import (
-    MANIFEST,
-    UNFINISHED,
-    Manifest,
-    check_same,
-)
+from rkd_jax.signals.cache_manifest import MANIFEST, UNFINISHED, Manifest, check_same
 from rkd_jax.signals.cache_scores import make_teacher_scores
 from rkd_jax.signals.cache_shards import locked, summary, write_shard
 from rkd_jax.signals.oracles import Oracle, score
