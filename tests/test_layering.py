@@ -2,7 +2,7 @@
 
 The layers, each of which may import those to its left and, within limits, itself::
 
-    types <- masking <- packed, sharding <- losses | models | data
+    types, untrusted <- masking <- packed, sharding <- losses | models | data
           <- interop, signals, objectives, evaluation, training <- cli
 """
 
@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "rkd_jax"
-BASE = {"types", "masking", "packed", "sharding"}
+BASE = {"types", "masking", "packed", "sharding", "untrusted"}
 
 # Part of the package -> the other parts, or single modules, that it may import.
 LAYERS = {
     "types": set(),
+    "untrusted": set(),
     "masking": {"types"},
     "packed": {"types", "masking"},
     "sharding": {"types"},

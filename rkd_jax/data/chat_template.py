@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from rkd_jax.untrusted import one_line, shown
 
 Message = Mapping[str, Any]  # {"role": "user", "content": "Hello"}
 
@@ -30,15 +31,34 @@ CHATML = (
 """ChatML without a default system turn: only what the messages say is rendered."""
 
 _PRIVATE = "\ue000"  # of the private use area: has no meaning in any text
+_MOST_REPEATED = 1 << 20  # characters or items
+_LARGEST = {"*": 1 << 53, "**": 64}  # of what is multiplied, or raised
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """A template comes with a download: it may neither look around nor fill memory."""
+
+    # Being intercepted, they are not computed while the template is compiled either.
+    intercepted_binops = frozenset(("*", "**"))
+
+    def call_binop(self, context, operator, left, right):
+        numbers = isinstance(left, int | float) and isinstance(right, int | float)
+        if numbers and max(abs(left), abs(right)) > _LARGEST[operator]:
+            raise jinja2.TemplateRuntimeError(f"too large for {operator}")
+        if operator == "*" and not numbers:
+            for items, times in ((left, right), (right, left)):
+                if isinstance(times, int) and len(items) * times > _MOST_REPEATED:
+                    raise jinja2.TemplateRuntimeError("text repeated too often")
+        return super().call_binop(context, operator, left, right)
 
 
 def compile_template(source: str) -> jinja2.Template:
     """The template, ready to render; it runs sandboxed and cannot change its inputs.
 
     Raises:
-        ValueError: a syntax error, with its line.
+        ValueError: a syntax error, with its line, or what else is no template.
     """
-    environment = ImmutableSandboxedEnvironment(
+    environment = _Environment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
     environment.filters["tojson"] = _to_json
@@ -47,7 +67,11 @@ def compile_template(source: str) -> jinja2.Template:
         return environment.from_string(source)
     except jinja2.TemplateSyntaxError as error:
         raise ValueError(
-            f"chat template, line {error.lineno}: {error.message}"
+            f"chat template, line {error.lineno}: {one_line(error.message)}"
+        ) from error
+    except Exception as error:  # of Python's compiler: nested too deeply, no text
+        raise ValueError(
+            f"the chat template does not compile: {one_line(error)}"
         ) from error
 
 
@@ -63,20 +87,10 @@ def render(
     _check(messages)
     try:
         return template.render(messages=messages, **variables)
-    except (jinja2.TemplateError, TypeError) as error:
-        raise ValueError(f"the chat template refuses the messages: {error}") from error
-
-
-def stored_template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """The template of a model folder with this ``tokenizer_config.json``, or None."""
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    template = config.get("chat_template")
-    if isinstance(template, list):  # several, by name
-        named = {entry["name"]: entry["template"] for entry in template}
-        return named.get("default")
-    return template
+    except Exception as error:  # a template is a program, and fails as programs do
+        raise ValueError(
+            f"the chat template refuses the messages: {one_line(error)}"
+        ) from error
 
 
 def map_strings(value: Any, function: Callable[[str], str]) -> Any:
@@ -109,9 +123,11 @@ def _check(messages: Sequence[Message]) -> None:
     if not messages:
         raise ValueError("a chat needs at least one message")
     for number, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise ValueError(f"message {number} is a {type(message).__name__}")
         role = message.get("role")
         if role not in ROLES:
-            raise ValueError(f"message {number}: role {role!r}; roles are {ROLES}")
+            raise ValueError(f"message {number}: role {shown(role)}; roles are {ROLES}")
         calls_tool = role == "assistant" and message.get("tool_calls")
         if not isinstance(message.get("content"), str) and not calls_tool:
             kind = type(message.get("content")).__name__

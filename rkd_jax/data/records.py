@@ -24,6 +24,8 @@ import numbers
 from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
+from rkd_jax.untrusted import shown
+
 Message = dict[str, str]  # {"role": one of ROLES, "content": text}
 Prompt = str | list[Message]
 ROLES = ("system", "user", "assistant", "tool")
@@ -201,7 +203,7 @@ def _checked_message(field: str, position: int, message: Any) -> Message:
             f"message {position} must have exactly 'role' and 'content'",
         )
     role = message["role"]
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise RecordError(
             f"{field}: unknown role {_clipped(role)}",
             f"message {position} may have {quoted(ROLES)}",
@@ -251,7 +253,7 @@ def _kind(value: Any) -> str:
 
 
 def _clipped(value: Any, limit: int = 40) -> str:
-    text = repr(value)
+    text = shown(value)
     return text if len(text) <= limit else text[:limit] + "..."
 
 

@@ -22,12 +22,13 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from rkd_jax.data.jsonl import EMPTY_LINE, append_jsonl, json_lines, write_jsonl
 from rkd_jax.data.records import Record, RecordError, quoted
+from rkd_jax.untrusted import one_line, refused
 
 __all__ = [
     "Columns",
@@ -174,20 +175,28 @@ def from_parquet(
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; check the path")
-    try:
+    with refused(f"{path}: not a parquet file"):
         file = parquet.ParquetFile(path)
-    except ValueError as error:
-        raise ValueError(f"{path}: not a parquet file: {error}") from error
     with file:
-        rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
         return from_rows(
-            rows,
+            _parquet_rows(file, path),
             record_type,
             columns,
             on_error=on_error,
             allow_extra=allow_extra,
             source=str(path),
         )
+
+
+def _parquet_rows(file: Any, path: Path) -> Iterator[Mapping[str, Any]]:
+    batches = file.iter_batches()
+    while True:
+        with refused(f"{path}: damaged"):
+            batch = next(batches, None)
+            rows = [] if batch is None else batch.to_pylist()
+        if batch is None:
+            return
+        yield from rows
 
 
 def from_tfds(
@@ -258,7 +267,10 @@ def _collect(
             if isinstance(row, RecordError):
                 raise row
             records.append(build(row))
-        except RecordError as error:
+        except (RecordError, RecursionError) as error:
+            if isinstance(error, RecursionError):
+                remedy = "a prompt is text, or a list of messages with text"
+                error = RecordError("nested too deeply", remedy)
             if on_error == "raise" and error is not EMPTY_LINE:
                 raise RecordError(
                     f"{source}:{place}: {error.reason}", error.remedy
@@ -303,8 +315,9 @@ def _builder(
 def _computed(field: str, function: Callable[[Any], Any], row: Any) -> Any:
     try:
         return function(row)
-    except (LookupError, TypeError, ValueError) as error:
-        raise RecordError(f"{field}: its function failed", repr(error)) from error
+    except Exception as error:  # of any kind: the function is the user's
+        reason = f"{field}: its function failed"
+        raise RecordError(reason, one_line(repr(error))) from error
 
 
 def _plain(value: Any) -> Any:

@@ -33,7 +33,12 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from rkd_jax.data import chat_template as chat
+from rkd_jax.data import tokenizer_config
 from rkd_jax.data.chat_template import CHATML, Message
+from rkd_jax.data.records import RecordError
+from rkd_jax.untrusted import one_line, refused
+
+_MOST_IDS = 2**31  # a batch holds them as int32
 
 
 class VocabularyMismatch(ValueError):
@@ -143,6 +148,9 @@ class Tokenizer:
             parse_special: True reads control strings such as ``<|im_end|>`` as their
                 control token. For text you wrote yourself, never for data. False cuts
                 each of them after its first character and encodes the parts apart.
+
+        Raises:
+            RecordError: lone surrogates, or what a vocabulary without `UNK` lacks.
         """
         return self._encode_pieces([text] if parse_special else self._cut(text))
 
@@ -154,7 +162,8 @@ class Tokenizer:
         """
         parts, run = [], []
         for index in map(int, ids):
-            if self._backend.id_to_token(index) is not None:
+            known = 0 <= index < _MOST_IDS
+            if known and self._backend.id_to_token(index) is not None:
                 run.append(index)
                 continue
             parts += [self._backend.decode(run, skip_special), "\ufffd"]
@@ -163,7 +172,11 @@ class Tokenizer:
 
     def _encode_pieces(self, pieces: Iterable[str]) -> list[int]:
         encode = self._backend.encode
-        return [i for p in pieces for i in encode(p, add_special_tokens=False).ids]
+        try:
+            return [i for p in pieces for i in encode(p, add_special_tokens=False).ids]
+        except Exception as error:  # tokenizers raises bare Exception
+            reason = "text that the tokenizer cannot encode"
+            raise RecordError(reason, one_line(error)) from error
 
     def _cut(self, text: str) -> list[str]:
         """``text`` in parts none of which holds a whole control string."""
@@ -278,19 +291,16 @@ def from_file(folder: str | Path) -> Tokenizer:
     if not path.is_file():
         hint = "convert other formats with AutoTokenizer(...).save_pretrained(folder)"
         raise FileNotFoundError(f"{path}: no such file; {hint}")
-    try:
+    with refused(f"{path}: not a tokenizer.json"):
         backend = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises bare Exception
-        raise ValueError(f"{path}: not a tokenizer.json: {error}") from error
-    config_path = folder / "tokenizer_config.json"
-    config = _read_object(config_path) if config_path.is_file() else {}
-    stored = {key: config.get(key) for key in ("bos_token", "eos_token", "pad_token")}
-    names = {k: v["content"] if isinstance(v, dict) else v for k, v in stored.items()}
-    template = chat.stored_template(folder, config)
-    try:
-        return Tokenizer(backend, **names, chat_template=template)
-    except ValueError as error:
-        raise ValueError(f"{config_path}: {error}") from error
+    config = tokenizer_config.read(folder)
+    template = tokenizer_config.template(folder, config)
+    with refused(f"{path} with {tokenizer_config.NAME}"):
+        names = tokenizer_config.named_tokens(config)
+        tokenizer = Tokenizer(backend, **names, chat_template=template)
+    if tokenizer.vocab_size > _MOST_IDS:
+        raise ValueError(f"{path}: id {tokenizer.vocab_size - 1} is no int32")
+    return tokenizer
 
 
 def from_bpe(
@@ -387,13 +397,3 @@ def _byte_alphabet() -> list[str]:
     table = {byte: chr(byte) for byte in shown}
     table |= {byte: chr(256 + rank) for rank, byte in enumerate(others)}
     return [table[byte] for byte in range(256)]
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object")
-    return content

@@ -37,7 +37,8 @@ def load_model(
 
     Raises:
         FileNotFoundError: nothing there, or not a model.
-        UnsupportedConfigError, WeightsError: see the two formats.
+        UnsupportedConfigError, WeightsError: see the two formats; the latter also for
+            a tokenizer that cannot be read.
     """
     path = Path(path)
     if path.is_file() and path.suffix != ".gguf":
@@ -49,5 +50,10 @@ def load_model(
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such folder or file")
     config, params = safetensors.load(path, param_dtype=param_dtype)
-    has_tokenizer = (path / "tokenizer.json").is_file()
-    return Decoder(config), params, from_file(path) if has_tokenizer else None
+    if not (path / "tokenizer.json").is_file():
+        return Decoder(config), params, None
+    try:
+        tokenizer = from_file(path)
+    except ValueError as error:  # which names the file
+        raise WeightsError(str(error)) from error
+    return Decoder(config), params, tokenizer

@@ -15,16 +15,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rkd_jax.data.tokenizer import Tokenizer, from_bpe
+from rkd_jax.interop.gguf_head import check_head
 from rkd_jax.interop.hf_config import UnsupportedConfigError
 from rkd_jax.interop.names import (
     Found,
     WeightsError,
     assemble,
     check_tensors,
-    stored_tensors,
 )
 from rkd_jax.models.decoder import DecoderConfig
 from rkd_jax.types import Params
+from rkd_jax.untrusted import one_line, refused, shown
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 _CONTROL = 3  # token type of control tokens
 # Pre-tokenizers by the name llama.cpp gives them; True splits digits.
 _SPLIT_DIGITS = {"gpt-2": False, "smollm": True}
+_LARGEST_SIZE = 2**31 - 1  # of what becomes an axis
+_LARGEST = 3e38  # of what becomes float32
 
 
 class GGUFFile:
@@ -43,7 +46,8 @@ class GGUFFile:
     Raises:
         FileNotFoundError: no such file.
         ImportError: the ``gguf`` package is missing.
-        WeightsError: not a GGUF file, or cut short.
+        WeightsError: not a GGUF file, big-endian, cut short, or one that claims more
+            than it has room for. Metadata is read when it is asked for, and may be bad.
     """
 
     def __init__(self, path: str | Path):
@@ -54,15 +58,17 @@ class GGUFFile:
 
     def metadata(self, key: str) -> Any:
         """The value of ``key``, or `UnsupportedConfigError`."""
-        field = self.reader.get_field(key)
-        if field is None:
+        if self.reader.get_field(key) is None:
             raise UnsupportedConfigError(f"{self.path}: metadata {key} is missing")
-        return field.contents()
+        return self.get(key)
 
     def get(self, key: str, default: Any = None) -> Any:
         """The value of ``key``, or ``default``."""
         field = self.reader.get_field(key)
-        return default if field is None else field.contents()
+        if field is None:
+            return default
+        with refused(f"{self.path}: metadata {one_line(key)}", WeightsError):
+            return field.contents()
 
 
 def load(
@@ -94,15 +100,16 @@ def load(
     }
     config = _config(file, shapes, param_dtype)
     found = {name: Found(file.path, shape) for name, shape in shapes.items()}
-    check_tensors(stored_tensors(config, "gguf"), found, file.path)
+    check_tensors(config, "gguf", found, file.path)
 
     def read(name: str) -> np.ndarray:
-        tensor = tensors[name]
-        try:
-            values = dequantize(tensor.data, tensor.tensor_type)
-        except NotImplementedError as error:
-            raise WeightsError(f"{file.path}: tensor {name}: {error}") from error
-        return values.reshape(shapes[name])
+        data, kind = tensors[name].data, tensors[name].tensor_type
+        # A scale may be NaN or infinite, and that is what the values are then.
+        with (
+            refused(f"{file.path}: tensor {name}", WeightsError),
+            np.errstate(all="ignore"),
+        ):
+            return dequantize(data, kind).reshape(shapes[name])
 
     return config, assemble(config, "gguf", read, shardings=shardings)
 
@@ -119,11 +126,18 @@ def tokenizer(source: str | Path | GGUFFile) -> Tokenizer:
     if (model := file.metadata(key + "model")) != "gpt2":
         raise _unsupported(file, key + "model", model, "only gpt2 (byte-level BPE)")
     pre = file.get(key + "pre", "gpt-2")
-    if pre not in _SPLIT_DIGITS:
+    if not isinstance(pre, str) or pre not in _SPLIT_DIGITS:
         raise _unsupported(file, key + "pre", pre, f"known: {', '.join(_SPLIT_DIGITS)}")
-    types = file.metadata(key + "token_type")
-    tokens, merges = file.metadata(key + "tokens"), file.metadata(key + "merges")
-    try:
+    tables = [file.metadata(key + name) for name in ("tokens", "token_type", "merges")]
+    template = file.get("tokenizer.chat_template")
+    with refused(f"{file.path}: tokenizer tables", WeightsError):
+        tokens, types, merges = tables
+        if not all(isinstance(table, list) for table in tables):
+            raise ValueError("tokens, token_type and merges must be arrays")
+        if len(types) != len(tokens):
+            raise ValueError(f"{len(types)} types of {len(tokens)} tokens")
+        if not isinstance(template, str | None):
+            raise ValueError(f"a chat template that is a {type(template).__name__}")
         return from_bpe(
             tokens,
             [tuple(merge.split(" ")) for merge in merges],
@@ -132,10 +146,8 @@ def tokenizer(source: str | Path | GGUFFile) -> Tokenizer:
             bos_id=file.get(key + "bos_token_id"),
             eos_id=file.get(key + "eos_token_id"),
             pad_id=file.get(key + "padding_token_id"),
-            chat_template=file.get("tokenizer.chat_template"),
+            chat_template=template,
         )
-    except Exception as error:  # tokenizers raises bare Exception
-        raise WeightsError(f"{file.path}: tokenizer tables: {error}") from error
 
 
 def find_packaged_gguf(package: str, filename: str) -> Path:
@@ -163,11 +175,9 @@ def _open(path: Path) -> GGUFReader:
         from gguf import GGUFReader
     except ModuleNotFoundError as error:
         raise ImportError(f"{path}: reading GGUF needs: pip install gguf") from error
-    try:
+    with refused(f"{path}: not a complete GGUF file", WeightsError):
+        check_head(path)
         return GGUFReader(path)
-    # A damaged file surfaces as whatever the parser trips over.
-    except (ValueError, IndexError, KeyError, OverflowError, MemoryError) as error:
-        raise WeightsError(f"{path}: not a complete GGUF file: {error}") from error
 
 
 def _config(
@@ -182,27 +192,37 @@ def _config(
 
     def number(name: str, *default: float) -> Any:
         value = left.pop(f"llama.{name}", *default or [None])
-        if not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, int | float):
             raise _unsupported(file, f"llama.{name}", value, "expected a number")
+        if not abs(value) <= _LARGEST:
+            raise _unsupported(file, f"llama.{name}", value, "expected a finite number")
         return value
 
-    width, heads = number("embedding_length"), number("attention.head_count")
-    head_dim = number("attention.key_length", width // heads)
-    rows = shapes.get("token_embd.weight", (0,))[0]
-    config = DecoderConfig(
-        vocab_size=number("vocab_size", rows),
-        hidden_size=width,
-        intermediate_size=number("feed_forward_length"),
-        num_layers=number("block_count"),
-        num_heads=heads,
-        num_kv_heads=number("attention.head_count_kv", heads),
-        head_dim=head_dim,
-        max_length=number("context_length"),
-        rope_theta=_shortest(number("rope.freq_base", 1e4)),
-        norm_eps=_shortest(number("attention.layer_norm_rms_epsilon")),
-        tie_embeddings="output.weight" not in shapes,
-        param_dtype=param_dtype,
-    )
+    def size(name: str, *default: int) -> int:
+        value = number(name, *default)
+        if not isinstance(value, int) or not 0 < value <= _LARGEST_SIZE:
+            reason = "expected a positive whole number"
+            raise _unsupported(file, f"llama.{name}", value, reason)
+        return value
+
+    width, heads = size("embedding_length"), size("attention.head_count")
+    head_dim = size("attention.key_length", max(width // heads, 1))
+    (rows, *_) = shapes.get("token_embd.weight") or (1,)
+    numbers = {
+        "vocab_size": size("vocab_size", rows),
+        "hidden_size": width,
+        "intermediate_size": size("feed_forward_length"),
+        "num_layers": size("block_count"),
+        "num_heads": heads,
+        "num_kv_heads": size("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "max_length": size("context_length"),
+        "rope_theta": _shortest(number("rope.freq_base", 1e4)),
+        "norm_eps": _shortest(number("attention.layer_norm_rms_epsilon")),
+    }
+    tied = "output.weight" not in shapes
+    with refused(f"{file.path}", UnsupportedConfigError):
+        config = DecoderConfig(**numbers, tie_embeddings=tied, param_dtype=param_dtype)
     neutral = {
         "llama.attention.value_length": head_dim,
         "llama.rope.dimension_count": head_dim,
@@ -223,4 +243,6 @@ def _shortest(value: float) -> float:
 def _unsupported(
     file: GGUFFile, key: str, value: Any, reason: str
 ) -> UnsupportedConfigError:
-    return UnsupportedConfigError(f"{file.path}: {key}={value!r}: {reason}")
+    return UnsupportedConfigError(
+        f"{file.path}: {one_line(key)}={shown(value)}: {reason}"
+    )

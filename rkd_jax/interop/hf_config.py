@@ -16,6 +16,7 @@ from typing import Any
 
 from rkd_jax.models.decoder import DecoderConfig
 from rkd_jax.models.rope import RopeScaling
+from rkd_jax.untrusted import one_line, shown
 
 
 class UnsupportedConfigError(ValueError):
@@ -123,12 +124,18 @@ IRRELEVANT = {
 """Attributes without influence on logits, each with the reason."""
 
 _REQUIRED = object()
+# Sizes become axes of arrays, other numbers float32; JSON of Python spells Infinity.
+_LARGEST_SIZE = 2**31 - 1
+_LARGEST = 3e38
 
 
 class _Attributes:
     """The attributes of one JSON object that are not accounted for yet."""
 
     def __init__(self, values: Mapping[str, Any], prefix: str = ""):
+        if not isinstance(values, Mapping):
+            name = prefix.removesuffix(".") or "config.json"
+            raise _unsupported(name, values, "expected an object")
         self._left = dict(values)
         self._prefix = prefix
 
@@ -142,6 +149,31 @@ class _Attributes:
         value = self.take(name, default)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise _unsupported(self._prefix + name, value, "expected a number")
+        if not abs(value) <= _LARGEST:
+            raise _unsupported(self._prefix + name, value, "expected a finite number")
+        return value
+
+    def real(self, name: str, default: Any = _REQUIRED) -> float:
+        return float(self.number(name, default))
+
+    def size(self, name: str, default: Any = _REQUIRED) -> int:
+        value = self.number(name, default)
+        if not isinstance(value, int) or not 0 < value <= _LARGEST_SIZE:
+            reason = "expected a positive whole number"
+            raise _unsupported(self._prefix + name, value, reason)
+        return value
+
+    def size_or_none(self, name: str, default: Any = _REQUIRED) -> int | None:
+        value = self.take(name, default)
+        return None if value is None else self.size(name, value)
+
+    def has(self, name: str) -> bool:
+        return name in self._left
+
+    def flag(self, name: str, default: bool) -> bool:
+        value = self.take(name, default)
+        if not isinstance(value, bool):
+            raise _unsupported(self._prefix + name, value, "expected true or false")
         return value
 
     def drop_neutral(self) -> None:
@@ -168,46 +200,58 @@ def from_hf(
         param_dtype: parameter type of the result.
 
     Raises:
-        UnsupportedConfigError: names the attribute and its value.
+        UnsupportedConfigError: names the attribute and its value, in one line.
     """
-    left = _Attributes(config)
+    try:
+        fields = _translated(_Attributes(config))
+        return DecoderConfig(**fields, dtype=dtype, param_dtype=param_dtype)
+    except UnsupportedConfigError:
+        raise
+    except ValueError as error:  # numbers that contradict each other
+        raise UnsupportedConfigError(one_line(error)) from error
+
+
+def _translated(left: _Attributes) -> dict[str, Any]:
+    """Fields of `DecoderConfig`; nothing of ``left`` remains."""
     model_type = left.take("model_type")
-    family = FAMILIES.get(model_type)
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
         raise _unsupported("model_type", model_type, f"known are {', '.join(FAMILIES)}")
     architectures = left.take("architectures", None) or [family.architecture]
     if architectures != [family.architecture]:
         reason = f"only {family.architecture} is supported"
         raise _unsupported("architectures", architectures, reason)
+    has_flag = left.has("use_sliding_window")
     left.drop_neutral()
-    fields = {ours: left.number(theirs) for ours, theirs in _SAME.items()}
+    fields = {
+        ours: (left.real if ours == "norm_eps" else left.size)(theirs)
+        for ours, theirs in _SAME.items()
+    }
     layer_types = left.take("layer_types", None)
-    if layer_types and set(layer_types) != {"full_attention"}:
+    if layer_types and not _all_full(layer_types):
         raise _unsupported("layer_types", layer_types, "only full_attention everywhere")
     window = None
     if family.has_window:
-        window = left.take("sliding_window")
-    elif "use_sliding_window" in config:  # it is False, so the window is not applied
+        window = left.size_or_none("sliding_window")
+    elif has_flag:  # it is False, so the window is not applied
         left.take("sliding_window", None)
     rope_theta, rope_scaling = _rope(left)
-    result = DecoderConfig(
-        **fields,
-        num_kv_heads=_kv_heads(left, model_type, fields["num_heads"]),
-        head_dim=_head_dim(left, family, fields["hidden_size"], fields["num_heads"]),
-        rope_theta=rope_theta,
-        rope_scaling=rope_scaling,
-        norm_offset=float(family.unit_offset_norm),
-        tie_embeddings=left.take("tie_word_embeddings", family.tie_embeddings),
-        attention_bias=family.qkv_bias,
-        qk_norm=family.qk_norm,
-        activation=_activation(left),
-        embed_scale=fields["hidden_size"] ** 0.5 if family.scaled_embedding else 1.0,
-        sliding_window=window,
-        dtype=dtype,
-        param_dtype=param_dtype,
-    )
+    width, heads = fields["hidden_size"], fields["num_heads"]
+    fields |= {
+        "num_kv_heads": _kv_heads(left, model_type, heads),
+        "head_dim": _head_dim(left, family, width, heads),
+        "rope_theta": rope_theta,
+        "rope_scaling": rope_scaling,
+        "norm_offset": float(family.unit_offset_norm),
+        "tie_embeddings": left.flag("tie_word_embeddings", family.tie_embeddings),
+        "attention_bias": family.qkv_bias,
+        "qk_norm": family.qk_norm,
+        "activation": _activation(left),
+        "embed_scale": width**0.5 if family.scaled_embedding else 1.0,
+        "sliding_window": window,
+    }
     left.finish(ignore=IRRELEVANT)
-    return result
+    return fields
 
 
 def to_hf(
@@ -284,19 +328,24 @@ def family_of(config: DecoderConfig) -> str:
 
 
 def _unsupported(name: str, value: Any, reason: str) -> UnsupportedConfigError:
-    return UnsupportedConfigError(f"{name}={value!r}: {reason}")
+    return UnsupportedConfigError(f"{one_line(name)}={shown(value)}: {reason}")
+
+
+def _all_full(layer_types: Any) -> bool:
+    kinds = layer_types if isinstance(layer_types, list | tuple) else [None]
+    return all(kind == "full_attention" for kind in kinds)
 
 
 def _kv_heads(left: _Attributes, model_type: str, num_heads: int) -> int:
     # Llama files older than grouped attention lack the attribute; the other families'
     # defaults differ between versions of transformers, so there it is required.
     default = None if model_type == "llama" else _REQUIRED
-    value = left.take("num_key_value_heads", default)
+    value = left.size_or_none("num_key_value_heads", default)
     return num_heads if value is None else value
 
 
 def _head_dim(left: _Attributes, family: Family, width: int, heads: int) -> int:
-    value = left.take("head_dim", family.head_dim)
+    value = left.size_or_none("head_dim", family.head_dim)
     if value is not None:
         return value
     if width % heads:
@@ -312,7 +361,7 @@ def _activation(left: _Attributes) -> str:
     override = left.take("hidden_activation", None)  # Gemma: wins where it is given
     if override is not None:
         name, value = "hidden_activation", override
-    if value not in _ACTIVATIONS:
+    if not isinstance(value, str) or value not in _ACTIVATIONS:
         raise _unsupported(name, value, f"known are {', '.join(_ACTIVATIONS)}")
     return _ACTIVATIONS[value]
 
@@ -320,6 +369,8 @@ def _activation(left: _Attributes) -> str:
 def _rope(left: _Attributes) -> tuple[float, RopeScaling | None]:
     """Base and scaling from ``rope_parameters`` or ``rope_theta``, ``rope_scaling``."""
     outer = left.take("rope_theta", None)
+    if outer is not None:
+        left.number("rope_theta", outer)
     given = {
         name: left.take(name, None) for name in ("rope_parameters", "rope_scaling")
     }
@@ -328,17 +379,20 @@ def _rope(left: _Attributes) -> tuple[float, RopeScaling | None]:
         raise _unsupported(*given.popitem(), "rope_parameters is given as well")
     name, value = given.popitem() if given else ("rope_scaling", {})
     rope = _Attributes(value, prefix=f"{name}.")
-    theta = rope.take("rope_theta", 1e4 if outer is None else outer)
+    theta = rope.real("rope_theta", 1e4 if outer is None else outer)
     if outer not in (None, theta):
         raise _unsupported("rope_theta", outer, f"{name} has {theta}")
     kind = rope.take("rope_type", rope.take("type", "default"))
     scaling = None
     if kind == "llama3":
-        fields = {ours: rope.number(hf) for ours, hf in _ROPE_SCALING.items()}
+        fields = {
+            ours: (rope.size if ours == "original_max_length" else rope.real)(hf)
+            for ours, hf in _ROPE_SCALING.items()
+        }
         scaling = RopeScaling(**fields)
     elif kind != "default":
         raise _unsupported(f"{name}.rope_type", kind, "known are default, llama3")
     if (part := rope.take("partial_rotary_factor", 1.0)) != 1.0:
         raise _unsupported(f"{name}.partial_rotary_factor", part, "only 1.0")
     rope.finish()
-    return float(theta), scaling
+    return theta, scaling

@@ -18,7 +18,7 @@ K         width of a head; split into R by P where the rotary layout matters
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +29,7 @@ import numpy as np
 
 from rkd_jax.models.decoder import DecoderConfig
 from rkd_jax.types import Params
+from rkd_jax.untrusted import one_line, shown
 
 Format = Literal["hf", "gguf"]
 
@@ -170,13 +171,16 @@ def rearrange(
 
 def stored_tensors(config: DecoderConfig, format: Format) -> dict[str, Stored]:
     """Every tensor a file of this format must hold, by name, one weight at a time."""
-    size, table = sizes(config), {}
+    return dict(_each_stored(config, format))
+
+
+def _each_stored(config: DecoderConfig, format: Format) -> Iterator[tuple[str, Stored]]:
+    size = sizes(config)
     for weight in weights(config):
         name, layout = getattr(weight, format)
+        shape = shape_of(layout, size)
         for layer in range(config.num_layers) if weight.stacked else (None,):
-            shape = shape_of(layout, size)
-            table[name.format(layer)] = Stored(weight, layout, layer, shape)
-    return table
+            yield name.format(layer), Stored(weight, layout, layer, shape)
 
 
 @dataclass(frozen=True)
@@ -188,19 +192,23 @@ class Found:
 
 
 def check_tensors(
-    expected: Mapping[str, Stored], found: Mapping[str, Found], source: Path
+    config: DecoderConfig, format: Format, found: Mapping[str, Found], source: Path
 ) -> None:
     """Account for every tensor on both sides.
 
     Args:
-        expected: from `stored_tensors`.
+        config: what a file of this ``format`` has to hold the tensors of.
+        format: of the names in ``found``.
         found: what the files hold.
         source: named when a tensor is in no file.
 
     Raises:
         WeightsError: the first missing, unexpected or misshapen tensor.
     """
-    for name, tensor in expected.items():
+    expected = set()
+    # One at a time: a configuration of a billion layers ends at the first that is
+    # missing, before anything is made for the others.
+    for name, tensor in _each_stored(config, format):
         if name not in found:
             raise WeightsError(
                 f"{source}: tensor {name} is missing; expected shape {tensor.shape}"
@@ -208,12 +216,14 @@ def check_tensors(
         file, shape = found[name].file, found[name].shape
         if shape != tensor.shape:
             raise WeightsError(
-                f"{file}: tensor {name} has shape {shape}; expected {tensor.shape}"
+                f"{file}: tensor {name} has shape {shown(shape)}; expected"
+                f" {tensor.shape}"
             )
-    for name in found.keys() - expected.keys():
+        expected.add(name)
+    for name in sorted(found.keys() - expected):
         raise WeightsError(
-            f"{found[name].file}: unexpected tensor {name} of shape"
-            f" {found[name].shape}; the configuration has no place for it"
+            f"{found[name].file}: unexpected tensor {one_line(name)} of shape"
+            f" {shown(found[name].shape)}; the configuration has no place for it"
         )
 
 

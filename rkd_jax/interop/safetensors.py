@@ -19,7 +19,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from rkd_jax.data.tokenizer import Tokenizer
@@ -42,6 +42,7 @@ from rkd_jax.interop.names import (
 )
 from rkd_jax.models.decoder import DecoderConfig
 from rkd_jax.types import Params
+from rkd_jax.untrusted import is_plain_name, one_line, read_object, refused, shown
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -80,13 +81,12 @@ def load(
     if not config_path.is_file():
         raise FileNotFoundError(f"{config_path}: no such file; not a model folder")
     try:
-        config = from_hf(_read_json(config_path))
+        config = from_hf(read_object(config_path, WeightsError))
     except UnsupportedConfigError as error:
         raise UnsupportedConfigError(f"{config_path}: {error}") from error
     with _Tensors.open(folder) as tensors:
-        expected = stored_tensors(config, "hf")
         tensors.drop_redundant(tied=config.tie_embeddings)
-        check_tensors(expected, tensors.found, tensors.source)
+        check_tensors(config, "hf", tensors.found, tensors.source)
         stored = tensors.common_dtype()
         config = dataclasses.replace(config, param_dtype=param_dtype or stored)
         return config, assemble(config, "hf", tensors.read, shardings=shardings)
@@ -100,11 +100,15 @@ class _Tensors:
         self._handles = handles
         self.found: dict[str, Found] = {}
         for file, handle in handles.items():
-            for name in handle.keys():  # noqa: SIM118  (a handle is not iterable)
-                if name in self.found:
-                    other = self.found[name].file.name
-                    raise WeightsError(f"{file}: tensor {name} is in {other} as well")
-                shape = tuple(handle.get_slice(name).get_shape())
+            names = handle.keys()
+            if twice := sorted(self.found.keys() & set(names)):
+                other = self.found[twice[0]].file.name
+                raise WeightsError(
+                    f"{file}: tensor {one_line(twice[0])} is in {other} as well"
+                )
+            for name in names:
+                with refused(f"{file}: tensor {one_line(name)}", WeightsError):
+                    shape = tuple(handle.get_slice(name).get_shape())
                 self.found[name] = Found(file, shape)
 
     @classmethod
@@ -115,16 +119,15 @@ class _Tensors:
         with ExitStack() as stack:
             handles = {}
             for file in files:
-                try:
+                with refused(f"{file}: not a complete safetensors file", WeightsError):
                     handles[file] = stack.enter_context(safe_open(file, "numpy"))
-                except (SafetensorError, OSError) as error:
-                    raise WeightsError(
-                        f"{file}: not a complete safetensors file: {error}"
-                    ) from error
             yield cls(source, handles)
 
     def read(self, name: str) -> np.ndarray:
-        return self._handles[self.found[name].file].get_tensor(name)
+        """The array of a tensor, in its stored type."""
+        file = self.found[name].file
+        with refused(f"{file}: tensor {one_line(name)}", WeightsError):
+            return self._handles[file].get_tensor(name)
 
     def drop_redundant(self, *, tied: bool) -> None:
         """Forget what other tensors already say."""
@@ -141,16 +144,18 @@ class _Tensors:
 
     def common_dtype(self) -> str:
         """The type all tensors share, or float32."""
-        met = set()
-        for name, found in self.found.items():
-            stored = self._handles[found.file].get_slice(name).get_dtype()
-            if stored not in _DTYPES:
-                raise WeightsError(
-                    f"{found.file}: tensor {name} is stored as {stored}; known are"
-                    f" {', '.join(_DTYPES)} (quantised files: use GGUF)"
-                )
-            met.add(_DTYPES[stored])
+        met = {self._dtype(name, found.file) for name, found in self.found.items()}
         return met.pop() if len(met) == 1 else "float32"
+
+    def _dtype(self, name: str, file: Path) -> str:
+        with refused(f"{file}: tensor {one_line(name)}", WeightsError):
+            stored = self._handles[file].get_slice(name).get_dtype()
+        if stored not in _DTYPES:
+            raise WeightsError(
+                f"{file}: tensor {one_line(name)} is stored as {stored}; known are"
+                f" {', '.join(_DTYPES)} (quantised files: use GGUF)"
+            )
+        return _DTYPES[stored]
 
 
 def _weight_files(folder: Path) -> tuple[Path, list[Path]]:
@@ -163,28 +168,21 @@ def _weight_files(folder: Path) -> tuple[Path, list[Path]]:
             f"{folder}: neither {_SINGLE} nor {_INDEX}; other formats are converted by"
             " transformers' save_pretrained(folder, safe_serialization=True)"
         )
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_object(index, WeightsError).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise WeightsError(f"{index}: no weight_map")
-    files = []
-    for name in sorted(set(map(str, weight_map.values()))):
-        # Only plain names: an index is data and must not reach outside its folder.
-        if name != Path(name).name or "\\" in name or name in ("", ".", ".."):
-            raise WeightsError(f"{index}: {name!r} is not a file name in this folder")
+    # Only plain names: an index is data and must not reach outside its folder. (A file
+    # of the folder may be a link: so the hub's cache keeps them.)
+    for name in weight_map.values():
+        if not is_plain_name(name):
+            raise WeightsError(
+                f"{index}: {shown(name)} is not a file name in this folder"
+            )
+    names = sorted(set(weight_map.values()))
+    for name in names:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / name}: no such file; {_INDEX} names it")
-        files.append(folder / name)
-    return index, files
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise WeightsError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise WeightsError(f"{path}: expected a JSON object")
-    return content
+    return index, [folder / name for name in names]
 
 
 def save(

@@ -40,7 +40,7 @@ from rkd_jax.signals.cache_format import (
 )
 from rkd_jax.signals.cache_identity import model_hash
 from rkd_jax.signals.cache_manifest import Manifest, check_same
-from rkd_jax.signals.cache_shards import problem
+from rkd_jax.signals.cache_shards import damaged, problem
 from rkd_jax.signals.cache_writer import CacheWriter, Source
 from rkd_jax.types import (
     DemonstrationBatch,
@@ -50,6 +50,7 @@ from rkd_jax.types import (
     ShapingSignal,
     TopkSignal,
 )
+from rkd_jax.untrusted import one_line
 
 if TYPE_CHECKING:
     from rkd_jax.data.tokenizer import Tokenizer
@@ -124,11 +125,11 @@ class TeacherCache:
         files = [self.path / shard.file for shard in self.manifest.shards]
         if gone := [file for file in files if not file.is_file()]:
             raise FileNotFoundError(f"{gone[0]}: listed in the manifest, but gone")
-        try:
-            self.source = ArrayRecordDataSource([str(file) for file in files])
-            found = len(self.source)
-        except RuntimeError as error:
-            raise self._damaged(range(len(files)), error) from error
+        for file, shard in zip(files, self.manifest.shards, strict=True):
+            if (size := file.stat().st_size) != shard.bytes:
+                raise damaged(file, f"{size} bytes, the manifest lists {shard.bytes}")
+        self.source = self._opened(files)
+        found = len(self.source)
         if found != self.manifest.records:
             raise CacheError(
                 f"{self.path}: the shards hold {found} records, the manifest lists "
@@ -163,11 +164,14 @@ class TeacherCache:
                 )
         try:
             payloads = self.source.__getitems__([n.__index__() for n in numbers])
-        except RuntimeError as error:
+        except Exception as error:  # of the reader's choice
             size = self.manifest.shard_records
             shards = sorted({n.__index__() // size for n in numbers})
             raise self._damaged(shards, error) from error
-        return [unpack_record(x, self.settings, lists=lists) for x in payloads]
+        return [
+            self._unpacked(number, data, lists=lists)
+            for number, data in zip(numbers, payloads, strict=True)
+        ]
 
     def topk(self, batch: Batch) -> TopkSignal:
         """The teacher's top k at every target of a batch.
@@ -187,9 +191,11 @@ class TeacherCache:
             raise CacheError(self._lacks("top k"))
         mask = np.asarray(batch.sequences.response_mask)
         shape = (*mask.shape, self.settings.top_k)
+        # Read first: what the files hold bounds what is allocated.
+        found = list(self._recognised(batch, whole=False))
         ids = np.zeros(shape, np.int32)
         log_probs = np.full(shape, -np.inf, np.float32)
-        for at, length, response in self._recognised(batch, whole=False):
+        for at, length, response in found:
             ids[at][:length] = response.topk.ids[:length]
             log_probs[at][:length] = response.topk.log_probs[:length]
         return TopkSignal(ids, log_probs)
@@ -241,7 +247,8 @@ class TeacherCache:
         for row, record in enumerate(self.read(numbers, lists=not whole)):
             if isinstance(record, Skipped):
                 raise CacheError(
-                    f"record {numbers[row]} is not in {self.path}: {record.reason}"
+                    f"record {numbers[row]} is not in {self.path}: "
+                    f"{one_line(record.reason)}"
                 )
             if len(record.responses) != members:
                 raise CacheMismatch(
@@ -285,11 +292,27 @@ class TeacherCache:
             f"{self.manifest.max_response}"
         )
 
-    def _damaged(self, shards: Iterable[int], error: RuntimeError) -> CacheError:
+    def _opened(self, files: Sequence[Path]) -> ArrayRecordDataSource:
+        try:
+            return ArrayRecordDataSource([str(file) for file in files])
+        except Exception as error:  # of the reader's choice
+            raise self._damaged(range(len(files)), error) from error
+
+    def _unpacked(
+        self, number: SupportsIndex, data: bytes, *, lists: bool
+    ) -> CachedRecord | Skipped:
+        try:
+            return unpack_record(data, self.settings, lists=lists)
+        except CacheError as error:
+            place = number.__index__() // self.manifest.shard_records
+            file = self.path / self.manifest.shards[place].file
+            raise damaged(file, f"record {number}: {error}") from error
+
+    def _damaged(self, shards: Iterable[int], error: Exception) -> CacheError:
         """An error that names the file."""
         files = (self.path / self.manifest.shards[n].file for n in shards)
         found = next(filter(None, map(problem, files)), None)
-        return found or CacheError(f"{self.path}: cannot be read: {error}")
+        return found or CacheError(f"{self.path}: cannot be read: {one_line(error)}")
 
     def _lacks(self, what: str) -> str:
         return f"{self.path} holds no {what}; it was written without"

@@ -35,6 +35,9 @@ LOG_PROB_DTYPES: tuple[LogProbDtype, ...] = get_args(LogProbDtype)
 
 _PLANE = struct.Struct("<BI")  # Rice parameter, bytes of the unary part
 _MOST_BITS = 24
+_MOST_ID = 2**31 - 1
+# A log-softmax rounds to a little above 0 where one token has all the mass.
+_ROUNDING = 1e-4
 _LEVELS = 254  # steps from the largest log-prob to the smallest
 _POWER = 3.0  # of their spacing
 _FAR = 100.0  # nats below the largest, beyond which there is no mass in float32
@@ -98,8 +101,14 @@ def decode_topk(
     """
     gaps, offset = unpack_numbers(data, states * top_k, offset)
     ids = np.cumsum(gaps.reshape(states, top_k) + 1, axis=-1) - 1
+    if ids.size and not 0 <= ids.min() <= ids.max() <= _MOST_ID:
+        raise ValueError("an id beyond int32")
     read = {"float32": _read_32, "float16": _read_16, "uint8": _read_8}[dtype]
-    log_probs, log_tail, offset = read(data, states, top_k, offset)
+    with np.errstate(invalid="ignore", over="ignore"):
+        log_probs, log_tail, offset = read(data, states, top_k, offset)
+        # A list without mass, which is never written, has no log-probs.
+        if not (np.all(log_probs <= _ROUNDING) and np.all(log_tail <= _ROUNDING)):
+            raise ValueError("log-probs that are NaN or positive")
     order = np.argsort(-log_probs, axis=-1, kind="stable")
     return Topk(
         np.take_along_axis(ids, order, -1).astype(np.int32),
@@ -156,8 +165,7 @@ def unpack_numbers(data: bytes, count: int, offset: int) -> tuple[np.ndarray, in
 
 
 def _check_log_probs(log_probs: np.ndarray, log_tail: np.ndarray) -> None:
-    # A log-softmax rounds to a little above 0 where one token has all the mass.
-    if not (np.all(log_probs <= 1e-4) and np.all(log_tail <= 1e-4)):
+    if not (np.all(log_probs <= _ROUNDING) and np.all(log_tail <= _ROUNDING)):
         raise ValueError("log-probs of the teacher are NaN or positive")
     if log_probs.size and np.any(np.max(log_probs, axis=-1) == -np.inf):
         raise ValueError("no token of a state has a finite log-prob")

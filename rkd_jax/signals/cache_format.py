@@ -33,10 +33,15 @@ from rkd_jax.signals.cache_codec import (
     encode_topk,
 )
 from rkd_jax.signals.values import Terminal, shaping_of_logits
+from rkd_jax.untrusted import one_line, shown
 
 REWARD, REFERENCE, SHAPING = "reward", "reference", "shaping"
 _RESPONSE = struct.Struct("<I8s")  # number of targets, digest
 _VALUE = struct.Struct("<f")
+# Settings by type; others are text, one of a few.
+_NUMBERS = ("temperature", "gamma", "power", "scale", "center")
+_COUNTS = ("top_k", "support")
+_MOST_LISTED = 2**24  # no vocabulary is larger
 
 
 class CacheError(ValueError):
@@ -110,14 +115,33 @@ class CacheSettings:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> CacheSettings:
-        """What `to_json` gave."""
+        """What `to_json` gave.
+
+        Raises:
+            ValueError, TypeError, KeyError: it was something else.
+        """
         shaping = data["shaping"]
-        return cls(
-            **{
-                **data,
-                "shaping": None if shaping is None else ShapingSettings(**shaping),
-            }
-        )
+        _check_types(data)
+        if shaping is not None:
+            _check_types(shaping)
+            shaping = ShapingSettings(**shaping)
+        return cls(**{**data, "shaping": shaping})
+
+
+def _check_types(data: Mapping[str, Any]) -> None:
+    """Raise ValueError for a value of a type that its setting never has."""
+    for name, value in data.items():
+        good = True
+        if name in _NUMBERS:
+            good = type(value) in (int, float) and abs(value) < 1e30
+        elif name in _COUNTS and value is not None:
+            good = type(value) is int and 0 < value <= _MOST_LISTED
+        elif name == "reference":
+            good = isinstance(value, bool)
+        elif name == "oracle":
+            good = isinstance(value, str | None)
+        if not good:
+            raise ValueError(f"{name}={shown(value)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,12 +234,12 @@ def unpack_record(
     Raises:
         CacheError: bytes that are neither.
     """
-    if data[:1] == b"\0":
-        return Skipped(data[1:].decode())
     try:
+        if data[:1] == b"\0":
+            return Skipped(data[1:].decode())
         return _unpack(data, settings, lists)
     except (ValueError, IndexError, struct.error) as error:
-        raise CacheError(f"a record that cannot be read: {error}") from error
+        raise CacheError(f"a record that cannot be read: {one_line(error)}") from error
 
 
 def _unpack(data: bytes, settings: CacheSettings, lists: bool) -> CachedRecord:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rkd_jax.signals.cache_format import CacheError, CacheMismatch, CacheSettings
+from rkd_jax.untrusted import is_plain_name, one_line, refused, shown
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -29,6 +31,9 @@ _MEANING = {
     "shard_records": "records per shard",
     "max_response": "max_response",
 }
+_HASH = re.compile("[0-9a-f]{16}")
+_KINDS = ("DemonstrationRecord", "PreferenceRecord")
+_MOST = 2**53  # of anything that is counted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +51,17 @@ class Shard:
     bytes: int
     skipped: dict[str, int] = dataclasses.field(default_factory=dict)
     first_skipped: int | None = None  # number of the record
+
+    def check(self, records: int) -> None:
+        """Raise ValueError if no writer would say this of a file of ``records``."""
+        if not is_plain_name(self.file):
+            raise ValueError(f"{shown(self.file)} is not a file name in this folder")
+        if self.records != records:
+            raise ValueError(f"{self.file} with {shown(self.records)} records")
+        first = 0 if self.first_skipped is None else self.first_skipped
+        counts = (self.responses, self.tokens, self.bytes, first)
+        for count in (self.records, *counts, *dict(self.skipped).values()):
+            _check_count(self.file, count)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,24 +139,57 @@ class Manifest:
         """The manifest of a folder.
 
         Raises:
-            FileNotFoundError: there is none. CacheError: not a manifest, or of another
-            format.
+            FileNotFoundError: there is none. CacheError: not a manifest, of another
+            format, or one that contradicts itself or names files elsewhere.
         """
         path = Path(folder) / MANIFEST
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file; write one with `rkd cache`")
-        try:
+        with refused(f"{path}: not the manifest of a cache", CacheError):
             data = json.loads(path.read_text("utf-8"))
-            if data["format"] != FORMAT:
-                raise CacheError(
-                    f"{path}: format {data['format']}, this version reads {FORMAT}; "
-                    "write the cache again"
-                )
+            version = data["format"]
+        if version != FORMAT:
+            raise CacheError(
+                f"{path}: format {shown(version)}, this version reads {FORMAT}; "
+                "write the cache again"
+            )
+        with refused(f"{path}: not the manifest of a cache", CacheError):
             CacheSettings.from_json(data["settings"])
             shards = tuple(Shard(**shard) for shard in data.pop("shards"))
-            return cls(**data, shards=shards)
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise CacheError(f"{path}: not the manifest of a cache: {error}") from error
+            manifest = cls(**data, shards=shards)
+            _check(manifest)
+        return manifest
+
+
+def _check(manifest: Manifest) -> None:
+    """Raise ValueError if no writer leaves such a manifest behind."""
+    optional = {"teacher", "reference"}
+    for name in ("teacher", "reference", "tokenizer", "rows", "data"):
+        value = getattr(manifest, name)
+        absent = value is None and name in optional
+        if not absent and not (isinstance(value, str) and _HASH.fullmatch(value)):
+            raise ValueError(f"{name}={shown(value)} is no hash")
+    if manifest.kind not in _KINDS:
+        raise ValueError(f"kind={shown(manifest.kind)}")
+    for name in ("records", "shard_records", "max_response"):
+        _check_count(name, getattr(manifest, name), least=1)
+    if not isinstance(manifest.row_settings, dict):
+        raise ValueError(f"row_settings={shown(manifest.row_settings)}")
+    left = manifest.records
+    for shard in manifest.shards:
+        if left < 1:
+            raise ValueError(f"{shown(shard.file)} after the last record")
+        shard.check(min(manifest.shard_records, left))
+        left -= shard.records
+    files = [shard.file for shard in manifest.shards]
+    if len(set(files)) != len(files):
+        raise ValueError("a shard is listed twice")
+
+
+def _check_count(name: str, value: Any, *, least: int = 0) -> None:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or not least <= value <= _MOST:
+        raise ValueError(f"{name}: {shown(value)} where a number of things belongs")
 
 
 def sync_directory(folder: Path) -> None:
@@ -165,7 +214,7 @@ def check_same(folder: str | Path, found: Manifest, wanted: Mapping[str, Any]) -
         there = getattr(found, name)
         if isinstance(here, dict):  # settings: one phrase for each of them
             differing += [
-                f"{key} is {there.get(key)!r} there, {here.get(key)!r} here"
+                f"{key} is {shown(there.get(key))} there, {shown(here.get(key))} here"
                 for key in sorted(there.keys() | here.keys())
                 if there.get(key) != here.get(key)
             ]
@@ -173,6 +222,6 @@ def check_same(folder: str | Path, found: Manifest, wanted: Mapping[str, Any]) -
             differing.append(f"{_MEANING[name]} is {there} there, {here} here")
     if differing:
         raise CacheMismatch(
-            f"{folder} is a cache of something else: {'; '.join(differing)}; use what "
-            "it was written with, or write another"
+            f"{folder} is a cache of something else: {one_line('; '.join(differing))}; "
+            "use what it was written with, or write another"
         )

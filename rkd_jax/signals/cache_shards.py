@@ -17,6 +17,7 @@ from rkd_jax.signals.cache_format import (
     unpack_record,
 )
 from rkd_jax.signals.cache_manifest import UNFINISHED, Shard, sync_directory
+from rkd_jax.untrusted import one_line
 
 # One record per read; what the codec leaves has no slack that zstd would find.
 _OPTIONS = "group_size:1,uncompressed"
@@ -59,7 +60,10 @@ def summary(path: Path, settings: CacheSettings, *, first: int) -> Shard:
     first_skipped = None
     count = _count(path)
     for number, data in enumerate(_records(path), first):
-        record = unpack_record(data, settings, lists=False)
+        try:
+            record = unpack_record(data, settings, lists=False)
+        except CacheError as error:
+            raise damaged(path, f"record {number}: {error}") from error
         if isinstance(record, Skipped):
             skipped[record.reason] += 1
             first_skipped = number if first_skipped is None else first_skipped
@@ -116,8 +120,8 @@ def _count(path: Path) -> int:
         reader = ArrayRecordReader(str(path))
         count = reader.num_records()
         reader.close()
-    except RuntimeError as error:
-        raise _damaged(path, error) from error
+    except Exception as error:  # of the reader's choice
+        raise damaged(path, error) from error
     return count
 
 
@@ -127,12 +131,13 @@ def _records(path: Path) -> Iterator[bytes]:
         for number in range(reader.num_records()):
             yield reader.read([number])[0]
         reader.close()
-    except RuntimeError as error:
-        raise _damaged(path, error) from error
+    except Exception as error:  # of the reader's choice
+        raise damaged(path, error) from error
 
 
-def _damaged(path: Path, error: RuntimeError) -> CacheError:
+def damaged(path: Path, error: object) -> CacheError:
+    """The error for a shard that cannot be read: why, and what helps."""
     return CacheError(
-        f"{path}: damaged: {error}; delete this file and write the cache again, which "
-        "restores it alone"
+        f"{path}: damaged: {one_line(error)}; delete this file and write the cache "
+        "again, which restores it alone"
     )

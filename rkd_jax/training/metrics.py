@@ -127,11 +127,14 @@ def _entries(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
             try:
                 if not line.endswith(b"\n"):
                     return
-                yield json.loads(line), end
-            except ValueError as error:
+                entry = json.loads(line)
+                if not isinstance(entry, dict):
+                    raise ValueError(f"a {type(entry).__name__}")
+            except (ValueError, RecursionError) as error:
                 if next(lines, None) is None:
                     return
                 raise ValueError(
                     f"{path}:{number}: not a JSON object ({error}); repair the line or "
                     "delete the file"
                 ) from None
+            yield entry, end

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from rkd_jax.training.provenance import differences, digest, plain, summary, versions
+from rkd_jax.untrusted import one_line, read_object
 
 
 class RunMismatch(ValueError):
@@ -46,8 +47,14 @@ class Stage:
 
         Raises:
             FileNotFoundError: the stage is not finished.
+            RunMismatch: what was written then cannot be read any more.
         """
-        return json.loads(self._marker.read_text(encoding="utf-8"))
+        if not self.done:
+            raise FileNotFoundError(f"{self._marker}: no such file; finish the stage")
+        try:
+            return read_object(self._marker, RunMismatch)
+        except RunMismatch as error:
+            raise RunMismatch(f"{error}; delete it to do the stage again") from None
 
     def finish(self, result: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Mark the stage as finished; ``result`` is plain JSON and comes back."""
@@ -159,21 +166,27 @@ def _identity(name: str, config: dict[str, Any]) -> dict[str, Any]:
 
 def _read(record: Path) -> dict[str, Any]:
     try:
-        found = json.loads(record.read_text(encoding="utf-8"))
-        return {"name": found["name"], "config": found["config"]}
-    except (ValueError, KeyError, TypeError) as error:
+        found = read_object(record)
+        if lacking := {"name", "config"} - found.keys():
+            raise ValueError(f"it has no {min(lacking)}")
+    except ValueError as error:
+        reason = str(error).removeprefix(f"{record}: ")
         raise RunMismatch(
-            f"{record} is not the record of a run ({error!r}); choose another --out"
+            f"{record} is not the record of a run ({reason}); choose another --out"
         ) from None
+    return {"name": found["name"], "config": found["config"]}
 
 
 def _check_same(path: Path, there: dict, name: str, config: dict, resume: bool) -> None:
     """Refuse unless ``there`` is this run and may be resumed."""
-    different = differences(there, {"name": name, "config": config})
+    try:
+        different = differences(there, {"name": name, "config": config})
+    except RecursionError:
+        different = ["its configuration is nested too deeply"]
     if different:
         raise RunMismatch(
-            f"{path} holds another run: {summary(different)}; choose another --out, "
-            "or --fresh to discard what is there"
+            f"{path} holds another run: {one_line(summary(different))}; choose another "
+            "--out, or --fresh to discard what is there"
         )
     if not resume:
         raise RunMismatch(
