@@ -94,8 +94,6 @@ class Tokenizer:
         """The same vocabulary under another template, such as `CHATML`."""
         return Tokenizer(self._backend, **self._names, chat_template=template)
 
-    # Vocabulary
-
     @cached_property
     def vocabulary(self) -> dict[str, int]:
         """Every token, special ones included, with its id."""
@@ -137,7 +135,10 @@ class Tokenizer:
         entries = sorted((index, token) for token, index in self.vocabulary.items())
         return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
 
-    # Text
+    def encoding_fingerprint(self) -> str:
+        """SHA-256 of all that decides which ids a text or chat becomes."""
+        rules = [self._backend.to_str(), self._names, self.chat_template]
+        return hashlib.sha256(json.dumps(rules).encode()).hexdigest()
 
     def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
         """Ids of ``text``; no token is added at either end.

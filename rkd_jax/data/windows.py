@@ -305,5 +305,5 @@ def _flat(windows: grain.IterDataset) -> grain.IterDataset:
 def _fingerprint(tokenizer: Tokenizer, config: TokenizeConfig) -> str:
     """Tells apart what decides lengths, and so which records go together."""
     settings: dict[str, Any] = dataclasses.asdict(config)
-    text = json.dumps([tokenizer.fingerprint(), settings], sort_keys=True)
+    text = json.dumps([tokenizer.encoding_fingerprint(), settings], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -23,6 +23,7 @@ import numpy as np
 from grain.sources import ArrayRecordDataSource
 
 from rkd_jax.data.tokenize import TokenizeConfig
+from rkd_jax.packed import refuse_packed
 from rkd_jax.signals import cache_identity as identity
 from rkd_jax.signals.cache_format import (
     REFERENCE,
@@ -84,6 +85,8 @@ class TeacherCache:
             beginning.
         teacher_hash: `model_hash` of the teacher, or None to take the one there is.
         reference_hash: likewise.
+        vocabulary: entries of the head that reads the lists; None to find out in the
+            loss, where a listed token that it lacks gives NaN.
 
     Attributes:
         manifest: what it is a cache of.
@@ -104,6 +107,7 @@ class TeacherCache:
         rows: TokenizeConfig,
         teacher_hash: str | None = None,
         reference_hash: str | None = None,
+        vocabulary: int | None = None,
     ):
         self.path = Path(path)
         self.manifest = Manifest.load(self.path)
@@ -122,6 +126,13 @@ class TeacherCache:
                 "are there; the command that was interrupted goes on from them"
             )
         self.settings = CacheSettings.from_json(self.manifest.settings)
+        listed = self.manifest.vocabulary
+        if None not in (vocabulary, listed) and vocabulary < listed:
+            raise CacheMismatch(
+                f"{self.path} lists tokens of a teacher with {listed} vocabulary "
+                f"entries, the student has {vocabulary}: bring both to one width with "
+                "rkd_jax.models.surgery before the cache is written"
+            )
         files = [self.path / shard.file for shard in self.manifest.shards]
         if gone := [file for file in files if not file.is_file()]:
             raise FileNotFoundError(f"{gone[0]}: listed in the manifest, but gone")
@@ -240,6 +251,7 @@ class TeacherCache:
         self, batch: Batch, *, whole: bool
     ) -> Iterator[tuple[tuple[int, ...], int, CachedResponse]]:
         """Place in the batch, number of targets, and what is known, per response."""
+        refuse_packed(batch.sequences, "a teacher cache")
         numbers = np.asarray(batch.index).tolist()
         mask = np.asarray(batch.sequences.response_mask)
         members = 1 if mask.ndim == 2 else mask.shape[1]
@@ -288,8 +300,7 @@ class TeacherCache:
         raise CacheMismatch(
             f"record {number}: its prompt or its {length} targets are not those in "
             f"{self.path} ({response.length} targets): the data or their order have "
-            "changed, or max_response exceeds the cache's "
-            f"{self.manifest.max_response}"
+            f"changed, or max_response is not the cache's {self.manifest.max_response}"
         )
 
     def _opened(self, files: Sequence[Path]) -> ArrayRecordDataSource:

@@ -65,8 +65,11 @@ def row_settings(rows: TokenizeConfig) -> dict[str, Any]:
 
 
 def rows_hash(tokenizer: Tokenizer, rows: TokenizeConfig) -> str:
-    """The name of a chat template and a row layout, buckets and max_response aside."""
-    return name_of(row_settings(rows) | {"chat_template": tokenizer.chat_template})
+    """The name of how text becomes ids: rules of the tokenizer, template, row layout.
+
+    Buckets and ``max_response`` have no part in it.
+    """
+    return name_of(row_settings(rows) | {"encoding": tokenizer.encoding_fingerprint()})
 
 
 def data_hash(records: Iterable[Record]) -> str:

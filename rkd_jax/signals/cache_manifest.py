@@ -17,7 +17,7 @@ from typing import Any
 from rkd_jax.signals.cache_format import CacheError, CacheMismatch, CacheSettings
 from rkd_jax.untrusted import is_plain_name, one_line, refused, shown
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 UNFINISHED = ".unfinished"  # ends the name of a file that is being written
 _MEANING = {
@@ -30,6 +30,7 @@ _MEANING = {
     "records": "number of records",
     "shard_records": "records per shard",
     "max_response": "max_response",
+    "vocabulary": "vocabulary of the lists",
 }
 _HASH = re.compile("[0-9a-f]{16}")
 _KINDS = ("DemonstrationRecord", "PreferenceRecord")
@@ -83,6 +84,7 @@ class Manifest:
     settings: dict[str, Any]  # of `CacheSettings`
     row_settings: dict[str, Any]  # what a `TokenizeConfig` contributes to `rows`
     max_response: int
+    vocabulary: int | None = None  # entries of the teacher's head, if it is listed
     shards: tuple[Shard, ...] = ()
     format: int = FORMAT
 
@@ -173,6 +175,8 @@ def _check(manifest: Manifest) -> None:
         raise ValueError(f"kind={shown(manifest.kind)}")
     for name in ("records", "shard_records", "max_response"):
         _check_count(name, getattr(manifest, name), least=1)
+    if manifest.vocabulary is not None:
+        _check_count("vocabulary", manifest.vocabulary, least=1)
     if not isinstance(manifest.row_settings, dict):
         raise ValueError(f"row_settings={shown(manifest.row_settings)}")
     left = manifest.records

@@ -136,7 +136,13 @@ def _records(path: Path) -> Iterator[bytes]:
 
 
 def damaged(path: Path, error: object) -> CacheError:
-    """The error for a shard that cannot be read: why, and what helps."""
+    """The error for a shard that cannot be read: why, and what helps.
+
+    Raises:
+        OSError: the file cannot even be opened, so nothing is known of its bytes.
+    """
+    with path.open("rb"):
+        pass
     return CacheError(
         f"{path}: damaged: {one_line(error)}; delete this file and write the cache "
         "again, which restores it alone"

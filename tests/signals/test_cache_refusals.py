@@ -242,7 +242,7 @@ def test_a_manifest_that_is_none(folder, tmp_path):
         open_cache(tmp_path)
     manifest = json.loads((folder / "manifest.json").read_text())
     for broken, message in (
-        ({**manifest, "format": 9}, "format 9, this version reads 1"),
+        ({**manifest, "format": 9}, "format 9, this version reads 2"),
         ({**manifest, "new": 1}, "not the manifest of a cache"),
         ([], "not the manifest of a cache"),
     ):
