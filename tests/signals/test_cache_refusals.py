@@ -154,7 +154,7 @@ def test_responses_cut_earlier_have_lists_and_no_sums(folder):
     with pytest.raises(CacheMismatch, match="record 2: the batch has 4 of the 7"):
         cache.reference(batch)
     longer = dataclasses.replace(ROWS, max_response=12)
-    with pytest.raises(CacheMismatch, match="record 4: .* exceeds the cache's 9"):
+    with pytest.raises(CacheMismatch, match="record 4: .* is not the cache's 9"):
         cache.topk(batch_of(demonstrations(), longer))
 
 
