@@ -18,6 +18,7 @@ from rkd_jax.interop import UnsupportedConfigError, WeightsError
 from rkd_jax.signals.oracles import OracleError
 from rkd_jax.training.checkpoint import CheckpointError
 from rkd_jax.training.interrupt import Interrupted
+from rkd_jax.training.loop import Diverged
 from rkd_jax.training.run import RunMismatch
 
 Config = TypeVar("Config")
@@ -26,6 +27,7 @@ NO_CACHE = "--no-compilation-cache"
 # What a user can cause and mend. Anything else is our bug and keeps its traceback.
 MENDABLE = (
     CheckpointError,
+    Diverged,
     OracleError,
     OSError,  # no such file, full disk, read-only folder
     RecordError,
@@ -49,7 +51,9 @@ def run_command(
     ``--no-compilation-cache`` leaves no compiled program behind
     (`experiments.compiled_programs`).
 
-    Exit codes: 0 done, 2 bad input, 130 interrupted (the same command resumes).
+    Exit codes: 0 done; 1 a fault of ours, with its traceback; 2 something the user can
+    mend, in one line; 130 Ctrl-C and 143 SIGTERM (128 + the signal), after the step was
+    finished and saved, so that the same command resumes.
     """
     arguments = sys.argv[1:]
     presets = {f"--{name}": make for name, make in presets.items()} | {"--tiny": tiny}

@@ -278,7 +278,7 @@ def enrol(
     classes = []
     for seed in config.seeds:
         run = RunFolder.open(folder.path / f"seed-{seed}", config.identity())
-        desk = Desk(run, progress, config.checkpoint_every)
+        desk = Desk(run, progress, config.checkpoint_every, config.checkpoints_kept)
         course = take_course(lab, desk, config, prompts, seed=seed)
         judge = open_judge(lab, desk, course, held_out, seed=seed)
         classes.append(Class(seed, desk, course, judge))

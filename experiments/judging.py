@@ -35,6 +35,7 @@ from rkd_jax.evaluation.intervals import Interval, mean_interval, paired_interva
 from rkd_jax.evaluation.likelihood import sequence_divergences, teacher_nll
 from rkd_jax.evaluation.rewards import gap_closed, win_rate
 from rkd_jax.signals.oracles import score
+from rkd_jax.signals.retrying_oracle import stopping
 from rkd_jax.training.run import write_json
 from rkd_jax.types import Params, Sequences
 
@@ -75,6 +76,9 @@ class Judge:
     (KL, NLL) are taken on the first ``options.likelihood_prompts`` prompts. The teacher
     and the start come first, because the others are measured against them; a policy
     that an earlier start of the run has judged is read back from its file.
+
+    Every answer needs its reward: an oracle that fails ends the run here even where it
+    drops pairs elsewhere, and the same command goes on with this policy.
 
     Args:
         lab: models and oracle.
@@ -168,7 +172,7 @@ class Judge:
             rng=self.rng,
         )
         prompts = [p.prompt for p in self.prompts]
-        return result, score(self.lab.oracle, prompts, result.flat_texts)
+        return result, score(stopping(self.lab.oracle), prompts, result.flat_texts)
 
     def _likelihoods(self, params: Params, sequences: Sequences) -> dict[str, Interval]:
         lab, temperature = self.lab, self.lab.policy.temperature

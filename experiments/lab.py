@@ -38,6 +38,7 @@ from rkd_jax.models.sampling import Samples, SamplingConfig, make_sampler
 from rkd_jax.models.surgery import keep_layers
 from rkd_jax.objectives.reward_model import TokenRewards
 from rkd_jax.signals.oracles import Oracle, load_oracle
+from rkd_jax.signals.retrying_oracle import RetryingOracle
 from rkd_jax.signals.teacher import (
     Scorer,
     make_features,
@@ -142,7 +143,7 @@ def open_lab(config: ExperimentConfig) -> Lab:
         student_params,
         tokenizer=tokenizer,
         rows=_row_layout(config.policy),
-        oracle=load_oracle(config.oracle),
+        oracle=RetryingOracle(load_oracle(config.oracle), config.oracle_calls),
         policy=config.policy,
         reward=config.reward,
     )

@@ -90,7 +90,7 @@ def data_sources(
         counts = run.stage(name).result
         left_out = [
             Incident(reason.replace("_", " "), counts[reason])
-            for reason in ("ties_dropped", "identical", "empty")
+            for reason in ("ties_dropped", "identical", "empty", "unscored")
             if counts.get(reason)
         ]
         records = read_jsonl(path, record_type)[0]

@@ -105,7 +105,7 @@ def run(config: QuickstartConfig) -> Path:
         config.out, config.identity(), name="quickstart", overwrite=config.fresh
     )
     with Progress() as progress:
-        desk = Desk(folder, progress, config.checkpoint_every)
+        desk = Desk(folder, progress, config.checkpoint_every, config.checkpoints_kept)
         final = folder.stage("report")
         if not final.done:
             report = distil(config, desk)

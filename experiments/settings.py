@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
+from rkd_jax.signals.retrying_oracle import RetryConfig
+
 
 class SettingsError(ValueError):
     """Options that do not fit together; the message says which and what to do."""
@@ -177,8 +179,14 @@ class ExperimentConfig:
     """Discard the run the output folder holds."""
     oracle: str = "vader"
     """`vader`, or `module:attribute` of a callable (prompts, responses) -> rewards."""
+    oracle_calls: RetryConfig = RetryConfig()
+    """What happens when the oracle is slow or fails."""
     seed: int = 0
     checkpoint_every: int = 16
+    """Updates."""
+    checkpoints_kept: int = 1
+    """Of each stage. With 2, a damaged one costs the updates since the one before; with
+    1, the stage has to be made again."""
     models: ModelConfig = ModelConfig()
     task: TaskConfig = TaskConfig()
     policy: PolicyConfig = PolicyConfig()
@@ -188,9 +196,14 @@ class ExperimentConfig:
     evaluation: EvaluationConfig = EvaluationConfig()
 
     def identity(self) -> dict[str, Any]:
-        """What makes a run this run: every option but the output folder."""
+        """What makes a run this run: every option that its numbers depend on.
+
+        Not how patiently the oracle is asked: a run that stopped because it failed may
+        go on with other bounds, and pairs that are dropped are counted.
+        """
         options = dataclasses.asdict(self)
-        del options["out"], options["fresh"]
+        for name in ("out", "fresh", "oracle_calls", "checkpoints_kept"):
+            del options[name]
         return options
 
 

@@ -27,7 +27,7 @@ from rkd_jax.data.records import (
 from rkd_jax.data.sources import read_jsonl, write_jsonl
 from rkd_jax.data.tokenize import tokenize_record
 from rkd_jax.evaluation.generation import GenerationResult, generate
-from rkd_jax.signals.oracles import Oracle, label_preferences
+from rkd_jax.signals.oracles import Oracle, OracleError, label_preferences
 from rkd_jax.training.checkpoint import Checkpoints
 from rkd_jax.training.loop import Update, fit
 from rkd_jax.training.metrics import MetricsWriter
@@ -46,6 +46,7 @@ class Desk:
     run: RunFolder
     progress: Progress
     checkpoint_every: int
+    checkpoints_kept: int = 1  # of each stage
 
 
 def training_key(seed: int) -> jax.Array:
@@ -172,6 +173,9 @@ def collect_pairs(
 
     The candidates are the teacher's answer, its plain one where ``plain`` has the
     prompt, and the current student's samples. The oracle says which is better.
+
+    Raises:
+        OracleError: the oracle failed, or had no reward for any pair.
     """
     stage = desk.run.stage(name)
     path = stage.path / "pairs.jsonl"
@@ -204,6 +208,9 @@ def collect_pairs(
             ties=ties,
         )
         desk.progress.note(f"{title}: {report}")
+        if report.unscored and not records:
+            # Not finished: the same command asks the oracle again.
+            raise OracleError(f"{title}: {report}; see to the oracle and start again")
         write_jsonl(path, records)
         stage.finish(dataclasses.asdict(report))
     return read_jsonl(path, PreferenceRecord)[0]
@@ -227,7 +234,6 @@ def train(
     prepare: Callable | None = None,
     probe: Callable | None = None,
     frozen=None,
-    keep: int = 1,
     checkpoint_every: int | None = None,
 ) -> TrainState:
     """`fit` with a checkpoint folder, a metrics log and a line of progress.
@@ -236,7 +242,9 @@ def train(
     checkpoints are bound to.
     """
     with (
-        Checkpoints(folder / "checkpoints", config=config, keep=keep) as checkpoints,
+        Checkpoints(
+            folder / "checkpoints", config=config, keep=desk.checkpoints_kept
+        ) as checkpoints,
         MetricsWriter(folder) as metrics,
     ):
         state = fit(

@@ -88,7 +88,7 @@ def run_system(
         config.out, config.identity(), name=name, overwrite=config.fresh
     )
     with Progress() as progress:
-        desk = Desk(folder, progress, config.checkpoint_every)
+        desk = Desk(folder, progress, config.checkpoint_every, config.checkpoints_kept)
         final = folder.stage("report")
         if not final.done:
             started = time.monotonic()

@@ -72,6 +72,7 @@ NAMES = {
     "rkd_jax.interop": "load_model save_model",
     "rkd_jax.data.records": "PromptRecord PreferenceRecord DemonstrationRecord",
     "rkd_jax.signals.oracles": "VaderOracle label_preferences load_oracle",
+    "rkd_jax.signals.retrying_oracle": "RetryingOracle RetryConfig stopping",
     "rkd_jax.signals.reward_oracle": "RewardModelOracle make_return_scorer",
     "rkd_jax.signals.resampling": "bootstrap_weights length_bias_weights",
     "rkd_jax.models.heads": "RewardModel ScalarHead head_token_rewards "
@@ -86,7 +87,7 @@ NAMES = {
     "rkd_jax.objectives.minillm": "make_minillm",
     "rkd_jax.objectives.xkd": "make_xkd_sequence make_xkd_gkd make_xkd_minillm",
     "rkd_jax.objectives.reward_inference": "RewardInference reward_regularizer",
-    "rkd_jax.training": "init_state make_update fit",
+    "rkd_jax.training": "init_state make_update fit Diverged",
     "rkd_jax.training.checkpoint": "Checkpoints",
     "rkd_jax.evaluation.report": "write_report",
 }

@@ -2,7 +2,8 @@
 
 An oracle is any ``oracle(prompts, responses) -> rewards`` with one finite float per
 response, higher is better. It runs on the host, outside every jitted function; its
-rewards enter batches as arrays. To use your own, write the function:
+rewards enter batches as arrays. One that may be slow or fail is asked through
+`rkd_jax.signals.retrying_oracle.RetryingOracle`. To use your own, write the function:
 
 >>> def shortness(prompts, responses):
 ...     return [-len(text) for text in responses]
@@ -27,7 +28,11 @@ class OracleError(ValueError):
 
 
 class Oracle(Protocol):
-    """``oracle(prompts, responses)``: one finite reward per response."""
+    """``oracle(prompts, responses)``: one finite reward per response.
+
+    An oracle with a true attribute ``may_abstain`` may return NaN for a response that
+    it has no reward for; `label_preferences` drops and counts such pairs.
+    """
 
     def __call__(
         self, prompts: Sequence[Prompt], responses: Sequence[str]
@@ -80,9 +85,18 @@ def load_oracle(name: str) -> Oracle:
 
 
 def score(
-    oracle: Oracle, prompts: Sequence[Prompt], responses: Sequence[str]
+    oracle: Oracle,
+    prompts: Sequence[Prompt],
+    responses: Sequence[str],
+    *,
+    abstentions: bool = False,
 ) -> np.ndarray:
     """Rewards of ``responses``, checked: ``float64[n]``, all finite.
+
+    Args:
+        oracle: gives one reward per response.
+        prompts, responses: what is judged.
+        abstentions: let NaN pass where the oracle ``may_abstain``.
 
     Raises:
         OracleError: a wrong number of rewards, or one that is not a finite number; the
@@ -96,7 +110,10 @@ def score(
             f"the oracle returned shape {rewards.shape} for {len(responses)} responses;"
             " it has to return one number per response"
         )
-    bad = np.flatnonzero(~np.isfinite(rewards))
+    good = np.isfinite(rewards)
+    if abstentions and getattr(oracle, "may_abstain", False):
+        good |= np.isnan(rewards)
+    bad = np.flatnonzero(~good)
     if bad.size:
         raise OracleError(
             f"the oracle returned {rewards[bad[0]]} for response {bad[0]}: "
@@ -114,11 +131,13 @@ class LabelReport:
     ties_halved: int
     identical: int
     empty: int
+    unscored: int = 0  # a response that the oracle had no reward for
 
     def __str__(self) -> str:
         return (
             f"{self.kept} pairs kept ({self.ties_halved} ties at label 0.5), dropped: "
-            f"{self.ties_dropped} ties, {self.identical} identical, {self.empty} empty"
+            f"{self.ties_dropped} ties, {self.identical} identical, "
+            f"{self.empty} empty, {self.unscored} without a reward"
         )
 
 
@@ -145,7 +164,8 @@ def label_preferences(
 
     Returns:
         The records, with both rewards, and a count of everything left out: ties,
-        identical texts and empty texts.
+        identical texts, empty texts, and texts that an oracle which ``may_abstain``
+        gave no reward.
 
     Raises:
         OracleError: see `score`. ValueError: unknown ``ties``.
@@ -153,10 +173,11 @@ def label_preferences(
     if ties not in ("drop", "half"):
         raise ValueError(f"ties is 'drop' or 'half', not {ties!r}")
     teacher_prompts = teacher_prompts or [None] * len(prompts)
-    first_rewards = score(oracle, prompts, first)
-    second_rewards = score(oracle, prompts, second)
+    first_rewards = score(oracle, prompts, first, abstentions=True)
+    second_rewards = score(oracle, prompts, second, abstentions=True)
     records = []
-    counts = dict.fromkeys(("ties_dropped", "ties_halved", "identical", "empty"), 0)
+    reasons = ("ties_dropped", "ties_halved", "identical", "empty", "unscored")
+    counts = dict.fromkeys(reasons, 0)
     rows = zip(
         prompts,
         teacher_prompts,
@@ -170,6 +191,9 @@ def label_preferences(
             continue
         if texts[0] == texts[1]:
             counts["identical"] += 1
+            continue
+        if not np.isfinite(rewards).all():
+            counts["unscored"] += 1
             continue
         tie = abs(rewards[0] - rewards[1]) <= tie_margin
         if tie and ties == "drop":

@@ -1,25 +1,33 @@
 """Checkpoints: the state, the data position, and what they were made from.
 
 Written by orbax in the background, restored onto the sharding of the state that asks.
-Nothing is pickled.
+Nothing is pickled. A checkpoint carries the checksums of its files, and damage is
+noticed before anything is restored from it.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
 import re
+import tempfile
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
+from rkd_jax.training.checksums import first_damage, has_checksums, write_checksums
 from rkd_jax.training.provenance import differences, plain, summary, versions
 from rkd_jax.training.state import TrainState
 
 _LOGGER = logging.getLogger(__name__)
+_META = ("config", "layout", "versions")
 
 
 class CheckpointError(RuntimeError):
@@ -42,7 +50,12 @@ class Checkpoints:
         folder: a path of its own, local or understood by orbax (``gs://...``).
         config: the resolved configuration: every field that must agree for a resume
             to be the same run, and no other (not the output folder, say).
-        keep: how many to keep.
+        keep: how many to keep. With 2 or more, one that is damaged costs the steps
+            since the one before it.
+
+    Attributes:
+        damage: one line for each checkpoint that `restore` passed over, saying why and
+            what became of it.
 
     Raises:
         CheckpointError: the folder cannot be used.
@@ -51,17 +64,20 @@ class Checkpoints:
 
     def __init__(self, folder: str | os.PathLike, *, config: Any, keep: int = 2):
         path = os.fspath(folder)
-        remote = "://" in path
-        self.folder = path if remote else os.path.abspath(path)
+        self._remote = "://" in path
+        self.folder = path if self._remote else os.path.abspath(path)
+        self.damage: list[str] = []
         self._config = plain(config)
         self._versions = versions()
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             # A half-written checkpoint of a killed run is rubbish that fills the disk.
             cleanup_tmp_directories=True,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
         )
+        self._saving: int | None = None
         with self._one_line("open"):
-            if not remote:
+            if not self._remote:
                 # orbax would make it in the background and complain much later.
                 os.makedirs(self.folder, exist_ok=True)
             self._manager = ocp.CheckpointManager(
@@ -71,7 +87,7 @@ class Checkpoints:
         logging.getLogger("absl").addFilter(self._quiet)
 
     def latest(self) -> int | None:
-        """The step of the newest complete checkpoint."""
+        """The step of the newest complete checkpoint, damaged or not."""
         return self._manager.latest_step()
 
     def save(self, state: TrainState, data: Any) -> None:
@@ -98,10 +114,19 @@ class Checkpoints:
             meta=ocp.args.JsonSave(meta),
         )
         with self._one_line("write"):
+            # The checksums of the one before are written under its own step.
+            self._manager.wait_until_finished()
+            self._check_writable()
+            self._saving = step
             self._manager.save(step, args=items)
 
     def restore(self, state: TrainState) -> tuple[TrainState, Any]:
-        """The newest checkpoint: (state, data position).
+        """The newest whole checkpoint: (state, data position).
+
+        Newer ones that are damaged (a file is missing, cut off or changed, or the
+        format is an older one) are renamed ``damaged-<step>``, which keeps them and
+        lets the run save that step again. `damage` and a warning name each. If none is
+        whole they all stay where they are.
 
         Args:
             state: real or abstract (`jax.ShapeDtypeStruct` with shardings); says which
@@ -109,25 +134,25 @@ class Checkpoints:
 
         Raises:
             CheckpointMismatch: made with another configuration or state layout.
-            CheckpointError: there is none, or it cannot be read.
+            CheckpointError: there is none, none is whole, or one that is whole cannot
+                be read.
         """
-        step = self.latest()
-        if step is None:
+        damaged: dict[int, str] = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                found = self._restore(step, state)
+            except _Damaged as error:
+                damaged[step] = str(error)
+                continue
+            self._set_aside(damaged, fallback=step)
+            return found
+        if not damaged:
             raise CheckpointError(f"{self.folder} holds no checkpoint")
-        with self._one_line("read"):
-            meta = self._read(step, meta=ocp.args.JsonRestore()).meta
-        self._compare(step, "configuration", meta["config"], self._config)
-        self._compare(step, "state", meta["layout"], _layout(state))
-        if changed := differences(meta["versions"], self._versions):
-            # Not an error, but the next steps may differ in their last bits.
-            _LOGGER.warning("resuming with other versions: %s", summary(changed))
-        with self._one_line("read"):
-            found = self._read(
-                step,
-                state=ocp.args.StandardRestore(abstract(state)),
-                data=ocp.args.JsonRestore(),
-            )
-        return found.state, found.data["position"]
+        reasons = [f"{step}: {why}" for step, why in damaged.items()]
+        raise CheckpointError(
+            f"{self.folder}: no checkpoint is whole ({summary(reasons)}); put a copy "
+            "of one back, or move the folder away to begin this training again"
+        )
 
     def wait(self) -> None:
         """Block until everything is on disk.
@@ -157,8 +182,99 @@ class Checkpoints:
             if error is None:
                 raise
 
-    def _read(self, step: int, **items: Any) -> Any:
-        return self._manager.restore(step, args=ocp.args.Composite(**items))
+    def _seal(self) -> None:
+        """Write the checksums; orbax calls this before a checkpoint gets its name."""
+        if not self._remote:
+            for unnamed in Path(self.folder).glob(f"{self._saving}.orbax-checkpoint*"):
+                write_checksums(unnamed)
+
+    def _check_writable(self) -> None:
+        """Raise at once: after a failed start orbax keeps the process from ending."""
+        if not self._remote:
+            os.makedirs(self.folder, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=self.folder, prefix=".writable-"):
+                pass
+
+    def _restore(self, step: int, state: TrainState) -> tuple[TrainState, Any]:
+        """What checkpoint ``step`` holds, or `_Damaged`."""
+        whole = self._verify(step)
+        meta = self._read(step, whole, meta=ocp.args.JsonRestore()).meta
+        lacking = [n for n in _META if not isinstance(meta, dict) or n not in meta]
+        if lacking:
+            raise _Damaged(f"meta lacks {lacking[0]}, as in an older format")
+        self._compare(step, "configuration", meta["config"], self._config)
+        self._compare(step, "state", meta["layout"], _layout(state))
+        if changed := differences(meta["versions"], self._versions):
+            # Not an error, but the next steps may differ in their last bits.
+            _LOGGER.warning("resuming with other versions: %s", summary(changed))
+        found = self._read(
+            step,
+            whole,
+            state=ocp.args.StandardRestore(abstract(state)),
+            data=ocp.args.JsonRestore(),
+        )
+        if found.state is None or not isinstance(found.data, dict):
+            raise _Damaged("state or data position is missing")
+        return found.state, found.data["position"]
+
+    def _verify(self, step: int) -> bool:
+        """Whether every byte is as it was written; False where nobody can know.
+
+        Raises:
+            _Damaged: it is not.
+        """
+        if self._remote:
+            return False
+        path = Path(self.folder) / str(step)
+        with self._one_line("read"):
+            if not has_checksums(path):
+                _LOGGER.warning("checkpoint %s has no checksums: an older one", path)
+                return False
+            wrong = first_damage(path) if jax.process_index() == 0 else None
+        if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(
+            np.int32(wrong is not None)
+        ):
+            wrong = wrong or "process 0 says why"
+        if wrong:
+            raise _Damaged(wrong)
+        return True
+
+    def _read(self, step: int, whole: bool, **items: Any) -> Any:
+        """Items of a checkpoint; what fails although it is whole is no damage."""
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+        except Exception as error:
+            if not whole:
+                raise _Damaged(_reason(error)) from error
+            raise CheckpointError(
+                f"cannot read checkpoint {step} in {self.folder}: {_reason(error)}; "
+                "its files are as they were written"
+            ) from error
+
+    def _set_aside(self, damaged: dict[int, str], fallback: int) -> None:
+        """Rename damaged checkpoints, so that their steps can be saved again."""
+        self.damage = []
+        for step, why in damaged.items():
+            name = self._free_name(step)
+            with self._one_line("write"):
+                if jax.process_index() == 0:
+                    folder = self._manager.directory
+                    (folder / str(step)).rename(folder / name)
+            self.damage.append(
+                f"checkpoint {step} in {self.folder} is damaged ({why}); it is now "
+                f"called {name}, and the run goes on from step {fallback}"
+            )
+            _LOGGER.warning("%s", self.damage[-1])
+        if damaged:
+            if jax.process_count() > 1:
+                multihost_utils.sync_global_devices("damaged checkpoints set aside")
+            self._manager.reload()
+
+    def _free_name(self, step: int) -> str:
+        """``damaged-<step>``, or with a number if that was damaged before."""
+        first = f"damaged-{step}"
+        names = itertools.chain([first], (f"{first}-{n}" for n in itertools.count(2)))
+        return next(n for n in names if not (self._manager.directory / n).exists())
 
     def _compare(self, step: int, what: str, there: Any, here: Any) -> None:
         different = differences(there, here)
@@ -181,7 +297,7 @@ class Checkpoints:
                 "open": "check the path and its permissions",
                 "write": f"free some space or choose another folder; checkpoints "
                 f"{kept} are intact and the same command goes on from the newest",
-                "read": f"delete that checkpoint to fall back on an earlier of {kept}",
+                "read": "check the disk and its permissions",
             }[verb]
             message = f"cannot {verb} checkpoints in {self.folder}: {_reason(error)}"
             raise CheckpointError(f"{message}; {remedy}") from error
@@ -189,6 +305,10 @@ class Checkpoints:
     def _kept(self) -> list[int]:
         manager = getattr(self, "_manager", None)
         return sorted(manager.all_steps()) if manager else []
+
+
+class _Damaged(Exception):
+    """A checkpoint that nothing can be restored from; the text says what is wrong."""
 
 
 def abstract(state: TrainState) -> TrainState:

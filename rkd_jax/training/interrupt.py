@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
 from types import FrameType
@@ -20,6 +21,30 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, message: str, signum: int):
         super().__init__(message)
         self.exit_code = 128 + signum
+
+
+class PeerLost(RuntimeError):
+    """A step failed in one of several processes, as it does when another is gone."""
+
+
+@contextlib.contextmanager
+def blaming_peers():
+    """Turns what a collective says when a process is gone into one line.
+
+    Raises:
+        PeerLost: in one of several processes, the runtime failed.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        why = (str(error).splitlines() or [""])[0][:200]
+        raise PeerLost(
+            f"a step failed in process {jax.process_index()} of {jax.process_count()} "
+            f"({why}); if another process is gone its own log says why; start all of "
+            "them again, and they go on from the last checkpoint"
+        ) from error
 
 
 class StopRequest:

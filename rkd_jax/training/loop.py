@@ -8,16 +8,23 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
 
-from rkd_jax.training.interrupt import Interrupted, StopRequest
+from rkd_jax.training.interrupt import Interrupted, StopRequest, blaming_peers
 from rkd_jax.training.memory import memory_report
 from rkd_jax.training.metrics import MetricsWriter
 from rkd_jax.training.progress import Progress, Silent
+from rkd_jax.training.refused import Drawn, RefusedBatches, drawn
+from rkd_jax.training.spikes import WINDOW, SpikeWatch
 from rkd_jax.training.state import TrainState
 
 if TYPE_CHECKING:  # needs orbax, which training without checkpoints does not
     from rkd_jax.training.checkpoint import Checkpoints
 
 Update = Callable[[TrainState, Any, Any, Any], tuple[TrainState, dict[str, jax.Array]]]
+_LOSS = "student/loss"
+
+
+class Diverged(RuntimeError):
+    """Too many updates in a row were refused; the message says where to look."""
 
 
 class Batches(Protocol):
@@ -65,7 +72,9 @@ def fit(
         progress: a `Progress`, or None.
         checkpoint_every: updates between checkpoints; the last one is always saved.
         in_flight: updates dispatched ahead of the oldest one whose metrics are not in.
-        max_skipped: updates in a row that may be refused before the run gives up.
+        max_skipped: updates in a row that may be refused before the run gives up. What
+            it was fed then is described in ``refused_batches.json``, beside the
+            metrics.
         probe: ``state -> metrics``, logged with each step's own: what a held-out set
             says about the state after the update. Its keys must not be the update's.
         name: of the stage, for ``progress``.
@@ -74,22 +83,27 @@ def fit(
         The state after ``steps`` updates, on disk if there are ``checkpoints``.
 
     A resumed run repeats an uninterrupted one bit for bit: parameters, optimiser
-    states, keys, batches and the log.
+    states, keys, batches and the log. Where the newest checkpoint is damaged it resumes
+    from the newest whole one, and says so. Spikes of the loss (`SpikeWatch`) are noted
+    and logged as ``student/loss_spike``; nothing else is done about them.
 
     Raises:
         Interrupted: Ctrl-C or SIGTERM; the step was finished and saved.
-        CheckpointError: a checkpoint could not be written, or does not fit.
-        RuntimeError: more than ``max_skipped`` updates in a row were refused.
+        CheckpointError: a checkpoint could not be written, or does not fit, or there
+            are some and none is whole.
+        Diverged: more than ``max_skipped`` updates in a row were refused.
         ValueError: the batches ended early.
         TypeError: the position of ``batches`` cannot be saved, but should be.
+        PeerLost: in one of several processes, a step failed.
     """
-    state = _resume(state, batches, checkpoints)
+    state = _resume(state, batches, checkpoints, progress or Silent())
     start = step = int(state.step)
     log = _Log(metrics, progress or Silent(), in_flight, max_skipped)
     log.start(name, step, steps)
-    with StopRequest() as stop:
+    with StopRequest() as stop, blaming_peers():
         while step < steps:
             batch = _next(batches, step, steps)
+            source = drawn(batch, batches)
             batch, signal = prepare(state, batch) if prepare else (batch, ())
             if progress and step == start and hasattr(update, "lower"):
                 progress.memory(memory_report(update, state, frozen, batch, signal))
@@ -97,7 +111,7 @@ def fit(
             step += 1
             if probe is not None:
                 values = values | probe(state)
-            log.put(step, values)
+            log.put(step, values, source)
             due = stop.due(step)
             if due or step == steps or step % checkpoint_every == 0:
                 log.drain()
@@ -124,18 +138,20 @@ class _Log:
     ):
         self._metrics, self._progress = metrics, progress
         self._in_flight, self._max_skipped = in_flight, max_skipped
-        self._pending: deque[tuple[int, Mapping[str, jax.Array]]] = deque()
-        self._skipped = 0  # updates in a row
+        self._pending: deque[tuple[int, Mapping[str, jax.Array], Drawn]] = deque()
+        self._refused = RefusedBatches()
+        self._spikes = SpikeWatch()
 
     def start(self, name: str, step: int, steps: int) -> None:
         """Forget what was logged after ``step``."""
         if self._metrics is not None:
             self._metrics.truncate(step)
+            self._spikes = SpikeWatch(self._metrics.recent(_LOSS, WINDOW))
         self._progress.stage(name, steps, done=step)
 
-    def put(self, step: int, values: Mapping[str, jax.Array]) -> None:
+    def put(self, step: int, values: Mapping[str, jax.Array], batch: Drawn) -> None:
         """Queue one step. Waiting for old ones bounds what the device has queued."""
-        self._pending.append((step, values))
+        self._pending.append((step, values, batch))
         while len(self._pending) > self._in_flight:
             self._write(*self._pending.popleft())
 
@@ -146,29 +162,48 @@ class _Log:
         if self._metrics is not None:
             self._metrics.flush()
 
-    def _write(self, step: int, values: Mapping[str, jax.Array]) -> None:
+    def _write(self, step: int, values: Mapping[str, jax.Array], batch: Drawn) -> None:
         numbers = {name: float(value) for name, value in values.items()}
+        if _LOSS in numbers:
+            spike = self._spikes.see(numbers[_LOSS])
+            numbers[f"{_LOSS}_spike"] = float(spike is not None)
+            if spike is not None:
+                self._progress.note(f"step {step}: {spike}")
         if self._metrics is not None:
             self._metrics.write(step, numbers)
         tokens = int(numbers.get("tokens", 0))
-        self._progress.advance(loss=numbers.get("student/loss"), tokens=tokens)
-        self._report_skipped(step, int(numbers.get("skipped", 0)))
+        self._progress.advance(loss=numbers.get(_LOSS), tokens=tokens)
+        if count := int(numbers.get("skipped", 0)):
+            self._refused.add(step, numbers, batch)
+            self._report_skipped(step, count)
+        else:
+            self._refused.clear()
 
     def _report_skipped(self, step: int, count: int) -> None:
-        self._skipped = self._skipped + 1 if count else 0
-        if not count:
-            return
         cause = "loss or gradient not finite, or nothing unmasked in the batch"
         self._progress.note(f"step {step}: {count} optimiser steps skipped ({cause})")
-        if self._skipped > self._max_skipped:
-            raise RuntimeError(
-                f"{self._skipped} updates up to step {step} were refused in a row "
-                f"({cause}); look at the data and the learning rate"
+        if self._refused.count > self._max_skipped:
+            raise Diverged(
+                f"{self._refused.count} updates up to step {step} were refused in a "
+                f"row ({cause}); {self._dump()}look at the data and the learning rate"
             )
+
+    def _dump(self) -> str:
+        """Describe the refused batches in a file, and say where."""
+        if self._metrics is None:
+            return ""
+        folder = self._metrics.path.parent
+        try:
+            return f"the last batches are described in {self._refused.write(folder)}; "
+        except OSError as error:  # must not hide why the run gave up
+            return f"the last batches could not be described in {folder} ({error}); "
 
 
 def _resume(
-    state: TrainState, batches: Batches, checkpoints: Checkpoints | None
+    state: TrainState,
+    batches: Batches,
+    checkpoints: Checkpoints | None,
+    progress: Progress | Silent,
 ) -> TrainState:
     """The newest checkpoint if it is ahead of ``state``, else ``state``."""
     if checkpoints is None:
@@ -187,6 +222,8 @@ def _resume(
     for leaf in jax.tree.leaves(state):  # never two states in memory at once
         leaf.delete()
     restored, position = checkpoints.restore(target)
+    for line in checkpoints.damage:
+        progress.note(line)
     batches.set_state(position)
     return restored
 

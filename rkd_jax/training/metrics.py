@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,14 @@ class MetricsWriter:
                 break
             end = entry_end
         os.truncate(self.path, end)
+
+    def recent(self, name: str, count: int) -> list[float]:
+        """The last ``count`` finite values of one metric, oldest first."""
+        values: deque[float] = deque(maxlen=count)
+        if self._active:
+            found = (entry["metrics"].get(name) for entry, _ in _entries(self.path))
+            values.extend(value for value in found if value is not None)
+        return list(values)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one step.

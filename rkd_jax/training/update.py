@@ -60,14 +60,22 @@ def make_update(
         A jitted function. It donates ``state`` and nothing else: ``frozen`` may share
         no buffer with it (`init_state` copies). ``metrics`` holds float32 scalars: the
         objective's means, ``student/loss``, ``student/grad_norm`` (before clipping),
-        the same for the critic, as of its last step, and then ``dual`` (``dual/0``,
-        ``dual/1``, ... of several multipliers); ``tokens``, the real tokens of the
+        the same for the critic, as of its last step, and then ``critic/param_norm``,
+        the norm of its parameters after it, and ``dual`` (``dual/0``, ``dual/1``, ...
+        of several multipliers); ``tokens``, the real tokens of the
         student's sequences; ``skipped``, steps not taken.
 
     A step with a non-finite loss or gradient, or with nothing unmasked (weight 0), is
     not taken: that player's parameters and optimiser state stay, and it is counted, in
     ``skipped`` and over the run in `TrainState.skipped`. Where it was the critic's last
     step, the dual stays too.
+
+    What keeps a game from running away lies with those who know its scale. A critic is
+    bounded by its head (``ScalarHead(bound=R)``, ``q_bound``) and, where there are
+    preferences, by the confidence set, whose ``critic/slack`` the objective logs;
+    gradients by ``OptimConfig.clip_norm``. A multiplier moves by at most ``step_size *
+    clip`` in one step and never below 0 (`rkd_jax.losses.minmax.dual_update`); it has
+    no ceiling, so watch ``dual``.
 
     Raises:
         ValueError: here, for a critic without optimiser or the reverse; when traced,
@@ -174,7 +182,8 @@ def _critic_phase(game: _Game, state: TrainState, frozen, parts, rng):
     metrics = {name: values[-1] for name, values in metrics.items()}
     dual = _dual_step(game.objective, state.dual, metrics, taken[-1])
     refused = jnp.sum(~taken, dtype=jnp.int32)
-    return critic, dual, metrics | _dual_metrics(dual), refused
+    metrics |= {"critic/param_norm": _norm(critic.params)} | _dual_metrics(dual)
+    return critic, dual, metrics, refused
 
 
 def _student_phase(game: _Game, student: Player, critic, frozen, parts, rng):
@@ -237,6 +246,12 @@ def _dual_step(objective: Objective, dual, metrics: Metrics, taken):
         return dual
     moved = jnp.asarray(objective.dual_step(dual, metrics), dual.dtype)
     return jnp.where(taken & jnp.isfinite(moved), moved, dual)
+
+
+def _norm(params: Any) -> jax.Array:
+    """Of all parameters together, float32."""
+    wide = jax.tree.map(lambda p: p.astype(accumulator(p)), params)
+    return optax.tree.norm(wide).astype(jnp.float32)
 
 
 def _dual_metrics(dual: jax.Array) -> Metrics:

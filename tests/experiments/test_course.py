@@ -14,6 +14,7 @@ from experiments.lab import open_lab
 from experiments.stages import Desk
 from rkd_jax.data.records import PreferenceRecord
 from rkd_jax.data.sources import write_jsonl
+from rkd_jax.signals.retrying_oracle import RetryConfig
 from rkd_jax.training.progress import Progress
 from rkd_jax.training.run import RunFolder
 
@@ -40,8 +41,11 @@ def test_without_knows_chats_and_text():
 
 
 def test_prompts_of_held_out_pairs_in_a_file_teach_nobody(tmp_path):
-    config = tvkd.tiny()
+    calls = RetryConfig(retries=7, on_failure="drop")
+    config = dataclasses.replace(tvkd.tiny(), oracle_calls=calls)
+    assert config.identity() == tvkd.tiny().identity()  # patience makes no other run
     lab = open_lab(config)
+    assert lab.oracle.config == calls
     prompts, _, _ = load_prompts(config.task, lab)
     file = tmp_path / "pairs.jsonl"
     write_jsonl(file, [pair(record.prompt, i) for i, record in enumerate(prompts)])

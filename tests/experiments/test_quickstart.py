@@ -19,6 +19,7 @@ import pytest
 from experiments import quickstart
 from rkd_jax.data.tokenizer import byte_tokenizer
 from rkd_jax.interop import load_model
+from rkd_jax.training import read_metrics
 
 ROOT = Path(__file__).parents[2]
 FREE = ("created", "timings", "versions", "command")  # what may differ between two runs
@@ -96,6 +97,15 @@ def test_the_report_names_every_policy_and_shows_the_game(tiny_run):
     assert len(report["summary"]) == 4
     for policy in report["policies"]:
         assert policy["reward"]["n"] == config.task.held_out_prompts
+
+
+def test_the_game_logs_what_would_show_it_running_away(tiny_run):
+    watched = {"critic/grad_norm", "critic/param_norm", "critic/slack", "dual"}
+    entries = read_metrics(tiny_run[0] / "4-offline")
+    assert len(entries) == quickstart.tiny().game.offline_steps
+    for entry in entries:
+        found = [entry["metrics"][name] for name in watched]
+        assert all(math.isfinite(value) for value in found)
 
 
 def test_the_page_is_one_file_that_needs_nothing_else(tiny_run):

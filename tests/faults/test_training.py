@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -199,14 +200,19 @@ def test_a_full_disk_is_one_line_and_costs_no_earlier_checkpoint(
     assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {"2", "4"}
 
 
-def test_a_preempted_process_stops_all_of_them_at_the_same_step(start, tmp_path):
+def start_two(start, folder, steps, *arguments):
+    """Two processes that train together."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = str(probe.getsockname()[1])
-    both = [
-        start(tmp_path, "500", port, index, module="two_processes", devices=2)
+    return [
+        start(folder, steps, port, index, *arguments, module="two_processes", devices=2)
         for index in ("0", "1")
     ]
+
+
+def test_a_preempted_process_stops_all_of_them_at_the_same_step(start, tmp_path):
+    both = start_two(start, tmp_path, "500")
     wait_until_ready(both[1])
     both[1].send_signal(signal.SIGTERM)
     ends = [finish(process) for process in both]
@@ -224,6 +230,28 @@ def test_a_preempted_process_stops_all_of_them_at_the_same_step(start, tmp_path)
     }
     log = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert len(log) == int(saved.name) < 500
+
+
+def test_a_killed_process_ends_the_other_and_both_go_on_together(start, tmp_path):
+    folder = tmp_path / "checkpoints"
+    both = start_two(start, tmp_path, "500", "3")
+    wait_until_ready(both[1])
+    while not any(path.name.isdigit() for path in folder.glob("*")):
+        assert both[0].poll() is None
+        time.sleep(0.1)
+    both[1].kill()
+    killed = time.monotonic()
+    finish(both[1])
+    status, errors = finish(both[0])
+    assert time.monotonic() - killed < 60.0
+    assert status not in (0, None)
+    assert "error: a step failed in process 0 of 2" in errors
+    saved = max(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+    ends = [finish(p) for p in start_two(start, tmp_path, str(saved + 2), "3")]
+    assert [status for status, _ in ends] == [0, 0], ends
+    log = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["step"] for line in log]
+    assert steps == list(range(1, saved + 3))
 
 
 # T10: what is frozen stays alive and unchanged, what is donated is really gone.

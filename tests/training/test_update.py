@@ -67,6 +67,7 @@ def test_one_round_by_hand(rng):
         "critic/loss": loss,
         "critic/slack": slack,
         "critic/grad_norm": abs(grad),
+        "critic/param_norm": abs(y),
         "dual": dual + slack,
         "student/loss": x * y,
         "student/x": x,

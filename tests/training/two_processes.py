@@ -1,7 +1,8 @@
 """One of two processes that train the tiny game together on four devices.
 
-``python -m tests.training.two_processes FOLDER STEPS PORT INDEX`` says "ready" at step
-1 and from then on takes its time, so that a signal finds it at work.
+``python -m tests.training.two_processes FOLDER STEPS PORT INDEX [EVERY]`` says "ready"
+at step 1 and from then on takes its time, so that a signal finds it at work. It saves
+every EVERY steps, and takes a silent process for dead after ten seconds.
 """
 
 import sys
@@ -19,12 +20,15 @@ from rkd_jax.sharding import (
 )
 from rkd_jax.training import Interrupted, MetricsWriter, fit
 from rkd_jax.training.checkpoint import Checkpoints
+from rkd_jax.training.interrupt import PeerLost
 from rkd_jax.training.state import state_shardings
 from tests.training import tiny_game
 
 
-def _main(folder: str, steps: str, port: str, index: str) -> None:
-    jax.distributed.initialize(f"localhost:{port}", 2, int(index))
+def _main(folder: str, steps: str, port: str, index: str, every: str = "500") -> None:
+    jax.distributed.initialize(
+        f"localhost:{port}", 2, int(index), heartbeat_timeout_seconds=10
+    )
     mesh = make_mesh(MeshConfig(data=2, fsdp=2))
     student, critic, frozen = tiny_game.params()
     shardings = state_shardings(
@@ -60,6 +64,7 @@ def _main(folder: str, steps: str, port: str, index: str) -> None:
             prepare=prepare,
             checkpoints=checkpoints,
             metrics=metrics,
+            checkpoint_every=int(every),
         )
 
 
@@ -69,3 +74,5 @@ if __name__ == "__main__":
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         sys.exit(stop.exit_code)
+    except PeerLost as error:
+        sys.exit(f"error: {error}")
