@@ -31,6 +31,8 @@ EXTRAS = {
     "gguf": ["gguf>=0.10"],
     # importlib_resources is used by tensorflow-datasets but not declared by it.
     "tfds": ["tensorflow-datasets>=4.9.7", "importlib_resources"],
+    # The TPU compiler: 0.0.51 with jax 0.10.2; a newer jax may want a newer one.
+    "aot": ["libtpu>=0.0.42"],
     "eval": ["vaderSentiment==3.3.2", "reasoning-gym==0.1.25"],
     "test": [
         "pytest>=8",

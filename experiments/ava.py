@@ -223,17 +223,22 @@ def family(lab: Lab, options: AvaConfig, dpo: DpoConfig) -> dict:
     }
 
 
+def table(lab: Lab, config: AvaExperiment) -> dict:
+    """All methods by the names they have in the report."""
+    return {
+        "SFT": Sft(lab, config.ava.fit),
+        "DPO": Dpo(lab, config.dpo),
+        **family(lab, config.ava, config.dpo),
+    }
+
+
 def run(config: AvaExperiment) -> Path:
     """SFT and DPO, then the family, from the same start."""
     return run_system(
         config,
         "ava",
         "AVA: policy and dense reward inferred together",
-        lambda lab: {
-            "SFT": Sft(lab, config.ava.fit),
-            "DPO": Dpo(lab, config.dpo),
-            **family(lab, config.ava, config.dpo),
-        },
+        lambda lab: table(lab, config),
     )
 
 

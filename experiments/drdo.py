@@ -186,13 +186,18 @@ def family(lab: Lab, options: DrdoConfig, beta: float = 0.1) -> dict:
     }
 
 
+def table(lab: Lab, config: DrdoExperiment) -> dict:
+    """All methods by the names they have in the report."""
+    return family(lab, config.drdo)
+
+
 def run(config: DrdoExperiment) -> Path:
     """d-DPO, then DRDO, from the same start and on the same rewards."""
     return run_system(
         config,
         "drdo",
         "DRDO: rewards distilled and preferences learnt at once",
-        lambda lab: family(lab, config.drdo),
+        lambda lab: table(lab, config),
     )
 
 

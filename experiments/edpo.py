@@ -236,16 +236,21 @@ def family(lab: Lab, options: EdpoConfig, reward: RewardConfig) -> dict:
     }
 
 
+def table(lab: Lab, config: EdpoExperiment) -> dict:
+    """All methods by the names they have in the report."""
+    return {
+        "DPO": Dpo(lab, DpoConfig(config.edpo.fit, config.edpo.beta)),
+        **family(lab, config.edpo, config.reward),
+    }
+
+
 def run(config: EdpoExperiment) -> Path:
     """DPO, then the family, from the same start."""
     return run_system(
         config,
         "edpo",
         "e-DPO: rewards distilled into a policy, with pessimism",
-        lambda lab: {
-            "DPO": Dpo(lab, DpoConfig(config.edpo.fit, config.edpo.beta)),
-            **family(lab, config.edpo, config.reward),
-        },
+        lambda lab: table(lab, config),
     )
 
 

@@ -18,7 +18,7 @@ from experiments.course import Course
 from experiments.lab import Lab
 from experiments.settings import GameConfig, RewardConfig, SettingsError
 from experiments.stages import Desk, train, training_key
-from experiments.trainer import constant_rate
+from experiments.trainer import Step, constant_rate
 from rkd_jax.data.collate import collate
 from rkd_jax.data.pipeline import ZippedBatches, make_batches
 from rkd_jax.data.records import DemonstrationRecord, PreferenceRecord
@@ -143,7 +143,7 @@ class Game:
         self.student_optimizer = constant_rate(config.learning_rate)
         self.critic_optimizer = constant_rate(config.critic_learning_rate)
         self.anchor_optimizer = constant_rate(reward.learning_rate)
-        self.update = make_update(
+        self.step = Step(
             make_pbkd(
                 lab.student,
                 lab.token_rewards,
@@ -157,8 +157,8 @@ class Game:
             critic_optimizer=self.critic_optimizer,
             critic_steps=config.critic_steps,
             accumulation=config.accumulation,
-            max_traces=lab.widths,
         )
+        self.update = self.step.update(max_traces=lab.widths)
         self.anchor_update = make_update(
             make_reward_model(lab.token_rewards, l2=reward.l2),
             student_optimizer=self.anchor_optimizer,

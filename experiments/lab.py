@@ -142,7 +142,7 @@ def open_lab(config: ExperimentConfig) -> Lab:
         student,
         student_params,
         tokenizer=tokenizer,
-        rows=_row_layout(config.policy),
+        rows=row_layout(config.policy),
         oracle=RetryingOracle(load_oracle(config.oracle), config.oracle_calls),
         policy=config.policy,
         reward=config.reward,
@@ -162,10 +162,7 @@ def make_lab(
     reward: RewardConfig,
 ) -> Lab:
     """The equipment around any teacher and student of one tokenizer."""
-    trunk_config, trunk_params = keep_layers(
-        teacher.config, teacher_params, tuple(range(reward.layers))
-    )
-    trunk = Decoder(trunk_config)
+    trunk, trunk_params = _lower_part(teacher, teacher_params, reward.layers)
     head = ScalarHead(bound=reward.bound)
     on_states, on_text = READINGS[reward.level]
     text_rewards = functools.partial(on_text, RewardModel(trunk, head))
@@ -252,17 +249,22 @@ def cut_student(
         )
         if tokenizer is not None:
             same_vocabulary(tokenizer, load_teacher(config)[2])
-        return _student(model, config), params
+        return as_student(model, config), params
+    check_drop_layers(config, teacher.config)
     layers = range(teacher.config.num_layers)
-    unknown = sorted(set(config.drop_layers) - set(layers))
+    kept = tuple(i for i in layers if i not in config.drop_layers)
+    student_config, params = keep_layers(teacher.config, teacher_params, kept)
+    return as_student(Decoder(student_config), config), params
+
+
+def check_drop_layers(config: ModelConfig, teacher: DecoderConfig) -> None:
+    """Raise SettingsError for a layer that the teacher does not have."""
+    unknown = sorted(set(config.drop_layers) - set(range(teacher.num_layers)))
     if unknown:
         raise SettingsError(
             f"drop_layers names layer {unknown[0]}, the teacher has layers 0 to "
-            f"{layers[-1]}"
+            f"{teacher.num_layers - 1}"
         )
-    kept = tuple(i for i in layers if i not in config.drop_layers)
-    student_config, params = keep_layers(teacher.config, teacher_params, kept)
-    return _student(Decoder(student_config), config), params
 
 
 def with_dtype(model: Decoder, dtype: str) -> Decoder:
@@ -270,13 +272,27 @@ def with_dtype(model: Decoder, dtype: str) -> Decoder:
     return Decoder(dataclasses.replace(model.config, dtype=dtype))
 
 
-def _student(model: Decoder, config: ModelConfig) -> Decoder:
+def as_student(model: Decoder, config: ModelConfig) -> Decoder:
     """The same architecture, computing as the options say."""
     arithmetic = {"dtype": config.dtype, "remat": config.remat}
     return Decoder(dataclasses.replace(model.config, **arithmetic))
 
 
-def _row_layout(policy: PolicyConfig) -> TokenizeConfig:
+def _lower_part(
+    teacher: Decoder, params: Params, layers: int
+) -> tuple[Decoder, Params]:
+    """The first layers; of abstract parameters abstract ones."""
+    config = dataclasses.replace(teacher.config, num_layers=layers)
+
+    def keep(params: Params) -> Params:
+        return keep_layers(teacher.config, params, tuple(range(layers)))[1]
+
+    if isinstance(jax.tree.leaves(params)[0], jax.ShapeDtypeStruct):
+        return Decoder(config), jax.eval_shape(keep, params)
+    return Decoder(config), keep(params)
+
+
+def row_layout(policy: PolicyConfig) -> TokenizeConfig:
     """One width each, and for the teacher a second one for its plain prompts."""
     wide, plain = policy.max_teacher_prompt, policy.max_prompt
     return TokenizeConfig(

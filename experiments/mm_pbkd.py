@@ -103,16 +103,21 @@ def family(lab: Lab, mmkd: MmkdConfig, mm_pbkd: MmPbkdConfig) -> dict:
     return {"MMKD": Mmkd(lab, mmkd), "MM-PbKD": MmPbkd(lab, mm_pbkd)}
 
 
+def table(lab: Lab, config: MmPbkdExperiment) -> dict:
+    """All methods by the names they have in the report."""
+    return {
+        "PbKD": Pbkd(lab, config.game, config.reward),
+        **family(lab, config.mmkd, config.mm_pbkd),
+    }
+
+
 def run(config: MmPbkdExperiment) -> Path:
     """PbKD offline, MMKD, MM-PbKD, from the same start."""
     return run_system(
         config,
         "mm_pbkd",
         "MM-PbKD: a game on action values",
-        lambda lab: {
-            "PbKD": Pbkd(lab, config.game, config.reward),
-            **family(lab, config.mmkd, config.mm_pbkd),
-        },
+        lambda lab: table(lab, config),
     )
 
 

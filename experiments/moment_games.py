@@ -21,7 +21,7 @@ from experiments.game import TextBook
 from experiments.lab import Lab
 from experiments.settings import FitConfig, SettingsError
 from experiments.stages import Desk, train, training_key
-from experiments.trainer import Trainer, constant_rate
+from experiments.trainer import Step, Trainer, constant_rate
 from rkd_jax.data.collate import collate
 from rkd_jax.data.pipeline import ZippedBatches, make_batches
 from rkd_jax.data.tokenize import tokenize_record
@@ -35,7 +35,6 @@ from rkd_jax.objectives.q_anchor import make_q_anchor, pair_advantages
 from rkd_jax.objectives.reward_model import l2_penalty, pair_losses
 from rkd_jax.signals.teacher import make_features, make_teacher_log_probs
 from rkd_jax.training.state import TrainState, init_state, step_keys
-from rkd_jax.training.update import make_update
 from rkd_jax.types import (
     DemonstrationBatch,
     GameBatch,
@@ -106,14 +105,14 @@ class _MomentGame:
         self._ask = lab.teacher_policy if dense else lab.teacher_states
         self.student_optimizer = constant_rate(options.learning_rate)
         self.critic_optimizer = constant_rate(options.critic.learning_rate)
-        self.update = make_update(
+        self.step = Step(
             objective,
             student_optimizer=self.student_optimizer,
             critic_optimizer=self.critic_optimizer,
             critic_steps=options.critic.steps,
             accumulation=options.accumulation,
-            max_traces=lab.widths,
         )
+        self.update = self.step.update(max_traces=lab.widths)
 
     def _begin(self, course: Course, critic: Params, seed: int, dual=1.0) -> TrainState:
         return init_state(

@@ -196,18 +196,21 @@ def family(
     }
 
 
+def table(lab: Lab, config: PbkdExperiment) -> dict:
+    """All methods by the names they have in the report."""
+    return {
+        "DPO": Dpo(lab, config.dpo),
+        **family(lab, config.game, config.reward, config.pairs.rounds, config.labels),
+    }
+
+
 def run(config: PbkdExperiment) -> Path:
     """DPO on the offline pairs, then the game offline and online."""
     return run_system(
         config,
         "pbkd",
         "PbKD: distillation as a game with a reward player",
-        lambda lab: {
-            "DPO": Dpo(lab, config.dpo),
-            **family(
-                lab, config.game, config.reward, config.pairs.rounds, config.labels
-            ),
-        },
+        lambda lab: table(lab, config),
     )
 
 

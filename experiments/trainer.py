@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import optax
 
@@ -12,6 +13,7 @@ from experiments.settings import FitConfig, SettingsError
 from experiments.stages import Desk, train, training_key
 from rkd_jax.data.pipeline import make_batches
 from rkd_jax.data.records import DemonstrationRecord, PreferenceRecord
+from rkd_jax.training.loop import Update
 from rkd_jax.training.optim import OptimConfig, make_optimizer
 from rkd_jax.training.state import init_state
 from rkd_jax.training.update import make_update
@@ -23,6 +25,31 @@ Record = DemonstrationRecord | PreferenceRecord
 def constant_rate(learning_rate: float) -> optax.GradientTransformation:
     """Adam without decay and without a schedule, the same for every method."""
     return make_optimizer(OptimConfig(learning_rate=learning_rate, weight_decay=0.0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What one update is made of, so that the same one can be placed anywhere.
+
+    Example: ``Step(make_sft(model), constant_rate(1e-5)).update()``.
+    """
+
+    objective: Objective
+    student_optimizer: optax.GradientTransformation
+    critic_optimizer: optax.GradientTransformation | None = None
+    critic_steps: int = 1
+    accumulation: int = 1
+
+    def update(self, **placement: Any) -> Update:
+        """`make_update`; ``placement`` are the arguments that are not above."""
+        return make_update(
+            self.objective,
+            student_optimizer=self.student_optimizer,
+            critic_optimizer=self.critic_optimizer,
+            critic_steps=self.critic_steps,
+            accumulation=self.accumulation,
+            **placement,
+        )
 
 
 class Trainer:
@@ -37,12 +64,8 @@ class Trainer:
     def __init__(self, lab: Lab, objective: Objective, options: FitConfig):
         self.lab, self.objective, self.options = lab, objective, options
         self.optimizer = constant_rate(options.learning_rate)
-        self.update = make_update(
-            objective,
-            student_optimizer=self.optimizer,
-            accumulation=options.accumulation,
-            max_traces=lab.widths,
-        )
+        self.step = Step(objective, self.optimizer, accumulation=options.accumulation)
+        self.update = self.step.update(max_traces=lab.widths)
 
     def batches(self, records: Sequence[Record], seed: int):
         """Shuffled batches of the records, for ever.

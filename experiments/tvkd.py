@@ -146,16 +146,21 @@ def tiny() -> TvkdExperiment:
     )
 
 
+def table(lab: Lab, config: TvkdExperiment) -> dict:
+    """All methods by the names they have in the report."""
+    return {
+        "DPO": Dpo(lab, DpoConfig(config.tvkd.fit, config.tvkd.beta)),
+        "TVKD": Tvkd(lab, config.tvkd),
+    }
+
+
 def run(config: TvkdExperiment) -> Path:
     """DPO, then TVKD, from the same start."""
     return run_system(
         config,
         "tvkd",
         "TVKD: the teacher's values as shaping in DPO",
-        lambda lab: {
-            "DPO": Dpo(lab, DpoConfig(config.tvkd.fit, config.tvkd.beta)),
-            "TVKD": Tvkd(lab, config.tvkd),
-        },
+        lambda lab: table(lab, config),
     )
 
 

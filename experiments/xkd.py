@@ -241,20 +241,25 @@ def family(lab: Lab, options: XkdConfig) -> dict:
     }
 
 
-def run(config: XkdExperiment) -> Path:
-    """The parents, then the variants, from the same start."""
+def table(lab: Lab, config: XkdExperiment) -> dict:
+    """All methods by the names they have in the report."""
     options = config.xkd
     gkd = GkdConfig(fit=options.fit, rho=options.rho, beta=options.beta)
+    return {
+        "SeqKD": SeqKd(lab, options.fit),
+        "GKD": Gkd(lab, gkd),
+        "MiniLLM": MiniLlm(lab, options.minillm_fit),
+        **family(lab, options),
+    }
+
+
+def run(config: XkdExperiment) -> Path:
+    """The parents, then the variants, from the same start."""
     return run_system(
         config,
         "xkd",
         "X-KD: distillation with reward inference",
-        lambda lab: {
-            "SeqKD": SeqKd(lab, options.fit),
-            "GKD": Gkd(lab, gkd),
-            "MiniLLM": MiniLlm(lab, options.minillm_fit),
-            **family(lab, options),
-        },
+        lambda lab: table(lab, config),
     )
 
 

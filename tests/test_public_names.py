@@ -90,6 +90,14 @@ NAMES = {
     "rkd_jax.training": "init_state make_update fit Diverged",
     "rkd_jax.training.checkpoint": "Checkpoints",
     "rkd_jax.evaluation.report": "write_report",
+    "rkd_jax.aot.topology": "chip_of slice_devices prefer_the_compiler",
+    "rkd_jax.aot.compiling": "compile_step Compiled placed parameter_shardings",
+    "rkd_jax.aot.hlo": "parse Program",
+    "rkd_jax.aot.collectives": "collective_traffic Traffic",
+    "rkd_jax.aot.traffic": "hbm_bytes",
+    "rkd_jax.aot.flops": "matmul_flops",
+    "rkd_jax.aot.report": "Plan Memory Work Roofline roofline",
+    "rkd_jax.models.flops": "trunk_flops head_flops forward_flops",
 }
 CASES = [(module, name) for module, names in NAMES.items() for name in names.split()]
 

@@ -22,9 +22,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.benchmarks.llama import forward_flops, head_flops, trunk_flops
 from rkd_jax.losses import generalized_jsd
 from rkd_jax.models.decoder import Decoder
+from rkd_jax.models.flops import forward_flops, head_flops, trunk_flops
 from rkd_jax.models.heads import (
     TOKEN_HEAD,
     GaussianHead,

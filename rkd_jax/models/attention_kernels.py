@@ -54,8 +54,13 @@ def choose(implementation: str, length: int, *, has_cache: bool) -> str:
         return implementation
     mesh = jax.sharding.get_abstract_mesh()
     placed = not mesh.empty or jax.device_count() == 1
-    legal = jax.default_backend() == "tpu" and placed and length >= _LANES
-    return "splash" if legal else "xla"
+    here = jax.default_backend() == "tpu" and placed
+    return "splash" if here and legal_on_tpu(length) else "xla"
+
+
+def legal_on_tpu(length: int) -> bool:
+    """Whether "auto" takes splash attention for rows of so many columns on a TPU."""
+    return length >= _LANES
 
 
 def dot_product_attention(

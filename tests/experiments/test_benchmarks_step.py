@@ -11,11 +11,12 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from experiments.benchmarks import step
-from experiments.benchmarks.llama import forward_flops, llama
+from experiments.benchmarks.llama import llama
 from experiments.benchmarks.step import StepBenchmark, setting_of
 from experiments.benchmarks.step_cases import CASES
 from rkd_jax.models.api import response_logits
 from rkd_jax.models.decoder import DecoderConfig
+from rkd_jax.models.flops import forward_flops
 from rkd_jax.training.optim import OptimConfig, make_optimizer
 from rkd_jax.training.state import init_state
 from rkd_jax.training.update import make_update

@@ -1,0 +1,172 @@
+"""Compile a step for devices that are not here, and read what it would need."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import time
+from typing import Any
+
+import jax
+from jax.extend.core import Literal
+from jax.sharding import Mesh, NamedSharding
+
+from rkd_jax.aot.collectives import collective_traffic
+from rkd_jax.aot.flops import matmul_flops
+from rkd_jax.aot.hlo import parse
+from rkd_jax.aot.report import Memory, Work
+from rkd_jax.aot.traffic import hbm_bytes
+from rkd_jax.sharding import LogicalAxes, partition_spec, tree_shardings
+
+_REFUSED = re.compile(  # two ways of libtpu to say so
+    r"(?:Used |total memory required for [\w ]+\()(?P<used>[\d.]+)(?P<unit>[KMG]?)"
+    r"(?= of [\d.]+[KMG]? hbm|\) exceeds available HBM)"
+)
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
+SMALL = 2**20  # numbers of an array that is not worth cutting
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What `compile_step` found.
+
+    Example: ``compile_step(update, arguments, mesh).memory.peak``.
+    """
+
+    memory: Memory
+    work: Work | None
+    guessed_loops: int
+    seconds: float
+
+
+def compile_step(
+    jitted: Any,
+    arguments: tuple[Any, ...],
+    mesh: Mesh,
+    *,
+    beside: float = 0.0,
+    unknown: int = 1,
+) -> Compiled:
+    """Trace, lower and compile; run nothing.
+
+    Args:
+        jitted: of `jax.jit`.
+        arguments: abstract values, each with its sharding on ``mesh``.
+        mesh: of devices of a topology, or real ones.
+        beside: bytes on a device that are no arguments.
+        unknown: see `rkd_jax.aot.hlo.parse`.
+
+    Raises:
+        jax.errors.JaxRuntimeError: the compiler refuses it for another reason than want
+            of memory.
+    """
+    start = time.perf_counter()
+    traced = jitted.trace(*arguments)
+    jaxpr = traced.jaxpr.jaxpr
+    beside += unread_bytes(jaxpr, arguments)
+    flops = matmul_flops(jaxpr, devices=mesh.size, unknown=unknown)
+    lowered = traced.lower()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        memory = _refused(
+            error, device_bytes(arguments) - unread_bytes(jaxpr, arguments)
+        )
+        if memory is None:
+            raise
+        memory = dataclasses.replace(memory, beside=beside)
+        return Compiled(memory, None, 0, time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    stats = compiled.memory_analysis()
+    memory = Memory(
+        arguments=stats.argument_size_in_bytes,
+        temporaries=stats.temp_size_in_bytes,
+        outputs=stats.output_size_in_bytes,
+        aliased=stats.alias_size_in_bytes,
+        code=stats.generated_code_size_in_bytes,
+        beside=beside,
+    )
+    program = parse(compiled.as_text(), unknown=unknown)
+    traffic = collective_traffic(program, mesh.size)
+    work = Work(flops, hbm_bytes(program), traffic)
+    return Compiled(memory, work, len(program.guessed), seconds)
+
+
+def placed(tree: Any, shardings: Any) -> Any:
+    """Abstract values with their shardings.
+
+    Args:
+        tree: of abstract values.
+        shardings: the same tree, or one sharding for all.
+    """
+    if isinstance(shardings, NamedSharding):
+        shardings = jax.tree.map(lambda _: shardings, tree)
+
+    def place(leaf, sharding):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(place, tree, shardings)
+
+
+def parameter_shardings(params: Any, axes: Any, mesh: Mesh) -> Any:
+    """Where parameters live.
+
+    Args:
+        params: abstract values.
+        axes: the tree of `rkd_jax.sharding.tree_shardings`; None where the parameters
+            say nothing of their axes: large matrices are then cut over fsdp along an
+            axis that divides, everything else is replicated.
+        mesh: the mesh.
+
+    Raises:
+        ValueError: an axis does not divide over the devices.
+    """
+    if axes is not None:
+        return tree_shardings(axes, mesh, shapes=params)
+
+    def place(leaf):
+        names: LogicalAxes = (None,) * leaf.ndim
+        if math.prod(leaf.shape) >= SMALL:
+            parts = mesh.shape["fsdp"]
+            cut = next((i for i, n in enumerate(leaf.shape) if n % parts == 0), None)
+            names = tuple("embed" if i == cut else None for i in range(leaf.ndim))
+        return NamedSharding(mesh, partition_spec(names))
+
+    return jax.tree.map(place, params)
+
+
+def device_bytes(tree: Any) -> float:
+    """Bytes that one device holds of placed abstract values; keys are left out."""
+
+    def size(leaf):
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return 0
+        sharding = leaf.sharding
+        shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
+        return math.prod(shape) * leaf.dtype.itemsize
+
+    return float(sum(map(size, jax.tree.leaves(tree))))
+
+
+def unread_bytes(jaxpr: Any, arguments: tuple[Any, ...]) -> float:
+    """Bytes on one device of arguments that a function does not read.
+
+    They are no arguments of the compiled program, but they are there.
+    """
+    read = {v for v in jaxpr.outvars if not isinstance(v, Literal)}
+    for eqn in jaxpr.eqns:
+        read |= {v for v in eqn.invars if not isinstance(v, Literal)}
+    leaves = jax.tree.leaves(arguments)
+    given = jaxpr.invars[len(jaxpr.invars) - len(leaves) :]  # constants come first
+    unread = [leaf for v, leaf in zip(given, leaves, strict=True) if v not in read]
+    return device_bytes(unread)
+
+
+def _refused(error: Exception, arguments: float) -> Memory | None:
+    """What the compiler says it would have used."""
+    found = _REFUSED.search(str(error))
+    if found is None:
+        return None
+    used = float(found["used"]) * _UNITS[found["unit"]]
+    return Memory(arguments, used - arguments, compiled=False)

@@ -1,0 +1,151 @@
+"""Every method's update can be lowered from shapes; what is counted is what it does."""
+
+import dataclasses
+
+import jax
+import pytest
+
+from experiments import compile_ahead, tvkd
+from experiments.abstract_inputs import inputs_of
+from experiments.abstract_lab import abstract_lab
+from experiments.abstract_programs import PROGRAMS, hold
+from experiments.compile_ahead import EXPERIMENTS, Request, plan
+from experiments.lab import cut_student, load_teacher
+from experiments.published_shapes import SHAPES, shape_of
+from experiments.settings import SettingsError
+from rkd_jax.sharding import MeshConfig, make_mesh
+
+REQUEST = Request("tvkd", "v5e:2x4", batch=16, accumulation=2, tiny=True)
+
+
+def experiment(name):
+    return compile_ahead._experiment(dataclasses.replace(REQUEST, experiment=name))
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_method_has_shapes(name):
+    """And among them the signals that its objective requires."""
+    config, table = experiment(name)
+    lab = abstract_lab(config, for_tpu=False)
+    for label, method in table(lab, config).items():
+        inputs = inputs_of(method, 4)
+        assert inputs.records == 4, label
+        signal = vars(inputs.signal) if inputs.signal else {}
+        required = inputs.step.objective.requires
+        assert all(signal[field] is not None for field in required), label
+        critic = inputs.step.objective.critic_loss
+        assert (inputs.critic is None) == (critic is None), label
+
+
+@pytest.mark.parametrize("label", ["GKD", "PbKD offline", "X-KD GKD", "dp-DPO"])
+def test_a_loss_reads_its_shapes(label):
+    """One for each kind of batch."""
+    config, table = experiment("compare_seed_systems")
+    lab = abstract_lab(config, for_tpu=False)
+    inputs = inputs_of(table(lab, config)[label], 4)
+    found = jax.eval_shape(
+        inputs.step.objective.student_loss,
+        *(inputs.student, inputs.critic, inputs.frozen),
+        *(inputs.batch, inputs.signal, jax.random.key(0)),
+    )
+    assert found.total.shape == ()
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_the_shapes_of_paper_scale_models_are_known(name):
+    config = dataclasses.replace(REQUEST, experiment=name, tiny=False)
+    config, _ = compile_ahead._experiment(config)
+    models = config.models
+    assert models.teacher in SHAPES
+    assert models.student is None or models.student in SHAPES
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [  # as published: 8.03, 1.24, 6.74 and 3.82 billion, and 134,515,008
+        ("Llama-3.1-8B-Instruct", 8_030_261_248),
+        ("Llama-3.2-1B", 1_235_814_400),
+        ("Llama-2-7b-chat", 6_738_415_616),
+        ("Phi-3-mini-4k-instruct", 3_821_079_552),
+        ("smollm2", 134_515_008),
+    ],
+)
+def test_a_published_shape_has_the_published_number_of_parameters(name, parameters):
+    config = dataclasses.replace(tvkd.tiny().models, teacher=name, drop_layers=())
+    lab = abstract_lab(dataclasses.replace(tvkd.tiny(), models=config))
+    assert sum(x.size for x in jax.tree.leaves(lab.teacher_params)) == parameters
+
+
+def test_the_abstract_lab_has_the_shapes_of_the_real_one():
+    config = tvkd.tiny()
+    models = config.models
+    teacher, params, _ = load_teacher(models)
+    student, student_params = cut_student(models, teacher, params)
+    abstract = abstract_lab(config, for_tpu=False)
+    plain = {"attention": "xla"}
+    for real, found in ((teacher, abstract.teacher), (student, abstract.student)):
+        assert dataclasses.replace(real.config, **plain) == found.config
+    for real, found in (
+        (params, abstract.teacher_params),
+        (student_params, abstract.student_params),
+    ):
+        assert jax.tree.map(lambda x: (x.shape, x.dtype), real) == jax.tree.map(
+            lambda x: (x.shape, x.dtype), found
+        )
+    assert abstract.trunk_params["layers"]["mlp"]["up"]["kernel"].shape == (2, 32, 64)
+
+
+def test_a_plan_on_the_devices_that_are_here():
+    found = plan(REQUEST, jax.devices())
+    assert found.fits
+    assert (found.devices, found.setting["method"]) == (8, "TVKD")
+    memory = found.memory
+    params = jax.tree.leaves(abstract_lab(tvkd.tiny()).student_params)
+    state = 3 * 4 * sum(x.size for x in params)
+    # An eighth of parameters and moments; key heads and norms are on all devices.
+    assert state / 8 < memory.aliased < state
+    assert memory.outputs - memory.aliased < 4096
+    assert memory.arguments > memory.aliased
+    assert found.tokens == 16 * 2 * 108
+    assert found.work.ici_bytes > 0
+    # Forward and backward, and logits a second time at the most.
+    assert 1 <= found.work.flops * 8 / found.model_flops < 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"experiment": "quickstart"}, "no experiment 'quickstart' to compile"),
+        ({"method": "KD"}, "tvkd has no method 'KD'; there are DPO, TVKD"),
+        ({"batch": 12, "accumulation": None}, "12 records do not divide over data x"),
+        ({"accumulation": 3}, "16 records in 3 micro-batches do not divide"),
+        ({"mesh": (1, 3, 1)}, "leaves 5 of the 8 devices"),
+        ({"mesh": (1, 3, -1)}, "does not fit 8 devices"),
+        ({"mesh": (1, 1, 8)}, "does not divide over 8 devices"),
+    ],
+)
+def test_what_does_not_go_together_is_said(changes, message):
+    with pytest.raises(SettingsError, match=message):
+        plan(dataclasses.replace(REQUEST, **changes), jax.devices())
+
+
+def test_a_model_that_nobody_published():
+    with pytest.raises(SettingsError, match="the shape of 'Mystery-9B' is not known"):
+        shape_of("Mystery-9B")
+
+
+@pytest.mark.parametrize("name", ["teacher", "sampler"])
+def test_the_programs_beside_the_update(name):
+    """Traced: what they are called with, and what is held beside them."""
+    config, table = experiment("xkd")
+    lab = abstract_lab(config, for_tpu=False)
+    mesh = make_mesh(MeshConfig(fsdp=2), jax.devices()[:2])
+    inputs = inputs_of(table(lab, config)["GKD"], 4)
+    held = hold(lab, inputs, mesh, warmed=False)
+    program = PROGRAMS[name](lab, inputs, held, mesh)
+    found = jax.eval_shape(program.jitted, *program.arguments)
+    if name == "teacher":
+        assert found.shape == (4, 12, 32)
+    else:
+        assert found.sequences.tokens.shape == (4, 1, 108)
+    assert 0 < program.beside < held.bytes
