@@ -61,6 +61,8 @@ def deadline(seconds=SECONDS):
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
+    except Hung as error:
+        raise AssertionError(str(error)) from error
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
@@ -88,8 +90,6 @@ def verdict(read, errors, names):
     except errors as error:
         check_message(error, str(names))
         return "refused"
-    except Hung as error:
-        raise AssertionError(str(error)) from error
     return "loaded"
 
 

@@ -114,8 +114,10 @@ def test_config_of_a_model(model):
         {"num_hidden_layers": 10**400},
         {"vocab_size": 2**31 - 1, "hidden_size": 2**31 - 1},
         {"num_hidden_layers": 1e400},
+        {"rms_norm_eps": 1e400},
+        {"rope_theta": float("nan")},
     ],
-    ids=["layers", "digits", "matrix", "infinity"],
+    ids=["layers", "digits", "matrix", "infinity", "epsilon", "nan"],
 )
 def test_a_configuration_allocates_nothing_by_itself(model, change):
     path = model / "config.json"

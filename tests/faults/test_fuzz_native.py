@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from rkd_jax.interop import WeightsError, load_model
+from tests.faults import whole_files
+from tests.faults.mutations import deadline
 from tests.faults.native_readers import FORMATS
 
 ROOT = Path(__file__).parents[2]
@@ -55,3 +58,17 @@ def test_damaged_files(tmp_path, name):
     assert found["loaded"] + found["refused"] == cases
     assert found["loaded"] >= loaded, found
     assert found["refused"] >= refused, found
+
+
+def test_lengths_in_a_gguf_file_are_not_believed(tmp_path):
+    """The reader behind would count to 2**40, a value at a time."""
+    pytest.importorskip("gguf", reason="needs: pip install gguf")
+    path = whole_files.gguf_file(tmp_path / "x.gguf")
+    whole, key = path.read_bytes(), b"tokenizer.ggml.token_type"
+    at = whole.index(key) + len(key) + 8  # behind the types of array and items
+    path.write_bytes(whole[:at] + (2**40).to_bytes(8, "little") + whole[at + 8 :])
+    with deadline(), pytest.raises(WeightsError, match="an array of 1099511627776"):
+        load_model(path)
+    path.write_bytes(whole[:4] + whole[7:3:-1] + whole[8:])
+    with pytest.raises(WeightsError, match="big-endian"):
+        load_model(path)
