@@ -43,8 +43,8 @@ def _mmkd(method, batch: int | None) -> Inputs:
     lab, options = method.lab, method.options
     data = _game_batch(lab, batch, sampled=method.sampled)
     critic = {side: _head_params(lab, method.head) for side in ("off", "on")}
-    signal = WhiteBoxSignal(**_seen(lab, data, options.on_weight < 1))
-    return _game(lab, method.step, data, signal, critic, 1.0)
+    signal = WhiteBoxSignal(**_seen(method, data, options.on_weight < 1))
+    return _game(lab, method.step, data, signal, critic, 1.0, lab.frozen)
 
 
 @inputs_of.register(MmPbkd)
@@ -53,17 +53,17 @@ def _mm_pbkd(method, batch: int | None) -> Inputs:
     data = _game_batch(
         lab, batch, pairs_per_step=options.pairs_per_step, sampled=method.sampled
     )
-    found = _seen(lab, data, "off" in sides)
+    found = _seen(method, data, "off" in sides)
     found["preference_features"] = _states(lab, data.preferences.sequences)
     if "on" in sides:
-        found["preferences"] = _policy(lab, data.preferences.teacher_sequences)
+        found["preferences"] = _heard(method, data.preferences.teacher_sequences)
     mixed = len(sides) > 1
     each = (len(sides),) if mixed else ()
     signal = WhiteBoxSignal(full(np.float32, _pairs(data), *each), **found)
     critics = {side: _head_params(lab, method.head) for side in sides}
     critic = critics if mixed else critics[options.gap]
     dual = (options.dual,) * 2 if mixed else options.dual
-    return _game(lab, method.step, data, signal, critic, dual)
+    return _game(lab, method.step, data, signal, critic, dual, lab.frozen)
 
 
 def _game_batch(
@@ -83,7 +83,9 @@ def _pairs(data: GameBatch) -> int:
     return data.preferences.label.shape[0]
 
 
-def _game(lab: Lab, step: Step, data: GameBatch, signal, critic, dual) -> Inputs:
+def _game(
+    lab: Lab, step: Step, data: GameBatch, signal, critic, dual, frozen=None
+) -> Inputs:
     trained = data.demonstrations.sequences if data.rollouts is None else data.rollouts
     return Inputs(
         step,
@@ -95,25 +97,27 @@ def _game(lab: Lab, step: Step, data: GameBatch, signal, critic, dual) -> Inputs
         axes=lab.student.logical_axes(),
         critic=critic,
         dual=dual,
+        frozen=frozen,
     )
 
 
-def _seen(lab: Lab, data: GameBatch, taught: bool) -> dict[str, Any]:
+def _seen(method, data: GameBatch, taught: bool) -> dict[str, Any]:
     """What is asked of the teacher and the trunk at every step."""
-    found = {}
+    lab, found = method.lab, {}
     if taught:
         seen = data.demonstrations
-        found["demonstrations"] = _policy(lab, seen.teacher_sequences)
+        found["demonstrations"] = _heard(method, seen.teacher_sequences)
         found["demonstration_features"] = _states(lab, seen.sequences)
     if data.rollouts is not None:
         heard = rows(lab, *data.rollouts.tokens.shape[:-1], teacher=True)
-        found["rollouts"] = _policy(lab, heard)
+        found["rollouts"] = _heard(method, heard)
         found["rollout_features"] = _states(lab, data.rollouts)
     return found
 
 
-def _policy(lab: Lab, sequences: Sequences) -> Any:
-    return jax.eval_shape(lab.teacher_policy, lab.teacher_params, sequences)
+def _heard(method, sequences: Sequences) -> Any:
+    """The teacher's word, in the form that the method reads."""
+    return jax.eval_shape(method.ask, method.lab.teacher_params, sequences)
 
 
 def _states(lab: Lab, sequences: Sequences) -> Any:

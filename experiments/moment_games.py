@@ -102,7 +102,7 @@ class _MomentGame:
         self, lab: Lab, objective: Objective, options, sampled: bool, dense: bool
     ):
         self.lab, self.options, self.sampled = lab, options, sampled
-        self._ask = lab.teacher_policy if dense else lab.teacher_states
+        self.ask = lab.teacher_policy if dense else lab.teacher_states
         self.student_optimizer = constant_rate(options.learning_rate)
         self.critic_optimizer = constant_rate(options.critic.learning_rate)
         self.step = Step(
@@ -136,7 +136,7 @@ class _MomentGame:
 
     def _hear(self, sequences: Sequences) -> jax.Array:
         """The teacher's word on responses behind its own prompts."""
-        return self._ask(self.lab.teacher_params, sequences)
+        return self.ask(self.lab.teacher_params, sequences)
 
     def _look(
         self, state: TrainState, demonstrations: DemonstrationBatch, taught: bool
