@@ -91,7 +91,7 @@ class CompareConfig(ExperimentConfig):
     out: str = "runs/compare-sentiment"
     """Output folder; the same command again resumes."""
     seeds: tuple[int, ...] = (0,)
-    updates: int = 15
+    updates: int = 12
     """Of every student."""
     methods: tuple[str, ...] = ()
     """Only these, by their names in the report."""
@@ -132,13 +132,13 @@ def config() -> CompareConfig:
     """The sentiment task, SmolLM2-135M-Instruct, one seed.
 
     Preferences, games and MiniLLM take quickstart's steps, likelihoods and divergences
-    larger ones: at 1e-5 fifteen of them leave the student where it was. Prompts and the
+    larger ones: at 1e-5 a dozen of them leave the student where it was. Prompts and the
     steps of second players are what ninety minutes on two cores allow.
     """
     large = FitConfig(learning_rate=5e-5)
     critic = CriticConfig(steps=2)
     return CompareConfig(
-        task=TaskConfig(held_out_prompts=96),
+        task=TaskConfig(held_out_prompts=80),
         pairs=PairsConfig(held_out_prompts=16),
         fit=large,
         gkd=GkdConfig(fit=large),
