@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import types
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from flax import serialization, traverse_util
+
+from rkd_jax.untrusted import is_plain_name, read_object, refused, shown
 
 # Constants that torch checkpoints carry and that no Flax class keeps as a parameter.
 _BUFFERS = ("/attn/bias", "/attention/bias", "/masked_bias", "/rotary_emb/inv_freq")
@@ -32,7 +33,8 @@ def read_weights(
 
     Raises:
         FileNotFoundError: no weights that can be read without torch.
-        ValueError: a missing, surplus or misshapen tensor, by name.
+        ValueError: a missing, surplus or misshapen tensor, by name; an index that is
+            none, or that lists files elsewhere.
     """
     found: dict[str, Any] = {}
     for file in _weight_files(name):
@@ -62,13 +64,22 @@ def _weight_files(name: str) -> list[str]:
         if (single := locate(filename)) is not None:
             return [single]
         if (index := locate(f"{filename}.index.json")) is not None:
-            shards = set(json.loads(Path(index).read_text())["weight_map"].values())
-            return [locate(shard, required=True) for shard in sorted(shards)]
+            return [locate(shard, required=True) for shard in _shards(Path(index))]
     raise FileNotFoundError(
         f"{name} holds neither flax_model.msgpack nor model.safetensors (whole or "
         "sharded). A pytorch_model.bin cannot be read without torch: save the model "
         "again with save_pretrained(..., safe_serialization=True)"
     )
+
+
+def _shards(index: Path) -> list[str]:
+    """The files that an index lists, which are beside it."""
+    with refused(f"{index}: not an index of weights"):
+        names = set(read_object(index)["weight_map"].values())
+    for name in names:
+        if not is_plain_name(name):
+            raise ValueError(f"{index}: {shown(name)} is not a file name in its folder")
+    return sorted(names)
 
 
 def _read(file: str, prefix: str, expected: Mapping[str, Any]) -> dict[str, Any]:

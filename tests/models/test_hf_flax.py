@@ -15,6 +15,7 @@ import pytest
 from rkd_jax.models import hf_flax
 from rkd_jax.models.api import CausalLM, positions_from_mask
 from rkd_jax.models.hf_flax import HFFlaxLM, load_hf_flax
+from rkd_jax.models.hf_flax_files import read_weights
 from rkd_jax.models.sampling import SamplingConfig, make_sampler
 from rkd_jax.types import Prompts
 
@@ -433,3 +434,18 @@ def test_r37_loading_and_running_needs_no_torch(pairs):
     )
     expected = _torch_logits(original, np.ones_like(LEFT))[0, -1, 5]
     np.testing.assert_allclose(float(done.stdout), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"a": "../secret.msgpack"}, "'../secret.msgpack' is not a file name"),
+        ({"a": 3}, "3 is not a file name"),
+        ([], "not an index of weights"),
+    ],
+)
+def test_an_index_lists_files_beside_it(tmp_path, table, message):
+    index = tmp_path / "flax_model.msgpack.index.json"
+    index.write_text(json.dumps({"weight_map": table}))
+    with pytest.raises(ValueError, match=f"{index.name}: {message}"):
+        read_weights(str(tmp_path), "model", {})
