@@ -11,6 +11,7 @@ from experiments.abstract_inputs import (
     Inputs,
     demonstrations,
     full,
+    head_params,
     inputs_of,
     pairs,
     rows,
@@ -19,7 +20,7 @@ from experiments.lab import Lab
 from experiments.moment_games import Mmkd, MmPbkd
 from experiments.pbkd import Pbkd
 from experiments.trainer import Step
-from rkd_jax.types import GameBatch, GameSignal, Params, Sequences, WhiteBoxSignal
+from rkd_jax.types import GameBatch, GameSignal, Sequences, WhiteBoxSignal
 
 
 @inputs_of.register(Pbkd)
@@ -32,7 +33,7 @@ def _pbkd(method, batch: int | None) -> Inputs:
         _features(lab, data.rollouts),
         _features(lab, data.preferences.sequences),
     )
-    critic = _head_params(lab, lab.reward_head)
+    critic = head_params(lab.reward_head, lab.trunk)
     if lab.trains_trunk:
         critic = {"trunk": lab.trunk_params, "head": critic}
     return _game(lab, method.game.step, data, signal, critic, options.dual)
@@ -42,7 +43,7 @@ def _pbkd(method, batch: int | None) -> Inputs:
 def _mmkd(method, batch: int | None) -> Inputs:
     lab, options = method.lab, method.options
     data = _game_batch(lab, batch, sampled=method.sampled)
-    critic = {side: _head_params(lab, method.head) for side in ("off", "on")}
+    critic = {side: head_params(method.head, lab.trunk) for side in ("off", "on")}
     signal = WhiteBoxSignal(**_seen(method, data, options.on_weight < 1))
     return _game(lab, method.step, data, signal, critic, 1.0, lab.frozen)
 
@@ -60,7 +61,7 @@ def _mm_pbkd(method, batch: int | None) -> Inputs:
     mixed = len(sides) > 1
     each = (len(sides),) if mixed else ()
     signal = WhiteBoxSignal(full(np.float32, _pairs(data), *each), **found)
-    critics = {side: _head_params(lab, method.head) for side in sides}
+    critics = {side: head_params(method.head, lab.trunk) for side in sides}
     critic = critics if mixed else critics[options.gap]
     dual = (options.dual,) * 2 if mixed else options.dual
     return _game(lab, method.step, data, signal, critic, dual, lab.frozen)
@@ -128,8 +129,3 @@ def _features(lab: Lab, sequences: Sequences) -> Any:
     if lab.trains_trunk:
         return None
     return jax.eval_shape(lab.trunk_features, lab.trunk_params, sequences)
-
-
-def _head_params(lab: Lab, head: Any) -> Params:
-    width = lab.trunk.config.hidden_size
-    return jax.eval_shape(lambda key: head.init(key, width), jax.random.key(0))

@@ -113,13 +113,16 @@ def states(lab: Lab, sequences: Sequences) -> TeacherStates:
 
 def with_head(lab: Lab, head: Any) -> dict[str, Params]:
     """The student and a head on its states."""
-    width = lab.student.config.hidden_size
     return {
         "policy": lab.student_params,
-        "reward_head": jax.eval_shape(
-            lambda key: head.init(key, width), jax.random.key(0)
-        ),
+        "reward_head": head_params(head, lab.student),
     }
+
+
+def head_params(head: Any, trunk: Decoder) -> Params:
+    """Of a head on a trunk's states."""
+    width = trunk.config.hidden_size
+    return jax.eval_shape(lambda key: head.init(key, width), jax.random.key(0))
 
 
 def axes_of(model: Decoder, params: Params) -> Any:

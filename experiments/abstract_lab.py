@@ -21,7 +21,7 @@ from experiments.lab import (
 from experiments.published_shapes import shape_of
 from experiments.settings import ExperimentConfig, ModelConfig
 from rkd_jax.data.tokenizer import byte_tokenizer
-from rkd_jax.models.attention_kernels import legal_on_tpu
+from rkd_jax.models.attention_kernels import long_enough_for_splash
 from rkd_jax.models.decoder import Decoder, DecoderConfig
 from rkd_jax.types import Params
 
@@ -43,7 +43,7 @@ def abstract_lab(config: ExperimentConfig, *, for_tpu: bool = True) -> Lab:
     models, policy = config.models, config.policy
 
     def attention(prompt: int) -> str:
-        long = legal_on_tpu(prompt + policy.max_response)
+        long = long_enough_for_splash(prompt + policy.max_response)
         return "splash" if for_tpu and long else "xla"
 
     shape = _teacher_shape(models)

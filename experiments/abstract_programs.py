@@ -19,10 +19,10 @@ from jax.sharding import Mesh
 from experiments.abstract_inputs import Inputs, full, rows
 from experiments.lab import Lab
 from experiments.settings import SettingsError
-from rkd_jax.aot.compiling import device_bytes, parameter_shardings, placed
+from rkd_jax.aot.compiling import parameter_shardings, placed
 from rkd_jax.models.decoder import Decoder
 from rkd_jax.models.flops import forward_flops, trunk_flops
-from rkd_jax.sharding import batch_sharding, replicated
+from rkd_jax.sharding import batch_sharding, device_bytes, replicated
 from rkd_jax.training.state import TrainState, init_state, state_shardings
 from rkd_jax.types import GameBatch, Params, Prompts
 

@@ -68,6 +68,9 @@ def plan(request: Request, devices: Sequence[jax.Device] | None = None) -> Plan:
         ImportError: libtpu is not installed.
     """
     chip = chip_of(request.topology)
+    for name in ("batch", "accumulation"):
+        if (number := getattr(request, name)) is not None and number < 1:
+            raise SettingsError(f"--{name} {number} must be at least 1")
     config, table = _experiment(request)
     for_tpu = devices is None
     devices = slice_devices(request.topology) if for_tpu else devices

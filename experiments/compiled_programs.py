@@ -49,7 +49,20 @@ def keep_compiled_programs() -> Path | None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
     if "JAX_COMPILATION_CACHE_MAX_SIZE" not in os.environ:
         jax.config.update("jax_compilation_cache_max_size", MOST_BYTES)
+        _date_all(folder)
     return folder
+
+
+def _date_all(folder: Path) -> None:
+    """Programs that were kept without a bound get the date of the oldest.
+
+    With a bound JAX reads a date beside every program before it writes another, and
+    writes nothing where one is missing.
+    """
+    for program in folder.glob("*-cache"):
+        date = program.with_name(program.name.removesuffix("-cache") + "-atime")
+        if not date.exists():
+            date.write_bytes(bytes(8))
 
 
 def cache_folder() -> Path:

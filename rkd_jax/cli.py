@@ -11,7 +11,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import tyro
 
@@ -73,6 +73,10 @@ class CacheCommand:
 
     The same command again goes on after an interruption.
     """
+
+    after_interrupt: ClassVar[str] = (
+        "the same command goes on from the last finished shard"
+    )
 
     data: Path
     """Demonstrations or preferences, as JSON Lines."""
@@ -210,6 +214,8 @@ class CompileCommand:
     compiler: pip install 'rkd_jax[aot]'.
     """
 
+    after_interrupt: ClassVar[str] = "nothing was compiled"
+
     experiment: tyro.conf.Positional[str]
     """Name of a module of experiments, such as tvkd; its config() is compiled."""
     topology: str
@@ -262,10 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         command.run()
     except KeyboardInterrupt:
-        print(
-            "\ninterrupted; the same command goes on from the last finished shard",
-            file=sys.stderr,
-        )
+        print(f"\ninterrupted; {command.after_interrupt}", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         if not isinstance(error, _mendable()):

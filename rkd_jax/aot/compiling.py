@@ -17,7 +17,12 @@ from rkd_jax.aot.flops import matmul_flops
 from rkd_jax.aot.hlo import parse
 from rkd_jax.aot.report import Memory, Work
 from rkd_jax.aot.traffic import hbm_bytes
-from rkd_jax.sharding import LogicalAxes, partition_spec, tree_shardings
+from rkd_jax.sharding import (
+    LogicalAxes,
+    device_bytes,
+    partition_spec,
+    tree_shardings,
+)
 
 _REFUSED = re.compile(  # two ways of libtpu to say so
     r"(?:Used |total memory required for [\w ]+\()(?P<used>[\d.]+)(?P<unit>[KMG]?)"
@@ -64,15 +69,14 @@ def compile_step(
     start = time.perf_counter()
     traced = jitted.trace(*arguments)
     jaxpr = traced.jaxpr.jaxpr
-    beside += unread_bytes(jaxpr, arguments)
+    unread = unread_bytes(jaxpr, arguments)
+    beside += unread
     flops = matmul_flops(jaxpr, devices=mesh.size, unknown=unknown)
     lowered = traced.lower()
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        memory = _refused(
-            error, device_bytes(arguments) - unread_bytes(jaxpr, arguments)
-        )
+        memory = _refused(error, device_bytes(arguments) - unread)
         if memory is None:
             raise
         memory = dataclasses.replace(memory, beside=beside)
@@ -134,19 +138,6 @@ def parameter_shardings(params: Any, axes: Any, mesh: Mesh) -> Any:
         return NamedSharding(mesh, partition_spec(names))
 
     return jax.tree.map(place, params)
-
-
-def device_bytes(tree: Any) -> float:
-    """Bytes that one device holds of placed abstract values; keys are left out."""
-
-    def size(leaf):
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            return 0
-        sharding = leaf.sharding
-        shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
-        return math.prod(shape) * leaf.dtype.itemsize
-
-    return float(sum(map(size, jax.tree.leaves(tree))))
 
 
 def unread_bytes(jaxpr: Any, arguments: tuple[Any, ...]) -> float:

@@ -71,6 +71,6 @@ def slice_devices(topology: str) -> Sequence[jax.Device]:
 
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
-    except (RuntimeError, ValueError, NotImplementedError) as error:
+    except (RuntimeError, ValueError) as error:
         raise TopologyError(f"topology {topology!r}: {error}") from error
     return found.devices

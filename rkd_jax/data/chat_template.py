@@ -33,15 +33,29 @@ CHATML = (
 _PRIVATE = "\ue000"  # of the private use area: has no meaning in any text
 _MOST_REPEATED = 1 << 20  # characters or items
 _LARGEST = {"*": 1 << 53, "**": 64}  # of what is multiplied, or raised
+_PADDING = frozenset(("center", "expandtabs", "ljust", "rjust", "zfill"))  # of str
+_WIDE = re.compile(r"%[^%a-zA-Z]*(\d{7}|\*)")  # in a format
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """A template comes with a download: it may neither look around nor fill memory."""
+    """A template comes with a download: it may neither look around nor fill memory.
+
+    Not at one stroke: a loop may still make a long text of a short one, as any that
+    writes down a long chat does.
+    """
 
     # Being intercepted, they are not computed while the template is compiled either.
-    intercepted_binops = frozenset(("*", "**"))
+    intercepted_binops = frozenset(("*", "**", "%"))
+
+    def is_safe_attribute(self, obj, attr, value):
+        pads = isinstance(obj, str) and attr in _PADDING
+        return not pads and super().is_safe_attribute(obj, attr, value)
 
     def call_binop(self, context, operator, left, right):
+        if operator == "%":
+            if isinstance(left, str) and _WIDE.search(left):
+                raise jinja2.TemplateRuntimeError("a format that pads too far")
+            return super().call_binop(context, operator, left, right)
         numbers = isinstance(left, int | float) and isinstance(right, int | float)
         if numbers and max(abs(left), abs(right)) > _LARGEST[operator]:
             raise jinja2.TemplateRuntimeError(f"too large for {operator}")
@@ -62,6 +76,8 @@ def compile_template(source: str) -> jinja2.Template:
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
     environment.filters["tojson"] = _to_json
+    for name in ("center", "format", "indent"):  # pad as far as they are told to
+        del environment.filters[name]
     environment.globals["raise_exception"] = _raise_exception
     try:
         return environment.from_string(source)

@@ -136,7 +136,7 @@ class Tokenizer:
         return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
 
     def encoding_fingerprint(self) -> str:
-        """SHA-256 of all that decides which ids a text or chat becomes."""
+        """SHA-256 of all that decides a text's ids, as this `tokenizers` writes it."""
         rules = [self._backend.to_str(), self._names, self.chat_template]
         return hashlib.sha256(json.dumps(rules).encode()).hexdigest()
 

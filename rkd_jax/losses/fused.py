@@ -211,7 +211,8 @@ def linear_topk_divergence(
         tiles: see `linear_token_log_probs`.
 
     Returns:
-        float32[*batch], as `topk_forward_kl`; 0 where ``mask`` is not set. Not reduced.
+        float32[*batch], as `topk_forward_kl`; 0 where ``mask`` is not set, NaN where a
+        listed id is outside [0, V). Not reduced.
 
     Gradient:
         Flows to the student's states, head and bias.

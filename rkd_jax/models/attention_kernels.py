@@ -55,10 +55,10 @@ def choose(implementation: str, length: int, *, has_cache: bool) -> str:
     mesh = jax.sharding.get_abstract_mesh()
     placed = not mesh.empty or jax.device_count() == 1
     here = jax.default_backend() == "tpu" and placed
-    return "splash" if here and legal_on_tpu(length) else "xla"
+    return "splash" if here and long_enough_for_splash(length) else "xla"
 
 
-def legal_on_tpu(length: int) -> bool:
+def long_enough_for_splash(length: int) -> bool:
     """Whether "auto" takes splash attention for rows of so many columns on a TPU."""
     return length >= _LANES
 

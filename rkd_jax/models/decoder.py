@@ -24,6 +24,8 @@ Norms, rotary angles, softmax and logits are float32 whatever the compute dtype.
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import chex
@@ -87,8 +89,7 @@ class Decoder:
         # One column has nothing to attend to, and a kernel may be another platform's.
         plain = Decoder(dataclasses.replace(self.config, attention="xla"))
         shared = plain._shared(tokens, tokens, None)
-        init = jax.jit(Trunk(plain.config).init)
-        return init(rng, tokens, None, shared)["params"]
+        return _initialise(plain.config)(rng, tokens, None, shared)["params"]
 
     def hidden(
         self,
@@ -281,6 +282,12 @@ class Decoder:
                 f"{length} token columns exceed {what} of {limit}; "
                 f"shorten the rows or enlarge it"
             )
+
+
+@functools.cache
+def _initialise(config: DecoderConfig) -> Callable:
+    """Jitted once for all decoders of a configuration."""
+    return jax.jit(Trunk(config).init)
 
 
 def _append(cache: KVCache, new: KeyValue, segment_ids: jax.Array) -> KVCache:

@@ -248,15 +248,17 @@ def action_moments(
 
 
 def _in_slices(at, given, shape: tuple[int, ...], width: int, logits: int) -> Moments:
-    """``at`` of all positions ``[*batch, T, ..]``, along T in as few slices as fit."""
+    """``at`` of all positions ``[*batch, T, ..]``, along T in as few slices as fit.
+
+    A slice has one position of every row at the least, whatever that takes.
+    """
     *batch, length = shape
     mesh = jax.sharding.get_abstract_mesh()
     cut_over = ambient_axes("batch", batch[0]) if batch else ()
     devices = math.prod(mesh.shape[name] for name in cut_over)
-    count = min(-(-math.prod(shape) * width // (logits * devices)), length)
-    if count <= 1:
+    size = max(logits * devices // (math.prod(batch) * width), 1)
+    if size >= length:
         return at(*given)
-    size = -(-length // count)
     count, axis = -(-length // size), len(batch)
 
     def cut(array):

@@ -182,7 +182,7 @@ class CacheWriter:
             settings=settings.to_json(),
             row_settings=identity.row_settings(self._rows),
             max_response=self._rows.max_response,
-            vocabulary=self._teacher and self._teacher.model.config.vocab_size,
+            vocabulary=settings.top_k and self._teacher.model.config.vocab_size,
         )
 
     def _open(self) -> Manifest:

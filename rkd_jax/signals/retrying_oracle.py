@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import queue
 import threading
 import time
@@ -30,7 +31,8 @@ class RetryConfig:
     """How long an oracle is waited for, how often it is asked, and what if in vain."""
 
     timeout: float = 600.0
-    """Seconds one call may take; a call is about all responses of a stage."""
+    """Seconds one call may take; a call is about all responses of a stage. With inf it
+    is waited for without end, and called in the main thread."""
     retries: int = 3
     """Calls after the first one, about those responses that have no reward yet."""
     backoff: float = 1.0
@@ -62,7 +64,8 @@ class RetryingOracle:
     Each call runs in a daemon thread. Python cannot end a thread, so a call that took
     too long is abandoned: it goes on until it returns or the process exits, its answer
     is thrown away, and the next call may run beside it. An oracle that does not bear
-    that needs ``retries=0``.
+    that needs ``retries=0``; one that sets signals of its own, or keeps something to
+    the thread that made it, needs ``timeout=inf``: it is called where it is asked.
 
     Args:
         oracle: what is asked.
@@ -129,6 +132,8 @@ class RetryingOracle:
 
     def _call(self, prompts: list[Prompt], responses: list[str]) -> Any:
         """What the oracle returns or raises, or TimeoutError."""
+        if math.isinf(self.config.timeout):
+            return self.oracle(prompts, responses)
         answers: queue.SimpleQueue[tuple[Any, BaseException | None]]
         answers = queue.SimpleQueue()
 

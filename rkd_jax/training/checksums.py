@@ -43,7 +43,7 @@ def first_damage(folder: Path) -> str | None:
         written = {
             name: (entry["bytes"], entry["sha256"]) for name, entry in written.items()
         }
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"{CHECKSUMS} is unreadable"
     for name, (size, digest) in written.items():
         path = folder / name

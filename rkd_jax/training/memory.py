@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
 
+from rkd_jax.sharding import device_bytes
 from rkd_jax.training.state import TrainState
 
 
@@ -56,7 +56,7 @@ def memory_report(
         "frozen": frozen,
         "inputs": (batch, signal),
     }
-    roles = {role: _device_bytes(tree) for role, tree in held.items()}
+    roles = {role: device_bytes(tree) for role, tree in held.items()}
     stats = update.lower(state, frozen, batch, signal).compile().memory_analysis()
     working = None
     if stats is not None:
@@ -65,19 +65,6 @@ def memory_report(
         working = stats.temp_size_in_bytes + max(fresh, 0)
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     return MemoryReport({k: v for k, v in roles.items() if v}, working, limit)
-
-
-def _device_bytes(tree: Any) -> int:
-    """Bytes one device holds of a tree of arrays."""
-
-    def size(leaf):
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            return 0
-        sharding = getattr(leaf, "sharding", None)
-        shape = sharding.shard_shape(leaf.shape) if sharding else leaf.shape
-        return math.prod(shape) * leaf.dtype.itemsize
-
-    return sum(map(size, jax.tree.leaves(tree)))
 
 
 def _gib(count: int) -> str:

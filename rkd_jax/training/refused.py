@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from rkd_jax.training.run import write_json
@@ -102,7 +103,9 @@ def _leaves(batch: Any) -> dict[str, Any]:
 
 def _array(leaf: Any) -> dict[str, Any]:
     values = np.asarray(leaf)
-    bad = ~np.isfinite(values) if np.issubdtype(values.dtype, np.inexact) else False
+    # NumPy does not know bfloat16 as a float.
+    floats = jnp.issubdtype(values.dtype, jnp.inexact)
+    bad = ~np.isfinite(values) if floats else False
     return {
         "shape": list(values.shape),
         "dtype": str(values.dtype),

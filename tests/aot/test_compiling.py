@@ -11,12 +11,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from rkd_jax.aot.collectives import Traffic
 from rkd_jax.aot.compiling import (
     compile_step,
-    device_bytes,
     parameter_shardings,
     placed,
 )
 from rkd_jax.aot.flops import matmul_flops
-from rkd_jax.sharding import MeshConfig, make_mesh
+from rkd_jax.sharding import MeshConfig, device_bytes, make_mesh
 
 LAYERS, WIDTH, ROWS = 5, 64, 16
 

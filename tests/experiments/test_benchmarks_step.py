@@ -13,7 +13,7 @@ from jax.extend.core import jaxprs_in_params
 from experiments.benchmarks import step
 from experiments.benchmarks.llama import llama
 from experiments.benchmarks.step import StepBenchmark, setting_of
-from experiments.benchmarks.step_cases import CASES
+from experiments.benchmarks.step_cases import CASES, demonstrations
 from rkd_jax.models.api import response_logits
 from rkd_jax.models.decoder import DecoderConfig
 from rkd_jax.models.flops import forward_flops
@@ -68,7 +68,7 @@ def test_flops_of_a_pass_counted_by_hand():
 
 def test_flops_equal_those_of_the_traced_passes():
     setting = setting_of(TOY)
-    batch = CASES["kd"](setting).batch.sequences
+    batch = demonstrations(setting).sequences
 
     def loss(params):
         return response_logits(setting.student, params, batch).sum()
@@ -146,7 +146,7 @@ def test_every_objective_takes_a_step_on_its_data(name):
     assert case.flops == work
 
 
-@pytest.mark.parametrize("name", ["kd", "mm_pbkd"])
+@pytest.mark.parametrize("name", ["kd", "pbkd"])
 def test_the_command_prints_one_json_line(name, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["step", "--objective", name, *OPTIONS])
     step.main()

@@ -99,6 +99,26 @@ def test_a_folder_that_cannot_be_written_is_one_warning_line(
     assert str(file) in line
 
 
+def test_programs_that_were_kept_without_a_bound_do_not_stop_the_keeping(tmp_path):
+    """JAX would write nothing more where one has no date."""
+
+    def keep(number, **bound):
+        code = PROGRAM.replace("* 2", f"* {number}")
+        environment = os.environ | {
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "XDG_CACHE_HOME": str(tmp_path),
+        }
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, env=environment | bound, check=True
+        )
+        folder = tmp_path / "rkd_jax" / "compiled"
+        return {path.name for path in folder.glob("*-cache")}
+
+    first = keep(2, JAX_COMPILATION_CACHE_MAX_SIZE="-1")
+    assert first
+    assert first < keep(3)
+
+
 PROGRAM = """
 import jax, jax.numpy as jnp
 from experiments.compiled_programs import keep_compiled_programs

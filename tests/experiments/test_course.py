@@ -18,6 +18,8 @@ from rkd_jax.signals.retrying_oracle import RetryConfig
 from rkd_jax.training.progress import Progress
 from rkd_jax.training.run import RunFolder
 
+pytestmark = pytest.mark.usefixtures("compiled_programs")
+
 
 def pair(prompt, number=0, label=1.0):
     return PreferenceRecord(prompt, f"good {number}", f"bad {number}", label=label)

@@ -6,6 +6,7 @@ import importlib
 import io
 import json
 import math
+import shutil
 from pathlib import Path
 
 import jax
@@ -13,18 +14,27 @@ import numpy as np
 import pytest
 
 from experiments import pbkd, system, tvkd
-from experiments.course import load_prompts, take_course
+from experiments.course import Course, load_prompts, take_course
 from experiments.game import Game
 from experiments.lab import open_lab
 from experiments.reward_models import RewardModels
 from experiments.settings import SettingsError, WarmStartConfig
 from experiments.stages import Desk, as_key
 from experiments.warm_start import warm_start
+from rkd_jax.data.records import DemonstrationRecord, PreferenceRecord
 from rkd_jax.training.metrics import read_metrics
 from rkd_jax.training.progress import Progress
 from rkd_jax.training.run import RunFolder
 
 LAB = ("models", "oracle", "policy", "reward")  # what `open_lab` reads
+COURSE = ("task", "pairs", "warm_start", "seed")  # and `take_course`, beside them
+STAGES = (
+    "1-teacher",
+    "1-teacher-plain",
+    "2-warm-start",
+    "3-pairs",
+    "3-pairs-held-out",
+)
 COMMON = ["teacher (steered)", "warm start"]
 MEASURED = (
     "reward",
@@ -90,6 +100,21 @@ def courses(lab, monkeypatch):
     return taken
 
 
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """Stages 1 to 3 of the first run, which others that begin alike go on from."""
+    return tmp_path_factory.mktemp("begun")
+
+
+def begin(config, name: str, begun: Path) -> Path:
+    """The folder of a run, with the stages that an earlier one has made."""
+    folder = RunFolder.open(config.out, config.identity(), name=name).path
+    alike = all(getattr(config, part) == getattr(tvkd.tiny(), part) for part in COURSE)
+    for stage in begun.iterdir() if alike else ():
+        shutil.copytree(stage, folder / stage.name)
+    return folder
+
+
 def report_in(folder: Path) -> dict:
     return json.loads((folder / "report" / "report.json").read_text("utf-8"))
 
@@ -107,13 +132,17 @@ def check_students(report: dict, names: list[str]) -> None:
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
-def test_tiny_trains_and_judges_every_method(name, lab, courses, tmp_path):
+def test_tiny_trains_and_judges_every_method(name, lab, courses, begun, tmp_path):
     experiment = importlib.import_module(f"experiments.{name}")
     config = dataclasses.replace(experiment.tiny(), out=str(tmp_path / "run"))
     assert all(getattr(config, part) == getattr(tvkd.tiny(), part) for part in LAB)
     frozen = [lab.teacher_params, lab.trunk_params, lab.student_params]
     before = fingerprints(frozen)
+    folder = begin(config, name, begun)
     page = experiment.run(config)
+    if not any(begun.iterdir()):
+        for stage in STAGES:
+            shutil.copytree(folder / stage, begun / stage)
     assert page == tmp_path / "run" / "report" / "report.html"
     report = report_in(tmp_path / "run")
     check_students(report, SYSTEMS[name])
@@ -150,7 +179,16 @@ def test_reward_players_may_train_their_trunk(tmp_path):
     with Progress(io.StringIO()) as progress:
         desk = Desk(run, progress, checkpoint_every=100)
         prompts, _, _ = load_prompts(config.task, lab)
-        course = take_course(lab, desk, config, prompts, seed=0)
+        course = Course(
+            config,
+            jax.random.key(0),
+            start=lab.student_params,
+            demonstrations=[DemonstrationRecord(p.prompt, "aa") for p in prompts],
+            lesson=(),
+            pairs=[PreferenceRecord(p.prompt, "aa", "zz") for p in prompts],
+            held_out_pairs=[PreferenceRecord(prompts[0].prompt, "aa", "zz")],
+            fresh=(),
+        )
         match = Game(lab, config.game, reward).open(desk, course, seed=0)
         state = match.play("4-game", match.begin(), course.pairs, steps=2)
         models = RewardModels(lab, reward, members=2)

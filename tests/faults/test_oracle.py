@@ -117,6 +117,21 @@ def test_an_error_of_the_oracles_own_is_passed_on_at_once():
     assert len(scripted.asked) == 1
 
 
+def test_without_a_timeout_it_is_called_in_the_thread_that_asks():
+    """As one has to be that sets signals."""
+    threads = []
+
+    def oracle(prompts, responses):
+        threads.append(threading.current_thread())
+        if len(threads) == 1:
+            raise RuntimeError("busy")
+        return [1.0] * len(responses)
+
+    config = RetryConfig(timeout=float("inf"), retries=1, backoff=0.0)
+    assert RetryingOracle(oracle, config)(["p"], ["a"]).tolist() == [1.0]
+    assert threads == [threading.main_thread()] * 2
+
+
 def test_a_hang_ends_after_the_timeout():
     release = threading.Event()
 

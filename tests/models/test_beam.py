@@ -1,5 +1,7 @@
 """Beam search against enumeration, a search in numpy, and greedy decoding."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,8 +24,13 @@ from tests.tabular.bed import (
 )
 
 
+@functools.cache
+def _bed_search(**options):
+    return make_beam_search(TabularLM(), max_new_tokens=4, eos_ids=(EOS,), **options)
+
+
 def _search_bed(logits, **options):
-    search = make_beam_search(TabularLM(), max_new_tokens=4, eos_ids=(EOS,), **options)
+    search = _bed_search(**options)
     params = {"logits": jnp.asarray(logits, jnp.float32)}
     return jax.tree.map(np.asarray, search(params, bed_prompts([0, 1], width=3)))
 
@@ -132,7 +139,7 @@ MODEL = Decoder(
         vocab_size=40,
         hidden_size=16,
         intermediate_size=24,
-        num_layers=2,
+        num_layers=1,
         num_heads=4,
         num_kv_heads=2,
         head_dim=4,

@@ -102,7 +102,7 @@ def test_importance_weights_turn_the_mixture_into_the_student(samples):
 
 
 def _decoder(seed, **shape):
-    sizes = {"hidden_size": 16, "num_layers": 2, "num_heads": 4, "head_dim": 4} | shape
+    sizes = {"hidden_size": 16, "num_layers": 1, "num_heads": 4, "head_dim": 4} | shape
     config = DecoderConfig(
         vocab_size=40, intermediate_size=24, num_kv_heads=2, max_length=32, **sizes
     )
@@ -127,13 +127,19 @@ CONFIG = SamplingConfig(
 @pytest.fixture(scope="module")
 def models():
     """A student, and a teacher of another shape."""
-    return (*_decoder(0), *_decoder(1, hidden_size=24, num_layers=3, num_heads=2))
+    return (*_decoder(0), *_decoder(1, hidden_size=24, num_layers=2, num_heads=2))
 
 
-def test_alpha_zero_draws_what_the_student_alone_draws(models):
+@pytest.fixture(scope="module")
+def alone(models):
+    """What the student draws by itself."""
+    student, params, _, _ = models
+    return make_sampler(student, CONFIG)(params, PROMPTS, jax.random.key(4))
+
+
+def test_alpha_zero_draws_what_the_student_alone_draws(models, alone):
     student, student_params, teacher, teacher_params = models
     key = jax.random.key(4)
-    alone = make_sampler(student, CONFIG)(student_params, PROMPTS, key)
     sample = make_mixed_sampler(student, teacher, CONFIG, alpha=0.0)
     mixed = sample(student_params, teacher_params, PROMPTS, key, TEACHER_PROMPTS)
     jax.tree.map(np.testing.assert_array_equal, mixed.sequences, alone.sequences)
@@ -142,10 +148,9 @@ def test_alpha_zero_draws_what_the_student_alone_draws(models):
         np.testing.assert_allclose(ours, theirs, atol=1e-6)
 
 
-def test_alpha_one_of_equal_models_is_the_model(models):
+def test_alpha_one_of_equal_models_is_the_model(models, alone):
     student, params, _, _ = models
-    key = jax.random.key(5)
-    alone = make_sampler(student, CONFIG)(params, PROMPTS, key)
+    key = jax.random.key(4)
     sample = make_mixed_sampler(student, student, CONFIG, alpha=1.0)
     mixed = sample(params, params, PROMPTS, key)
     jax.tree.map(np.testing.assert_array_equal, mixed.sequences, alone.sequences)

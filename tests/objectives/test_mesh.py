@@ -63,11 +63,26 @@ def sequences(*batch):
     return Sequences(tokens, token_mask, mask)
 
 
+@functools.cache
+def student():
+    return MODEL.init(jax.random.key(0))
+
+
+@functools.cache
+def teacher():
+    return TEACHER.init(jax.random.key(1))
+
+
+@jax.jit
+def teacher_states(params, rows):
+    return response_hidden(TEACHER, params, rows)
+
+
+@functools.cache
 def demonstrations():
     rows = sequences(B)
     batch = DemonstrationBatch(rows, rows, np.arange(B, dtype=np.int32))
-    hidden = response_hidden(TEACHER, TEACHER.init(jax.random.key(1)), rows)
-    return batch, TeacherStates(np.asarray(hidden))
+    return batch, TeacherStates(np.asarray(teacher_states(teacher(), rows)))
 
 
 def preferences():
@@ -97,14 +112,13 @@ def packed_preferences():
 
 def game():
     """Rollouts, pairs and demonstrations, with the teacher's states on all of them."""
-    teacher = TEACHER.init(jax.random.key(1))
     demonstrated, rollouts, (pairs, _) = sequences(B), sequences(B, 2), preferences()
     index = np.arange(B, dtype=np.int32)
     batch = GameBatch(
         DemonstrationBatch(demonstrated, demonstrated, index), rollouts, pairs
     )
     states = {
-        name: np.asarray(response_hidden(TEACHER, teacher, rows))
+        name: np.asarray(teacher_states(teacher(), rows))
         for name, rows in (("rollouts", rollouts), ("preferences", pairs.sequences))
     }
     features = {f"{name[:-1]}_features": given for name, given in states.items()}
@@ -147,7 +161,7 @@ def on_one_device(name):
     critic = critic_of(name)
     critic_optimizer = None if critic is None else ADAM
     state = init_state(
-        MODEL.init(jax.random.key(0)),
+        student(),
         student_optimizer=ADAM,
         critic_params=critic,
         critic_optimizer=critic_optimizer,
@@ -159,8 +173,7 @@ def on_one_device(name):
         critic_optimizer=critic_optimizer,
         accumulation=2,
     )
-    frozen = {"teacher": TEACHER.init(jax.random.key(1))}
-    state, metrics = update(state, frozen, batch, signal)
+    state, metrics = update(state, {"teacher": teacher()}, batch, signal)
     return jax.tree.map(np.asarray, (state.student.params, metrics))
 
 
@@ -182,8 +195,7 @@ def test_an_update_on_a_mesh_is_the_update(name, sizes, monkeypatch):
     monkeypatch.setattr(action_values, "LOGITS", 600)  # several slices per device
     objective, batch, signal = objective_of(name)
     mesh = make_mesh(MeshConfig(*sizes))
-    params = MODEL.init(jax.random.key(0))
-    teacher = TEACHER.init(jax.random.key(1))
+    params = student()
     homes = tree_shardings(MODEL.logical_axes(), mesh, shapes=params)
     critic = critic_of(name)
     critic_optimizer = None if critic is None else ADAM
@@ -211,11 +223,8 @@ def test_an_update_on_a_mesh_is_the_update(name, sizes, monkeypatch):
         rng=jax.random.key(2),
         shardings=shardings,
     )
-    frozen = {
-        "teacher": jax.device_put(
-            teacher, tree_shardings(TEACHER.logical_axes(), mesh, shapes=teacher)
-        )
-    }
+    homes = tree_shardings(TEACHER.logical_axes(), mesh, shapes=teacher())
+    frozen = {"teacher": jax.device_put(teacher(), homes)}
     state, metrics = update(
         state, frozen, shard_batch(batch, mesh), shard_batch(signal, mesh)
     )

@@ -35,6 +35,7 @@ from rkd_jax.types import (
     TeacherSignal,
     TeacherStates,
 )
+from tests.jaxprs import outputs
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -178,6 +179,14 @@ def test_an_expected_next_value_is_not_read_from_states():
         make_xkd_gkd(TIED, inference, teacher=TEACHER)
 
 
+@jax.jit
+def teacher_states(params, text):
+    return response_hidden(TEACHER, params, text)
+
+
+teacher_log_probs = make_teacher_log_probs(TEACHER, temperature=0.7)
+
+
 def agree(make, batch, params):
     """Total, metrics and gradient, to a teacher as a model and to its log-probs.
 
@@ -185,8 +194,8 @@ def agree(make, batch, params):
     """
     text = imitated_responses(batch).sequences
     teacher_params = loud(TEACHER, 2)
-    states = TeacherStates(response_hidden(TEACHER, teacher_params, text))
-    log_probs = make_teacher_log_probs(TEACHER, temperature=0.7)(teacher_params, text)
+    states = TeacherStates(teacher_states(teacher_params, text))
+    log_probs = teacher_log_probs(teacher_params, text)
 
     def step(objective, frozen, signal):
         def total(params):
@@ -210,21 +219,23 @@ def test_nothing_reaches_the_teacher_and_its_padding_may_hold_nan():
     text = sequences()
     batch = DemonstrationBatch(text, text, jnp.arange(B))
     params, teacher_params = loud(TIED, 1), loud(TEACHER, 2)
-    hidden = response_hidden(TEACHER, teacher_params, text)
+    hidden = teacher_states(teacher_params, text)
     objective = make_kd(TIED, teacher=TEACHER)
 
-    def total(params, frozen, hidden):
+    @jax.jit
+    @functools.partial(jax.value_and_grad, argnums=(0, 1, 2))
+    def run(params, frozen, hidden):
         signal = TeacherStates(hidden)
         return objective.student_loss(params, None, frozen, batch, signal, None).total
 
-    frozen = {"teacher": teacher_params}
-    to_teacher = jax.grad(total, (1, 2))(params, frozen, hidden)
-    assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(to_teacher))
     dirty = jnp.where(text.response_mask[..., None], hidden, jnp.nan)
     clean, poisoned = (
-        jax.value_and_grad(total)(params, frozen, states) for states in (hidden, dirty)
+        run(params, {"teacher": teacher_params}, states) for states in (hidden, dirty)
     )
     jax.tree.map(np.testing.assert_array_equal, clean, poisoned)
+    _, (to_student, *to_teacher) = clean
+    assert any(np.asarray(leaf).any() for leaf in jax.tree.leaves(to_student))
+    assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(to_teacher))
 
 
 @pytest.mark.parametrize("frozen", [None, {}, ()])
@@ -240,7 +251,7 @@ def test_a_missing_teacher_is_named(frozen):
 def test_reference_scores_are_summed_dense_log_probs():
     text, params = sequences(), loud(CAPPED, 3)
     found = make_sequence_scorer(CAPPED, temperature=0.6)(params, text)
-    logits = response_logits(CAPPED, params, text)
+    logits = jax.jit(lambda p: response_logits(CAPPED, p, text))(params)
     log_probs = token_log_probs(logits, text.targets, temperature=0.6)
     wanted = np.where(text.response_mask, log_probs, 0.0).sum(-1)
     np.testing.assert_allclose(found, wanted, rtol=1e-12)
@@ -264,36 +275,28 @@ def test_no_array_holds_the_logits_of_a_batch(tiles):
     def total(params, text):
         return target_log_probs(model, params, text, tiles=tiles).sum()
 
-    largest = max(_sizes(jax.make_jaxpr(jax.grad(total))(params, text).jaxpr))
-    assert largest < rows * columns * 4096 / 2
+    def largest(function):
+        jaxpr = jax.make_jaxpr(jax.grad(function))(params, text).jaxpr
+        return max(getattr(aval, "size", 0) for aval in outputs(jaxpr))
+
+    assert largest(total) < rows * columns * 4096 / 2
 
     def dense(params, text):
         return token_log_probs(response_logits(model, params, text), text.targets).sum()
 
-    dense_sizes = _sizes(jax.make_jaxpr(jax.grad(dense))(params, text).jaxpr)
-    assert max(dense_sizes) >= rows * columns * 4096
-
-
-def _sizes(jaxpr):
-    """Sizes of all arrays of a jaxpr, those inside loops and branches too."""
-    for equation in jaxpr.eqns:
-        for variable in equation.outvars:
-            yield getattr(variable.aval, "size", 0)
-        for value in jax.tree.leaves(equation.params, is_leaf=_holds_equations):
-            if _holds_equations(value):
-                yield from _sizes(getattr(value, "jaxpr", value))
-
-
-def _holds_equations(value):
-    return hasattr(getattr(value, "jaxpr", value), "eqns")
+    assert largest(dense) >= rows * columns * 4096
 
 
 def test_sft_is_the_objective_it_was():
     """Unit, weight and metric, out of the fused path."""
     text, params = sequences(), loud(TIED, 1)
     batch = DemonstrationBatch(text, text, jnp.arange(B))
-    out = make_sft(TIED).student_loss(params, None, None, batch, None, None)
-    log_probs = jax.nn.log_softmax(response_logits(TIED, params, text))
+    objective = make_sft(TIED)
+    out = jax.jit(lambda p: objective.student_loss(p, None, None, batch, None, None))(
+        params
+    )
+    logits = jax.jit(lambda p: response_logits(TIED, p, text))(params)
+    log_probs = jax.nn.log_softmax(logits)
     taken = np.take_along_axis(np.asarray(log_probs), TOKENS[:, P:, None], -1)[..., 0]
     np.testing.assert_allclose(
         out.total, -taken[np.asarray(text.response_mask)].sum(), rtol=1e-12
