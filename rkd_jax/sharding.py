@@ -178,6 +178,32 @@ def ambient_axes(name: str, size: int, rules: Rules = DEFAULT_RULES) -> tuple[st
     return names if size % parts == 0 else ()
 
 
+def constrain(array: jax.Array, axes: LogicalAxes, rules: Rules = DEFAULT_RULES):
+    """Cut an array along its named axes, on the mesh of right here (`ambient_axes`).
+
+    What the partitioner would else have to guess: beside parameters that are cut over
+    fsdp it may as well cut states along their width, and then sums them over all
+    devices at every layer.
+
+    Args:
+        array: traced.
+        axes: a logical name or None for each axis of the array.
+        rules: as in `tree_shardings`.
+
+    Returns:
+        The array, itself where no axis is cut.
+    """
+    names = [
+        () if axis is None else ambient_axes(axis, size, rules)
+        for axis, size in zip(axes, array.shape, strict=True)
+    ]
+    if not any(names):
+        return array
+    spec = PartitionSpec(*(name or None for name in names))
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, spec))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """A full copy on every device."""
     return NamedSharding(mesh, PartitionSpec())

@@ -80,17 +80,21 @@ def collective_traffic(program: Program, devices: int) -> dict[str, Traffic]:
 def _once(program: Program) -> Iterator[tuple[Computation, Instruction, int]]:
     """Every collective; one that is spread over several fusions is one.
 
-    Its parts share a channel, and the outermost of them is run as often as it is.
+    Its parts share a channel and their shapes, and the outermost of them is run as
+    often as it is. A channel alone may be shared by strangers.
     """
-    spread: dict[str, tuple[Computation, Instruction, int]] = {}
+    spread: dict[tuple, tuple[Computation, Instruction, int]] = {}
     for computation, instruction, weight in program.weighted():
         if instruction.opcode.removesuffix("-start") not in _SENT:
             continue
         channel = _CHANNEL.search(instruction.attributes)
         if channel is None or computation.name not in program.fused:
             yield computation, instruction, weight
-        elif channel[1] not in spread or weight < spread[channel[1]][2]:
-            spread[channel[1]] = (computation, instruction, weight)
+            continue
+        shapes = tuple((array.dtype, array.shape) for array in instruction.result)
+        key = (channel[1], instruction.opcode, shapes)
+        if key not in spread or weight < spread[key][2]:
+            spread[key] = (computation, instruction, weight)
     yield from spread.values()
 
 

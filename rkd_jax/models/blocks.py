@@ -20,12 +20,14 @@ from rkd_jax.models.config import DecoderConfig
 from rkd_jax.models.linear import Dense
 from rkd_jax.models.rope import rotate
 from rkd_jax.models.slots import KeyValue, Slots, attended
+from rkd_jax.sharding import constrain
 
 _ACTIVATIONS = {
     "silu": jax.nn.silu,
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
 }
+ROWS = ("batch", None, None)  # of states: rows apart, whole in their width
 _NORMAL = nn.initializers.normal(0.02)
 _KEPT = {
     "dots": jax.checkpoint_policies.save_from_both_policies(
@@ -154,11 +156,12 @@ class Block(nn.Module):
     def __call__(
         self, hidden: jax.Array, cached: KeyValue | Slots | None, shared: Shared
     ) -> tuple[jax.Array, KeyValue | Slots | None]:
+        hidden = constrain(hidden, ROWS)
         normed = RMSNorm(self.config, name="attention_norm")(hidden)
         update, new = Attention(self.config, name="attention")(normed, cached, shared)
-        hidden = hidden + update
+        hidden = constrain(hidden + update, ROWS)
         normed = RMSNorm(self.config, name="mlp_norm")(hidden)
-        return hidden + MLP(self.config, name="mlp")(normed), new
+        return constrain(hidden + MLP(self.config, name="mlp")(normed), ROWS), new
 
 
 class Embed(nn.Module):
