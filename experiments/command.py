@@ -15,6 +15,7 @@ from experiments.settings import SettingsError
 from rkd_jax.data.records import RecordError
 from rkd_jax.data.tokenizer import VocabularyMismatch
 from rkd_jax.interop import UnsupportedConfigError, WeightsError
+from rkd_jax.sharding import ShardingError
 from rkd_jax.signals.oracles import OracleError
 from rkd_jax.training.checkpoint import CheckpointError
 from rkd_jax.training.interrupt import Interrupted
@@ -33,6 +34,7 @@ MENDABLE = (
     RecordError,
     RunMismatch,
     SettingsError,
+    ShardingError,  # no such mesh, or an axis that does not divide over it
     UnsupportedConfigError,
     VocabularyMismatch,
     WeightsError,

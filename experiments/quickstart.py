@@ -120,11 +120,12 @@ def distil(config: QuickstartConfig, desk: Desk) -> Report:
     """Stages 1 to 6."""
     started = time.monotonic()
     lab = open_lab(config)
+    game, dpo = Game(lab, config.game, config.reward), Dpo(lab, config.dpo)
     prompts, held_out, data = load_prompts(config.task, lab)
     course = take_course(lab, desk, config, prompts, seed=config.seed)
     judge = open_judge(lab, desk, course, held_out, seed=config.seed)
 
-    match = Game(lab, config.game, config.reward).open(desk, course, seed=config.seed)
+    match = game.open(desk, course, seed=config.seed)
     pairs = list(course.pairs)
     state = match.play(
         "4-offline", match.begin(), pairs, steps=config.game.offline_steps
@@ -139,7 +140,7 @@ def distil(config: QuickstartConfig, desk: Desk) -> Report:
     export(lab, desk, state.student.params)
     updates = int(state.step)
     del state  # the optimiser's moments; the baseline needs the room
-    rival = Dpo(lab, config.dpo).train(
+    rival = dpo.train(
         desk, "6-dpo", course, steps=updates, seed=config.seed, pairs=pairs
     )
     judge.student(DPO, rival)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from experiments.lab import Lab, Sampler
 from rkd_jax.data.collate import collate
@@ -27,6 +28,8 @@ from rkd_jax.data.records import (
 from rkd_jax.data.sources import read_jsonl, write_jsonl
 from rkd_jax.data.tokenize import tokenize_record
 from rkd_jax.evaluation.generation import GenerationResult, generate
+from rkd_jax.placement import fetch, place_rows
+from rkd_jax.sharding import mesh_of
 from rkd_jax.signals.oracles import Oracle, OracleError, label_preferences
 from rkd_jax.training.checkpoint import Checkpoints
 from rkd_jax.training.loop import Update, fit
@@ -78,7 +81,7 @@ def write_responses(
             yield batch.teacher_prompts if as_teacher else batch.prompts
 
     def sample(params: Params, prompts: Prompts, key: jax.Array):
-        samples = jax.block_until_ready(sampler(params, prompts, key))
+        samples = fetch(sampler(params, prompts, key))
         left = len(rows) - sample.done
         count = min(prompts.tokens.shape[0], left)
         sample.done += count
@@ -239,7 +242,7 @@ def train(
     """`fit` with a checkpoint folder, a metrics log and a line of progress.
 
     ``steps`` counts from the state's step 0, as in `fit`. ``config`` is what the
-    checkpoints are bound to.
+    checkpoints are bound to. Where the state is on a mesh, rows are cut over it.
     """
     with (
         Checkpoints(
@@ -253,7 +256,7 @@ def train(
             batches,
             steps=steps,
             frozen=frozen,
-            prepare=prepare,
+            prepare=_placing(prepare, mesh_of(state)),
             probe=probe,
             checkpoints=checkpoints,
             metrics=metrics,
@@ -268,3 +271,15 @@ def train(
         }
         write_json(folder / "cost.json", cost)
     return state
+
+
+def _placing(prepare: Callable | None, mesh: Mesh | None) -> Callable | None:
+    """``prepare`` with its rows on the mesh."""
+    if mesh is None:
+        return prepare
+
+    def placed(state, batch):
+        prepared = prepare(state, batch) if prepare else (batch, ())
+        return place_rows(prepared, mesh)
+
+    return placed

@@ -93,10 +93,10 @@ def run_system(
         if not final.done:
             started = time.monotonic()
             lab = open_lab(config)
+            table = methods(lab)  # before anything is sampled: options may not fit
             prompts, held_out, data = load_prompts(config.task, lab)
             course = take_course(lab, desk, config, prompts, seed=config.seed)
             judge = open_judge(lab, desk, course, held_out, seed=config.seed)
-            table = methods(lab)
             for label, method in table.items():
                 params = train_and_judge(
                     desk, course, judge, label, method, config.updates, config.seed

@@ -9,14 +9,9 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from rkd_jax.aot.collectives import Traffic
-from rkd_jax.aot.compiling import (
-    compile_step,
-    device_bytes,
-    parameter_shardings,
-    placed,
-)
+from rkd_jax.aot.compiling import compile_step, device_bytes, placed
 from rkd_jax.aot.flops import matmul_flops
-from rkd_jax.sharding import MeshConfig, make_mesh
+from rkd_jax.sharding import MeshConfig, make_mesh, parameter_shardings
 
 LAYERS, WIDTH, ROWS = 5, 64, 16
 
