@@ -23,6 +23,7 @@ from experiments.settings import (
     RewardConfig,
     SettingsError,
 )
+from experiments.several_processes import AskedOnce
 from rkd_jax.data.chat_template import CHATML
 from rkd_jax.data.tokenize import TokenizeConfig
 from rkd_jax.data.tokenizer import Tokenizer, byte_tokenizer, same_vocabulary
@@ -43,7 +44,6 @@ from rkd_jax.objectives.reward_model import TokenRewards
 from rkd_jax.placement import follow_parameters, row_shards
 from rkd_jax.sharding import MeshConfig, make_mesh, mesh_of, parameter_shardings
 from rkd_jax.signals.oracles import Oracle, load_oracle
-from rkd_jax.signals.retrying_oracle import RetryingOracle
 from rkd_jax.signals.teacher import (
     Scorer,
     make_features,
@@ -118,7 +118,8 @@ class Lab:
             raise SettingsError(
                 f"{what}: {rows} rows in {accumulation} micro-batches do not divide "
                 f"over data x fsdp = {shards} devices; take a multiple of "
-                f"{accumulation * shards}, or more of --mesh on the tensor axis"
+                f"{accumulation * shards}, fewer micro-batches, or more of --mesh on the "
+                "tensor axis"
             )
 
     def new_reward(self, rng: jax.Array) -> Params:
@@ -151,13 +152,7 @@ def open_mesh(config: MeshConfig) -> Mesh | None:
 
     Raises:
         ShardingError: there are not as many devices.
-        SettingsError: one of several processes.
     """
-    if jax.process_count() > 1:
-        raise SettingsError(
-            f"an experiment runs in one process, this is one of {jax.process_count()}; "
-            "every process would write the same files"
-        )
     mesh = make_mesh(config)
     if mesh.size == 1:
         return None
@@ -185,7 +180,7 @@ def open_lab(config: ExperimentConfig) -> Lab:
         student_params,
         tokenizer=tokenizer,
         rows=row_layout(config.policy),
-        oracle=RetryingOracle(load_oracle(config.oracle), config.oracle_calls),
+        oracle=AskedOnce(load_oracle(config.oracle), config.oracle_calls),
         policy=config.policy,
         reward=config.reward,
     )

@@ -34,7 +34,7 @@ from experiments.command import run_command
 from experiments.course import load_prompts, take_course
 from experiments.game import Game
 from experiments.judging import Judge, open_judge
-from experiments.lab import Lab, open_lab
+from experiments.lab import open_lab
 from experiments.settings import (
     ExperimentConfig,
     FitConfig,
@@ -42,6 +42,7 @@ from experiments.settings import (
     toy,
 )
 from experiments.stages import Desk
+from experiments.system import export_student
 from rkd_jax.evaluation.content import (
     Difference,
     Policy,
@@ -50,10 +51,9 @@ from rkd_jax.evaluation.content import (
     quality_flags,
 )
 from rkd_jax.evaluation.report import summary_table, write_report
-from rkd_jax.interop import save_model
 from rkd_jax.training.progress import Progress
 from rkd_jax.training.run import RunFolder
-from rkd_jax.types import Params
+from rkd_jax.training.together import once
 
 DPO, OFFLINE, ONLINE = "DPO", "PbKD offline", "PbKD online"
 COMPARED = (
@@ -109,8 +109,8 @@ def run(config: QuickstartConfig) -> Path:
         final = folder.stage("report")
         if not final.done:
             report = distil(config, desk)
-            page = write_report(final.path, report)
-            final.finish({"report": page.name})
+            page = once(lambda: write_report(final.path, report).name)
+            final.finish({"report": page})
             print(summary_table(report))
             print(f"\nstudent: {folder.path / 'student'}")
     return final.path / final.result["report"]
@@ -137,7 +137,7 @@ def distil(config: QuickstartConfig, desk: Desk) -> Report:
         pairs += course.more_pairs(lab, desk, number, student, stage=f"{stage}-pairs")
         state = match.play(stage, state, pairs, steps=config.game.round_steps)
     judge.student(ONLINE, state.student.params)
-    export(lab, desk, state.student.params)
+    export_student(lab, desk.run.path / "student", state.student.params)
     updates = int(state.step)
     del state  # the optimiser's moments; the baseline needs the room
     rival = dpo.train(
@@ -145,17 +145,6 @@ def distil(config: QuickstartConfig, desk: Desk) -> Report:
     )
     judge.student(DPO, rival)
     return conclude(config, desk, lab, judge, data, started)
-
-
-def export(lab: Lab, desk: Desk, params: Params) -> None:
-    """The final student as a Hugging Face folder, ``student/`` in the run's folder."""
-    save_model(
-        desk.run.path / "student",
-        lab.student.config,
-        params,
-        tokenizer=lab.tokenizer,
-        overwrite=True,
-    )
 
 
 def conclude(config, desk, lab, judge: Judge, data, started: float) -> Report:

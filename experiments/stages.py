@@ -37,6 +37,7 @@ from rkd_jax.training.metrics import MetricsWriter
 from rkd_jax.training.progress import Progress
 from rkd_jax.training.run import RunFolder, write_json
 from rkd_jax.training.state import TrainState
+from rkd_jax.training.together import once
 from rkd_jax.types import Params, Prompts
 
 TRAINING = 1000  # beyond every number that a course or a judge folds into its key
@@ -153,7 +154,7 @@ def _corpus(lab, desk, name, voice, prompts, *, as_teacher, batch_size, rng):
             for p, text in zip(prompts, result.flat_texts, strict=True)
             if text.strip()
         ]
-        write_jsonl(path, records)
+        once(lambda: write_jsonl(path, records))
         empty = len(prompts) - len(records)
         stage.finish({"kept": len(records), "empty": empty})
     return read_jsonl(path, DemonstrationRecord)[0]
@@ -214,7 +215,7 @@ def collect_pairs(
         if report.unscored and not records:
             # Not finished: the same command asks the oracle again.
             raise OracleError(f"{title}: {report}; see to the oracle and start again")
-        write_jsonl(path, records)
+        once(lambda: write_jsonl(path, records))
         stage.finish(dataclasses.asdict(report))
     return read_jsonl(path, PreferenceRecord)[0]
 
@@ -269,7 +270,7 @@ def train(
             "seconds_per_step": desk.progress.paces[title],
             "peak_bytes": desk.progress.peaks.get(title),
         }
-        write_json(folder / "cost.json", cost)
+        once(lambda: write_json(folder / "cost.json", cost))
     return state
 
 

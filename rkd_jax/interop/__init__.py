@@ -65,7 +65,9 @@ def load_model(
         return Decoder(config), params, gguf.tokenizer(file)
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such folder or file")
-    config, params = safetensors.load(path, param_dtype=param_dtype, shardings=shardings)
+    config, params = safetensors.load(
+        path, param_dtype=param_dtype, shardings=shardings
+    )
     if not (path / "tokenizer.json").is_file():
         return Decoder(config), params, None
     try:
