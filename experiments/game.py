@@ -185,11 +185,11 @@ class Game:
     def _held_out(self, params: Params, sequences: Sequences, features, labels):
         with on_mesh(self.lab.mesh):  # every device reads all of them: they are few
             returns = self._returns(params, sequences, features)
-        hit = 0.5 * (1.0 + jnp.sign(returns.chosen - returns.rejected))
-        return {
-            "held_out/nll": bradley_terry(returns, label=labels).mean(),
-            "held_out/accuracy": hit.mean(),
-        }
+            hit = 0.5 * (1.0 + jnp.sign(returns.chosen - returns.rejected))
+            return {
+                "held_out/nll": bradley_terry(returns, label=labels).mean(),
+                "held_out/accuracy": hit.mean(),
+            }
 
     def _pair_nll(self, params: Params, rows):
         sequences, features, labels = rows

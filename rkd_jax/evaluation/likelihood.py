@@ -184,13 +184,13 @@ def _divergence_totals(
     with on_mesh(mesh):
         student_logits = response_logits(student, student_params, rows)
         teacher_logits = response_logits(teacher, teacher_params, teacher_rows)
-    logits = (student_logits, teacher_logits)
-    values = (
-        forward_kl(*logits, temperature=temperature),
-        reverse_kl(*logits, temperature=temperature),
-        -token_log_probs(teacher_logits, rows.targets),
-    )
-    return tuple(sequence_sum(value, rows.response_mask) for value in values)
+        logits = (student_logits, teacher_logits)
+        values = (
+            forward_kl(*logits, temperature=temperature),
+            reverse_kl(*logits, temperature=temperature),
+            -token_log_probs(teacher_logits, rows.targets),
+        )
+        return tuple(sequence_sum(value, rows.response_mask) for value in values)
 
 
 @functools.partial(jax.jit, static_argnames=("teacher", "mesh"))
@@ -199,8 +199,8 @@ def _nll_totals(teacher, params, rows, *, mesh):
     refuse_packed(rows, "teacher_nll")
     with on_mesh(mesh):
         logits = response_logits(teacher, params, rows)
-    log_probs = token_log_probs(logits, rows.targets)
-    return sequence_sum(-log_probs, rows.response_mask)
+        log_probs = token_log_probs(logits, rows.targets)
+        return sequence_sum(-log_probs, rows.response_mask)
 
 
 def _in_batches(
