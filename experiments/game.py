@@ -163,9 +163,7 @@ class Game:
         lab.check_rows("--game.pairs-per-step", config.pairs_per_step, parts)
         lab.check_rows("--reward.batch-size", reward.batch_size)
         self.update = self.step.update_on(lab.mesh, max_traces=lab.widths)
-        self.anchor_update = self.anchor_step.update_on(
-            lab.mesh, max_traces=lab.widths
-        )
+        self.anchor_update = self.anchor_step.update_on(lab.mesh, max_traces=lab.widths)
         self._pair_nll = follow_parameters(jax.jit(self._pair_nll))
         self._held_out = jax.jit(self._held_out)
 

@@ -118,8 +118,8 @@ class Lab:
             raise SettingsError(
                 f"{what}: {rows} rows in {accumulation} micro-batches do not divide "
                 f"over data x fsdp = {shards} devices; take a multiple of "
-                f"{accumulation * shards}, fewer micro-batches, or more of --mesh on the "
-                "tensor axis"
+                f"{accumulation * shards}, fewer micro-batches, or more of --mesh on "
+                "tensor"
             )
 
     def new_reward(self, rng: jax.Array) -> Params:

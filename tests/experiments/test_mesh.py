@@ -1,6 +1,7 @@
 """An experiment on eight devices: the same command, folder and numbers as on one."""
 
 import dataclasses
+import io
 import json
 import shutil
 
@@ -9,20 +10,38 @@ import numpy as np
 import pytest
 
 from experiments import pbkd, tvkd
+from experiments.course import load_prompts, take_course
+from experiments.judging import pair_log_probs
 from experiments.lab import open_lab
 from experiments.settings import SettingsError
+from experiments.stages import Desk
 from rkd_jax.data.collate import collate
-from rkd_jax.data.records import PromptRecord
+from rkd_jax.data.records import PreferenceRecord, PromptRecord
 from rkd_jax.data.tokenize import tokenize_record
 from rkd_jax.evaluation.generation import with_prompts
 from rkd_jax.evaluation.likelihood import sequence_divergences
 from rkd_jax.interop import load_model
 from rkd_jax.sharding import MeshConfig, ShardingError
 from rkd_jax.training.metrics import read_metrics
+from rkd_jax.training.progress import Progress
+from rkd_jax.training.run import RunFolder
 
 MESH = MeshConfig(data=2, fsdp=2, tensor=2)
 
 pytestmark = pytest.mark.usefixtures("compiled_programs")
+
+
+def options(mesh=MESH, **changes):
+    """The toy with one shape for each sampler, so that less is compiled."""
+    config = tvkd.tiny()
+    return dataclasses.replace(
+        config,
+        mesh=mesh,
+        policy=dataclasses.replace(config.policy, batch_size=4, samples_per_prompt=1),
+        warm_start=dataclasses.replace(config.warm_start, steered=True),
+        evaluation=dataclasses.replace(config.evaluation, likelihood_prompts=4),
+        **changes,
+    )
 
 
 def close(found, expected):
@@ -35,38 +54,51 @@ def close(found, expected):
 
 @pytest.fixture(scope="module")
 def lab(compiled_programs):
-    return open_lab(dataclasses.replace(tvkd.tiny(), mesh=MESH))
+    return open_lab(options())
 
 
 @pytest.fixture(scope="module")
 def finished(compiled_programs, tmp_path_factory):
-    """The folder of a run on the mesh, and its options."""
+    """The folder of a run on the mesh, and its options; of two methods the second."""
     folder = tmp_path_factory.mktemp("mesh") / "run"
-    config = dataclasses.replace(tvkd.tiny(), out=str(folder), mesh=MESH)
-    assert tvkd.run(config) == folder / "report" / "report.html"
-    return folder, config
+    config = options(out=str(folder))
+    table = tvkd.table
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tvkd, "table", lambda *args: {"TVKD": table(*args)["TVKD"]})
+        assert tvkd.run(config) == folder / "report" / "report.html"
+        yield folder, config
 
 
 def test_a_run_goes_on_with_other_devices_and_trains_the_same(finished, tmp_path):
     folder, config = finished
     report = json.loads((folder / "report" / "report.json").read_text("utf-8"))
-    names = ["teacher (steered)", "warm start", "DPO", "TVKD"]
+    names = ["teacher (steered)", "warm start", "TVKD"]
     assert [row["name"] for row in report["policies"]] == names
     assert report["settings"]["mesh"] == dataclasses.asdict(MESH)
 
-    alone = tmp_path / "run"
-    shutil.copytree(folder, alone)
-    for name in ("4-tvkd", "report", "student"):
-        shutil.rmtree(alone / name)
-    (alone / "6-evaluation" / "TVKD.json").unlink()
-    before = (alone / "2-warm-start" / "metrics.jsonl").read_bytes()
-    tvkd.run(dataclasses.replace(config, out=str(alone), mesh=MeshConfig()))
+    there = tmp_path / "run"
+    shutil.copytree(folder, there)
+    shutil.rmtree(there / "4-tvkd")
+    before = (there / "2-warm-start" / "metrics.jsonl").read_bytes()
+    config = dataclasses.replace(config, out=str(there), mesh=MeshConfig())
+    run = RunFolder.open(there, config.identity(), name="tvkd")
+    with Progress(io.StringIO()) as progress:
+        desk = Desk(run, progress, checkpoint_every=100)
+        alone = open_lab(config)
+        prompts, _, _ = load_prompts(config.task, alone)
+        course = take_course(alone, desk, config, prompts, seed=config.seed)
+        params = tvkd.Tvkd(alone, config.tvkd).train(
+            desk, "4-tvkd", course, steps=config.updates, seed=config.seed
+        )
     # The warm start was restored, what came after it made anew.
-    assert (alone / "2-warm-start" / "metrics.jsonl").read_bytes() == before
-    logs = [read_metrics(run / "4-tvkd") for run in (folder, alone)]
+    assert (there / "2-warm-start" / "metrics.jsonl").read_bytes() == before
+    logs = [read_metrics(run / "4-tvkd") for run in (folder, there)]
     assert len(logs[0]) == config.updates
-    close(*([entry["metrics"] for entry in log] for log in logs))
-    close(*(load_model(run / "student")[1] for run in (folder, alone)))
+    for entry in logs[0] + logs[1]:
+        # The sign of a margin that is 0 to rounding: the policy is still the reference.
+        del entry["metrics"]["student/accuracy"]
+    close(*logs)
+    close(load_model(folder / "student")[1], params)
 
 
 def test_everything_large_is_cut(lab):
@@ -78,24 +110,21 @@ def test_everything_large_is_cut(lab):
 
 
 def test_samples_and_scores_are_those_of_one_device(lab):
-    alone = open_lab(tvkd.tiny())
-    records = [PromptRecord(f"number {i}") for i in range(8)]
+    alone = open_lab(options(MeshConfig()))
+    records = [PromptRecord(f"number {i}") for i in range(4)]
     rows = [tokenize_record(r, lab.tokenizer, lab.rows) for r in records]
     batch = collate(rows, lab.rows)
     key = jax.random.key(3)
-    some = jax.tree.map(lambda x: x[:6], batch.prompts)  # filled up to eight again
+    some = jax.tree.map(lambda x: x[:3], batch.prompts)  # filled up to four again
     found = lab.sample_student(lab.student_params, some, key)
     whole = alone.sample_student(alone.student_params, batch.prompts, key)
-    expected = jax.tree.map(lambda x: np.asarray(x)[:6], whole)
+    expected = jax.tree.map(lambda x: np.asarray(x)[:3], whole)
     np.testing.assert_array_equal(found.sequences.tokens, expected.sequences.tokens)
     close(found, expected)
 
+    pairs = [PreferenceRecord(r.prompt, "some", "none at all") for r in records]
+    close(*(pair_log_probs(one, one.student_params, pairs) for one in (lab, alone)))
     own = jax.tree.map(lambda x: np.asarray(x)[:, 0], whole.sequences)
-    scores, expected = (
-        jax.tree.map(np.asarray, one.reference_scores(one.student_params, own))
-        for one in (lab, alone)
-    )
-    close(scores, expected)
     as_teacher = with_prompts(own, batch.teacher_prompts)
     divergences = [
         dataclasses.asdict(
@@ -128,9 +157,8 @@ def test_rows_that_do_not_divide_are_refused_before_anything_is_made(lab):
 )
 def test_a_mesh_that_does_not_fit_is_refused(mesh, message):
     with pytest.raises(ShardingError, match=message):
-        open_lab(dataclasses.replace(tvkd.tiny(), mesh=mesh))
+        open_lab(options(mesh))
 
 
 def test_the_devices_are_no_part_of_what_makes_a_run():
-    config = dataclasses.replace(tvkd.tiny(), mesh=MESH)
-    assert config.identity() == tvkd.tiny().identity()
+    assert options().identity() == options(MeshConfig()).identity()
