@@ -19,11 +19,17 @@ from jax.sharding import Mesh
 from experiments.abstract_inputs import Inputs, full, rows
 from experiments.lab import Lab
 from experiments.settings import SettingsError
-from rkd_jax.aot.compiling import parameter_shardings, placed
+from rkd_jax.aot.compiling import placed
 from rkd_jax.models.decoder import Decoder
 from rkd_jax.models.flops import forward_flops, trunk_flops
-from rkd_jax.sharding import batch_sharding, device_bytes, replicated
-from rkd_jax.training.state import TrainState, init_state, state_shardings
+from rkd_jax.placement import jit_on
+from rkd_jax.sharding import (
+    batch_sharding,
+    device_bytes,
+    parameter_shardings,
+    replicated,
+)
+from rkd_jax.training.state import TrainState
 from rkd_jax.types import GameBatch, Params, Prompts
 
 
@@ -91,10 +97,7 @@ def update_program(lab: Lab, inputs: Inputs, held: Held, mesh: Mesh) -> Program:
     """The update; nothing of it is left out."""
     home, state = batch_sharding(mesh), held.state
     frozen = None if inputs.frozen is None else {"teacher": held.teacher}
-    update = inputs.step.update(
-        state_shardings=jax.tree.map(lambda leaf: leaf.sharding, state),
-        batch_sharding=home,
-    )
+    update = inputs.step.update_for(state)
     data, signal = (placed(x, home) for x in (inputs.batch, inputs.signal))
     policy, count = lab.policy, inputs.sequences
     length = policy.max_prompt + policy.max_response
@@ -114,7 +117,7 @@ def teacher_program(lab: Lab, inputs: Inputs, held: Held, mesh: Mesh) -> Program
     length = policy.max_teacher_prompt + policy.max_response
     sequences = placed(rows(lab, count, teacher=True), batch_sharding(mesh))
     return Program(
-        _on(mesh, lab.teacher_states),
+        jit_on(mesh, lab.teacher_states),
         (held.teacher, sequences),
         held.bytes - device_bytes(held.teacher),
         tokens=count * length,
@@ -137,7 +140,7 @@ def sampler_program(lab: Lab, inputs: Inputs, held: Held, mesh: Mesh) -> Program
     length = policy.max_prompt + policy.max_response
     forward = forward_flops(lab.student.config, total, length, policy.max_response)
     return Program(
-        _on(mesh, lab.roll_out if game else lab.sample_student),
+        jit_on(mesh, lab.roll_out if game else lab.sample_student),
         (params, prompts, key),
         held.bytes - device_bytes(params),
         tokens=total * policy.max_response,
@@ -154,37 +157,16 @@ PROGRAMS: dict[str, Callable[..., Program]] = {
 """By the name that ``--program`` has."""
 
 
-def _on(mesh: Mesh, function: Callable) -> Any:
-    """Jitted, with the mesh that kernels and losses ask for."""
-
-    def run(*arguments):
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return function(*arguments)
-
-    return jax.jit(run)
-
-
 def _state(inputs: Inputs, mesh: Mesh) -> TrainState:
     """The state's shapes, each with its place."""
     step, critic = inputs.step, inputs.critic
-    make = functools.partial(
-        init_state,
-        student_optimizer=step.student_optimizer,
-        critic_optimizer=step.critic_optimizer,
-        dual=inputs.dual,
-    )
+    begin = functools.partial(step.begin, dual=inputs.dual, mesh=None)
     abstract = jax.eval_shape(
-        lambda student, critic, rng: make(student, critic_params=critic, rng=rng),
+        lambda student, critic, rng: begin(student, critic=critic, rng=rng),
         inputs.student,
         critic,
         jax.random.key(0),
     )
-    homes = state_shardings(
-        inputs.student,
-        parameter_shardings(inputs.student, inputs.axes, mesh),
-        student_optimizer=step.student_optimizer,
-        critic_params=critic,
-        critic_shardings=critic and parameter_shardings(critic, None, mesh),
-        critic_optimizer=step.critic_optimizer,
-    )
-    return placed(abstract, homes)
+    homes = parameter_shardings(inputs.student, inputs.axes, mesh)
+    student = placed(inputs.student, homes)
+    return placed(abstract, step.shardings(student, critic, mesh))

@@ -42,6 +42,7 @@ from experiments.settings import (
     PairsConfig,
     PolicyConfig,
     RewardConfig,
+    SettingsError,
     TaskConfig,
     WarmStartConfig,
 )
@@ -114,6 +115,7 @@ def prepare(config: ArithmeticConfig) -> Path:
 
     Raises:
         RunMismatch: the folder holds another task.
+        SettingsError: nothing is there yet, and this is one of several processes.
         ValueError, OracleError: see `make_problems`.
     """
     folder = RunFolder.open(
@@ -121,6 +123,11 @@ def prepare(config: ArithmeticConfig) -> Path:
     )
     stage = folder.stage("lessons")
     if not stage.done:
+        if jax.process_count() > 1:
+            raise SettingsError(
+                "the arithmetic teacher is trained by one process; run python -m "
+                "experiments.arithmetic_task without --distributed first"
+            )
         problems = make_problems(config.problems)
         for name in ("train", "held_out"):
             records = [PromptRecord(p.prompt) for p in getattr(problems, name)]

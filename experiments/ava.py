@@ -46,6 +46,7 @@ from rkd_jax.models.heads import GaussianHead
 from rkd_jax.objectives.ava import ava_token_rewards, make_ava_d, make_ava_p
 from rkd_jax.signals.oracles import label_preferences
 from rkd_jax.signals.reward_oracle import RewardModelOracle
+from rkd_jax.training.together import once
 from rkd_jax.types import Params
 
 
@@ -162,7 +163,7 @@ class AvaReward:
         if not labels.done:
             pairs, report = relabel(self.ava.oracle(params), course.pairs)
             desk.progress.note(f"{stage.replace('-', ' ')}: {report}")
-            write_jsonl(path, pairs)
+            once(lambda: write_jsonl(path, pairs))
             labels.finish(dataclasses.asdict(report))
         pairs = read_jsonl(path, PreferenceRecord)[0]
         return self.dpo.train(desk, stage, course, steps=steps, seed=seed, pairs=pairs)

@@ -12,17 +12,19 @@ import tyro
 
 from experiments.compiled_programs import keep_compiled_programs
 from experiments.settings import SettingsError
+from experiments.several_processes import meet
 from rkd_jax.data.records import RecordError
 from rkd_jax.data.tokenizer import VocabularyMismatch
 from rkd_jax.interop import UnsupportedConfigError, WeightsError
+from rkd_jax.sharding import ShardingError
 from rkd_jax.signals.oracles import OracleError
 from rkd_jax.training.checkpoint import CheckpointError
-from rkd_jax.training.interrupt import Interrupted
+from rkd_jax.training.interrupt import Interrupted, PeerLost
 from rkd_jax.training.loop import Diverged
 from rkd_jax.training.run import RunMismatch
 
 Config = TypeVar("Config")
-NO_CACHE = "--no-compilation-cache"
+NO_CACHE, DISTRIBUTED = "--no-compilation-cache", "--distributed"
 
 # What a user can cause and mend. Anything else is our bug and keeps its traceback.
 MENDABLE = (
@@ -30,9 +32,11 @@ MENDABLE = (
     Diverged,
     OracleError,
     OSError,  # no such file, full disk, read-only folder
+    PeerLost,
     RecordError,
     RunMismatch,
     SettingsError,
+    ShardingError,  # no such mesh, or an axis that does not divide over it
     UnsupportedConfigError,
     VocabularyMismatch,
     WeightsError,
@@ -49,7 +53,8 @@ def run_command(
 
     ``--tiny``, or the name of another preset, replaces the defaults of ``config``;
     ``--no-compilation-cache`` leaves no compiled program behind
-    (`experiments.compiled_programs`).
+    (`experiments.compiled_programs`); ``--distributed`` is for one of several processes
+    (`experiments.several_processes`).
 
     Exit codes: 0 done; 1 a fault of ours, with its traceback; 2 something the user can
     mend, in one line; 130 Ctrl-C and 143 SIGTERM (128 + the signal), after the step was
@@ -59,7 +64,8 @@ def run_command(
     presets = {f"--{name}": make for name, make in presets.items()} | {"--tiny": tiny}
     named = [argument for argument in arguments if argument in presets]
     keep = NO_CACHE not in arguments
-    flags = {*presets, NO_CACHE}
+    distributed = DISTRIBUTED in arguments
+    flags = {*presets, NO_CACHE, DISTRIBUTED}
     arguments = [argument for argument in arguments if argument not in flags]
     if named[-1:] == ["--tiny"]:  # a toy spends its time in the compiler
         jax.config.update("jax_disable_most_optimizations", True)
@@ -70,11 +76,14 @@ def run_command(
         args=arguments,
         description=f"{type(default).__doc__}\n\nDefaults for another purpose: "
         f"{', '.join(presets)} (tiny: the same wiring with a toy teacher, in seconds). "
-        f"{NO_CACHE}: do not keep compiled programs for the next run.",
+        f"{NO_CACHE}: do not keep compiled programs for the next run. {DISTRIBUTED}: "
+        "this is one of several processes that make the run together.",
     )
     if keep:
         keep_compiled_programs()
     try:
+        if distributed:
+            meet()
         report = run(options)
     except Interrupted as stop:
         print(f"\n{stop}", file=sys.stderr)

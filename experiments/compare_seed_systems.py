@@ -61,6 +61,7 @@ from rkd_jax.evaluation.content import DataSource, Difference, Report, Verdict
 from rkd_jax.evaluation.report import summary_table, write_report
 from rkd_jax.training.progress import Progress
 from rkd_jax.training.run import RunFolder
+from rkd_jax.training.together import once
 
 PARENTS = {
     "SeqKD": ("SFT",),
@@ -244,8 +245,8 @@ def run(config: CompareConfig) -> Path:
         with Progress() as progress:
             report = compare(config, folder, progress)
             report.timings["total"] = time.monotonic() - started
-            page = write_report(final.path, report)
-            final.finish({"report": page.name})
+            page = once(lambda: write_report(final.path, report).name)
+            final.finish({"report": page})
             print(summary_table(report))
     return final.path / final.result["report"]
 

@@ -5,8 +5,8 @@
 The objective, the optimiser and the numbers are the experiment's own, from `config()`
 with the options named; models are shapes (`experiments.published_shapes`). The step is
 placed on a mesh as `rkd_jax.sharding` says: the student's state and the teacher cut
-over fsdp and tensor, rows over data and fsdp. The experiments themselves compute on one
-device today (docs/scaling.md): this is the step they make, where they cannot run yet.
+over fsdp and tensor, rows over data and fsdp. It is the step that the experiment itself
+makes with the same ``--mesh`` (docs/scaling.md).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from experiments.settings import ExperimentConfig, SettingsError
 from rkd_jax.aot.compiling import compile_step
 from rkd_jax.aot.report import Plan, gib
 from rkd_jax.aot.topology import chip_of, slice_devices
+from rkd_jax.placement import row_shards
 from rkd_jax.sharding import MeshConfig, make_mesh
 
 EXPERIMENTS = (
@@ -135,14 +136,9 @@ def _mesh(request: Request, devices: Sequence[jax.Device]) -> Mesh:
     return mesh
 
 
-def _shards(mesh: Mesh) -> int:
-    """Parts that rows are cut into."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
-
-
 def _cut(request: Request, inputs: Inputs, mesh: Mesh) -> Inputs:
     """With as many micro-batches as asked for, or the most below that divide evenly."""
-    shards = _shards(mesh)
+    shards = row_shards(mesh)
     counts = {leaf.shape[0] for leaf in jax.tree.leaves((inputs.batch, inputs.signal))}
 
     def divides(parts: int) -> bool:
@@ -184,7 +180,7 @@ def _advice(result: Plan, inputs: Inputs, lab: Lab, mesh: Mesh) -> tuple[str, ..
     if result.fits:
         return ()
     memory, limit = result.memory, result.chip.usable
-    part = inputs.records // inputs.step.accumulation // _shards(mesh)
+    part = inputs.records // inputs.step.accumulation // row_shards(mesh)
     if memory.peak - memory.temporaries > 0.8 * limit:
         first = (
             "a larger slice, or more of --mesh on fsdp: what is held alone takes "

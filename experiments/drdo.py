@@ -42,6 +42,7 @@ from rkd_jax.data.collate import collate
 from rkd_jax.data.tokenize import tokenize_record
 from rkd_jax.models.heads import RewardModel, ScalarHead
 from rkd_jax.objectives.drdo import make_drdo, make_drdo_oracle
+from rkd_jax.placement import follow_parameters
 from rkd_jax.types import Params
 
 
@@ -86,8 +87,10 @@ class DrdoOracle:
         )
         objective = make_drdo_oracle(self.model, alpha=options.oracle_alpha)
         self.trainer = Trainer(lab, objective, fit)
-        self._score = jax.jit(
-            lambda params, rows: self.model.sequence_rewards(params, rows).sum(-1)
+        self._score = follow_parameters(
+            jax.jit(
+                lambda params, rows: self.model.sequence_rewards(params, rows).sum(-1)
+            )
         )
 
     def of_pairs(

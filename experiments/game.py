@@ -23,12 +23,11 @@ from rkd_jax.data.collate import collate
 from rkd_jax.data.pipeline import ZippedBatches, make_batches
 from rkd_jax.data.records import DemonstrationRecord, PreferenceRecord
 from rkd_jax.data.tokenize import tokenize_record
-from rkd_jax.evaluation.generation import fill_rows
 from rkd_jax.losses import bradley_terry, check_epsilon
 from rkd_jax.objectives.pbkd import make_pbkd
 from rkd_jax.objectives.reward_model import l2_penalty, make_reward_model, pair_returns
-from rkd_jax.training.state import TrainState, init_state, step_keys
-from rkd_jax.training.update import make_update
+from rkd_jax.placement import fetch, fill_rows, follow_parameters, on_mesh
+from rkd_jax.training.state import TrainState, step_keys
 from rkd_jax.types import GameBatch, GameSignal, Params, PreferenceSignal, Sequences
 
 CHUNK = 32  # rows on the device at once
@@ -125,7 +124,7 @@ def in_chunks(function, tree) -> np.ndarray:
     for first in range(0, count, CHUNK):
         rows = jax.tree.map(lambda x, i=first: x[i : i + CHUNK], tree)
         kept = min(CHUNK, count - first)
-        parts.append(np.asarray(function(fill_rows(rows, CHUNK)))[:kept])
+        parts.append(fetch(function(fill_rows(rows, CHUNK)))[:kept])
     return np.concatenate(parts)
 
 
@@ -140,9 +139,6 @@ class Game:
 
     def __init__(self, lab: Lab, config: GameConfig, reward: RewardConfig):
         self.lab, self.config, self.reward = lab, config, reward
-        self.student_optimizer = constant_rate(config.learning_rate)
-        self.critic_optimizer = constant_rate(config.critic_learning_rate)
-        self.anchor_optimizer = constant_rate(reward.learning_rate)
         self.step = Step(
             make_pbkd(
                 lab.student,
@@ -153,18 +149,22 @@ class Game:
                 l2=reward.l2,
                 sft_weight=config.sft_weight,
             ),
-            student_optimizer=self.student_optimizer,
-            critic_optimizer=self.critic_optimizer,
+            student_optimizer=constant_rate(config.learning_rate),
+            critic_optimizer=constant_rate(config.critic_learning_rate),
             critic_steps=config.critic_steps,
             accumulation=config.accumulation,
         )
-        self.update = self.step.update(max_traces=lab.widths)
-        self.anchor_update = make_update(
+        self.anchor_step = Step(
             make_reward_model(lab.token_rewards, l2=reward.l2),
-            student_optimizer=self.anchor_optimizer,
-            max_traces=lab.widths,
+            student_optimizer=constant_rate(reward.learning_rate),
         )
-        self._pair_nll = jax.jit(self._pair_nll)
+        parts = config.accumulation
+        lab.check_rows("--policy.rollout-prompts", lab.policy.rollout_prompts, parts)
+        lab.check_rows("--game.pairs-per-step", config.pairs_per_step, parts)
+        lab.check_rows("--reward.batch-size", reward.batch_size)
+        self.update = self.step.update_on(lab.mesh, max_traces=lab.widths)
+        self.anchor_update = self.anchor_step.update_on(lab.mesh, max_traces=lab.widths)
+        self._pair_nll = follow_parameters(jax.jit(self._pair_nll))
         self._held_out = jax.jit(self._held_out)
 
     def open(self, desk: Desk, course: Course, *, seed: int) -> Match:
@@ -173,7 +173,7 @@ class Game:
 
     def pair_nll(self, params: Params, table: Table) -> np.ndarray:
         """Penalised Bradley-Terry loss of every pair under a head, ``float32[n]``."""
-        return table.chunks(lambda *rows: self._pair_nll(params, *rows))
+        return table.chunks(lambda *rows: self._pair_nll(params, rows))
 
     def held_out(self, params: Params, table: Table) -> dict[str, jax.Array]:
         """What held-out pairs say about a reward head."""
@@ -181,14 +181,16 @@ class Game:
         return self._held_out(params, table.sequences, states, table.labels)
 
     def _held_out(self, params: Params, sequences: Sequences, features, labels):
-        returns = self._returns(params, sequences, features)
-        hit = 0.5 * (1.0 + jnp.sign(returns.chosen - returns.rejected))
-        return {
-            "held_out/nll": bradley_terry(returns, label=labels).mean(),
-            "held_out/accuracy": hit.mean(),
-        }
+        with on_mesh(self.lab.mesh):  # every device reads all of them: they are few
+            returns = self._returns(params, sequences, features)
+            hit = 0.5 * (1.0 + jnp.sign(returns.chosen - returns.rejected))
+            return {
+                "held_out/nll": bradley_terry(returns, label=labels).mean(),
+                "held_out/accuracy": hit.mean(),
+            }
 
-    def _pair_nll(self, params: Params, sequences: Sequences, features, labels):
+    def _pair_nll(self, params: Params, rows):
+        sequences, features, labels = rows
         nll = bradley_terry(self._returns(params, sequences, features), label=labels)
         return nll + self.reward.l2 * l2_penalty(params)
 
@@ -206,21 +208,18 @@ class Match:
         self.book = TextBook(lab.features)
         self.demonstration_table = tabulate(lab, self.book, course.demonstrations)
         self.held_out_table = tabulate(lab, self.book, course.held_out_pairs)
-        self._untrained_anchor = init_state(
-            game.lab.new_reward(jax.random.key(seed)),
-            student_optimizer=game.anchor_optimizer,
-            rng=training_key(seed),
+        self._untrained_anchor = game.anchor_step.begin(
+            lab.new_reward(jax.random.key(seed)), rng=training_key(seed), mesh=lab.mesh
         )
 
     def begin(self) -> TrainState:
         """Before the first step: the course's start against an untrained head."""
-        return init_state(
+        return self.game.step.begin(
             self.course.start,
-            student_optimizer=self.game.student_optimizer,
-            critic_params=self.lab.new_reward(jax.random.key(self.seed)),
-            critic_optimizer=self.game.critic_optimizer,
+            critic=self.lab.new_reward(jax.random.key(self.seed)),
             dual=self.game.config.dual,
             rng=training_key(self.seed),
+            mesh=self.lab.mesh,
         )
 
     def play(

@@ -37,6 +37,7 @@ from rkd_jax.evaluation.rewards import gap_closed, win_rate
 from rkd_jax.signals.oracles import score
 from rkd_jax.signals.retrying_oracle import stopping
 from rkd_jax.training.run import write_json
+from rkd_jax.training.together import once
 from rkd_jax.types import Params, Sequences
 
 TEACHER, START = "teacher (steered)", "warm start"
@@ -122,7 +123,7 @@ class Judge:
     def student(self, name: str, params: Params, **extra) -> Judged:
         """Judge one student; ``extra`` are further cells of its row."""
         path = self._path(name)
-        if not path.exists():
+        if not once(path.exists):
             result, rewards = self._listen(name, self.lab.sample_student, params)
             found = self._likelihoods(params, result.samples.sequences)
             found |= extra
@@ -135,13 +136,14 @@ class Judge:
                     found["preference_accuracy"] = self._ranking(params)
             role = "start" if name == START else "student"
             row = _row(name, role, result, rewards, found)
-            Judged(row, result.flat_texts, rewards).save(path)
+            judged = Judged(row, result.flat_texts, rewards)
+            once(lambda: judged.save(path))
         self.judged[name] = Judged.load(path)
         return self.judged[name]
 
     def known(self, name: str) -> bool:
         """Whether an earlier start of the run has judged it: its file is read."""
-        if self._path(name).exists():
+        if once(self._path(name).exists):
             self.judged[name] = Judged.load(self._path(name))
         return name in self.judged
 

@@ -1,17 +1,20 @@
 """Everything an experiment trains with and against, loaded and compiled once.
 
 A `Lab` holds the frozen models, the tokenizer, the oracle and one compiled function per
-purpose, so no stage compiles what an earlier one already has.
+purpose, so no stage compiles what an earlier one already has. Its parameters say where
+it is, on one device or on a mesh: its functions go there (`rkd_jax.placement`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
+from jax.sharding import Mesh
 
 from experiments.settings import (
     ExperimentConfig,
@@ -20,6 +23,7 @@ from experiments.settings import (
     RewardConfig,
     SettingsError,
 )
+from experiments.several_processes import AskedOnce
 from rkd_jax.data.chat_template import CHATML
 from rkd_jax.data.tokenize import TokenizeConfig
 from rkd_jax.data.tokenizer import Tokenizer, byte_tokenizer, same_vocabulary
@@ -37,8 +41,9 @@ from rkd_jax.models.heads import (
 from rkd_jax.models.sampling import Samples, SamplingConfig, make_sampler
 from rkd_jax.models.surgery import keep_layers
 from rkd_jax.objectives.reward_model import TokenRewards
+from rkd_jax.placement import follow_parameters, row_shards
+from rkd_jax.sharding import MeshConfig, make_mesh, mesh_of, parameter_shardings
 from rkd_jax.signals.oracles import Oracle, load_oracle
-from rkd_jax.signals.retrying_oracle import RetryingOracle
 from rkd_jax.signals.teacher import (
     Scorer,
     make_features,
@@ -101,6 +106,22 @@ class Lab:
         """How many shapes a batch may have: one per width of the teacher's prompts."""
         return len(self.rows.teacher_prompt_buckets or (1,))
 
+    @property
+    def mesh(self) -> Mesh | None:
+        """Where everything is; None for one device."""
+        return mesh_of(self.student_params)
+
+    def check_rows(self, what: str, rows: int, accumulation: int = 1) -> None:
+        """Raise SettingsError unless the rows of an update divide over the mesh."""
+        shards = row_shards(self.mesh)
+        if self.mesh is not None and rows % (accumulation * shards):
+            raise SettingsError(
+                f"{what}: {rows} rows in {accumulation} micro-batches do not divide "
+                f"over data x fsdp = {shards} devices; take a multiple of "
+                f"{accumulation * shards}, fewer micro-batches, or more of --mesh on "
+                "tensor"
+            )
+
     def new_reward(self, rng: jax.Array) -> Params:
         """What a reward player trains: it gives 0 everywhere."""
         head = self.reward_head.init(rng, self.trunk.config.hidden_size)
@@ -126,9 +147,25 @@ class Lab:
         return self.trunk_states(self.trunk_params, sequences)
 
 
+def open_mesh(config: MeshConfig) -> Mesh | None:
+    """The mesh of a run, with a line that says of which devices; None for a single one.
+
+    Raises:
+        ShardingError: there are not as many devices.
+    """
+    mesh = make_mesh(config)
+    if mesh.size == 1:
+        return None
+    sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    devices = f"the first {mesh.size} of {jax.device_count()} devices"
+    print(f"mesh: {sizes}, {devices}", file=sys.stderr)
+    return mesh
+
+
 def open_lab(config: ExperimentConfig) -> Lab:
     """Load the teacher, cut the student out of it, compile."""
-    teacher, teacher_params, tokenizer = load_teacher(config.models)
+    mesh = open_mesh(config.mesh)
+    teacher, teacher_params, tokenizer = load_teacher(config.models, mesh)
     student, student_params = cut_student(config.models, teacher, teacher_params)
     if tokenizer.chat_template is None or tokenizer.eos_id is None:
         lacking = "chat template" if tokenizer.eos_id else "end-of-sequence token"
@@ -136,17 +173,20 @@ def open_lab(config: ExperimentConfig) -> Lab:
             f"the tokenizer of {config.models.teacher} has no {lacking}; name one in "
             "its tokenizer_config.json"
         )
-    return make_lab(
+    lab = make_lab(
         teacher,
         teacher_params,
         student,
         student_params,
         tokenizer=tokenizer,
         rows=row_layout(config.policy),
-        oracle=RetryingOracle(load_oracle(config.oracle), config.oracle_calls),
+        oracle=AskedOnce(load_oracle(config.oracle), config.oracle_calls),
         policy=config.policy,
         reward=config.reward,
     )
+    if config.warm_start.steps:
+        lab.check_rows("--warm-start.batch-size", config.warm_start.batch_size)
+    return lab
 
 
 def make_lab(
@@ -169,15 +209,14 @@ def make_lab(
     trains_trunk = reward.trunk == "trained"
 
     def sampler(model: CausalLM, samples: int) -> Sampler:
-        return make_sampler(
-            model,
-            SamplingConfig(
-                max_new_tokens=policy.max_response,
-                temperature=policy.temperature,
-                eos_ids=(tokenizer.eos_id,),
-                samples_per_prompt=samples,
-            ),
+        config = SamplingConfig(
+            max_new_tokens=policy.max_response,
+            temperature=policy.temperature,
+            eos_ids=(tokenizer.eos_id,),
+            samples_per_prompt=samples,
         )
+        # Texts are put together on the host.
+        return follow_parameters(make_sampler(model, config), to_host=True)
 
     return Lab(
         policy=policy,
@@ -197,25 +236,33 @@ def make_lab(
         sample_teacher=sampler(teacher, 1),
         sample_student=sampler(student, 1),
         roll_out=sampler(student, policy.samples_per_prompt),
-        teacher_states=make_features(teacher, states="before"),
-        teacher_policy=make_teacher_log_probs(teacher, temperature=policy.temperature),
-        reference_scores=make_sequence_scorer(student, temperature=policy.temperature),
-        trunk_features=make_features(trunk),
-        trunk_states=make_features(trunk, states="before"),
+        teacher_states=follow_parameters(make_features(teacher, states="before")),
+        teacher_policy=follow_parameters(
+            make_teacher_log_probs(teacher, temperature=policy.temperature)
+        ),
+        reference_scores=follow_parameters(
+            make_sequence_scorer(student, temperature=policy.temperature)
+        ),
+        trunk_features=follow_parameters(make_features(trunk)),
+        trunk_states=follow_parameters(make_features(trunk, states="before")),
     )
 
 
-def load_teacher(config: ModelConfig) -> tuple[Decoder, Params, Tokenizer]:
+def load_teacher(
+    config: ModelConfig, mesh: Mesh | None = None
+) -> tuple[Decoder, Params, Tokenizer]:
     """The teacher: packaged SmolLM2, your own folder or GGUF file, or a random one.
 
     Raises:
         SettingsError: the weights come without a tokenizer.
+        ShardingError: an axis of a parameter does not divide over the mesh.
     """
     path = teacher_path(config)
     if path is None:
         model = Decoder(RANDOM_TEACHER)
-        return model, model.init(jax.random.key(config.seed)), byte_tokenizer()
-    model, params, tokenizer = load_model(path, param_dtype="float32")
+        params = model.init(jax.random.key(config.seed))
+        return model, on(mesh, model, params), byte_tokenizer()
+    model, params, tokenizer = load_model(path, param_dtype="float32", mesh=mesh)
     if tokenizer is None:
         raise SettingsError(f"{path} holds no tokenizer; put tokenizer.json beside it")
     if config.teacher == "smollm2":
@@ -243,18 +290,20 @@ def cut_student(
         ValueError: another vocabulary than the teacher's.
         SettingsError: no such layer.
     """
+    mesh = mesh_of(teacher_params)
     if config.student is not None:
         model, params, tokenizer = load_model(
-            Path(config.student), param_dtype="float32"
+            Path(config.student), param_dtype="float32", mesh=mesh
         )
         if tokenizer is not None:
-            same_vocabulary(tokenizer, load_teacher(config)[2])
+            same_vocabulary(tokenizer, load_teacher(config, mesh)[2])
         return as_student(model, config), params
     check_drop_layers(config, teacher.config)
     layers = range(teacher.config.num_layers)
     kept = tuple(i for i in layers if i not in config.drop_layers)
     student_config, params = keep_layers(teacher.config, teacher_params, kept)
-    return as_student(Decoder(student_config), config), params
+    student = as_student(Decoder(student_config), config)
+    return student, on(mesh, student, params)
 
 
 def check_drop_layers(config: ModelConfig, teacher: DecoderConfig) -> None:
@@ -265,6 +314,14 @@ def check_drop_layers(config: ModelConfig, teacher: DecoderConfig) -> None:
             f"drop_layers names layer {unknown[0]}, the teacher has layers 0 to "
             f"{teacher.num_layers - 1}"
         )
+
+
+def on(mesh: Mesh | None, model: Decoder, params: Params) -> Params:
+    """A model's parameters in their places on the mesh; as they are without one."""
+    if mesh is None:
+        return params
+    homes = parameter_shardings(params, model.logical_axes(), mesh)
+    return jax.device_put(params, homes)
 
 
 def with_dtype(model: Decoder, dtype: str) -> Decoder:
@@ -289,7 +346,7 @@ def _lower_part(
 
     if isinstance(jax.tree.leaves(params)[0], jax.ShapeDtypeStruct):
         return Decoder(config), jax.eval_shape(keep, params)
-    return Decoder(config), keep(params)
+    return Decoder(config), on(mesh_of(params), Decoder(config), keep(params))
 
 
 def row_layout(policy: PolicyConfig) -> TokenizeConfig:

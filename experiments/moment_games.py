@@ -33,8 +33,9 @@ from rkd_jax.objectives.mm_pbkd import make_mm_pbkd
 from rkd_jax.objectives.mmkd import make_mmkd
 from rkd_jax.objectives.q_anchor import make_q_anchor, pair_advantages
 from rkd_jax.objectives.reward_model import l2_penalty, pair_losses
+from rkd_jax.placement import fetch, follow_parameters
 from rkd_jax.signals.teacher import make_features, make_teacher_log_probs
-from rkd_jax.training.state import TrainState, init_state, step_keys
+from rkd_jax.training.state import TrainState, step_keys
 from rkd_jax.types import (
     DemonstrationBatch,
     GameBatch,
@@ -103,25 +104,25 @@ class _MomentGame:
     ):
         self.lab, self.options, self.sampled = lab, options, sampled
         self.ask = lab.teacher_policy if dense else lab.teacher_states
-        self.student_optimizer = constant_rate(options.learning_rate)
-        self.critic_optimizer = constant_rate(options.critic.learning_rate)
         self.step = Step(
             objective,
-            student_optimizer=self.student_optimizer,
-            critic_optimizer=self.critic_optimizer,
+            student_optimizer=constant_rate(options.learning_rate),
+            critic_optimizer=constant_rate(options.critic.learning_rate),
             critic_steps=options.critic.steps,
             accumulation=options.accumulation,
         )
-        self.update = self.step.update(max_traces=lab.widths)
+        lab.check_rows(
+            "--policy.rollout-prompts", lab.policy.rollout_prompts, options.accumulation
+        )
+        self.update = self.step.update_on(lab.mesh, max_traces=lab.widths)
 
     def _begin(self, course: Course, critic: Params, seed: int, dual=1.0) -> TrainState:
-        return init_state(
+        return self.step.begin(
             course.start,
-            student_optimizer=self.student_optimizer,
-            critic_params=critic,
-            critic_optimizer=self.critic_optimizer,
+            critic=critic,
             dual=dual,
             rng=training_key(seed),
+            mesh=self.lab.mesh,
         )
 
     def _demonstrations(self, course: Course, seed: int):
@@ -252,12 +253,18 @@ class MmPbkd(_MomentGame):
             )
             for side, policy in self.policies.items()
         }
-        self._ask_start = (
+        self._ask_start = follow_parameters(
             make_teacher_log_probs(lab.student, temperature=temperature)
             if dense
             else make_features(lab.student, states="before")
         )
-        self._pair_nll = jax.jit(self._pair_nll, static_argnames="side")
+        lab.check_rows(
+            "--mm-pbkd.pairs-per-step", options.pairs_per_step, options.accumulation
+        )
+        self._pair_nll = {
+            side: follow_parameters(jax.jit(partial(self._pair_nll_of, side)))
+            for side in self.sides
+        }
 
     def train(self, desk: Desk, stage: str, course: Course, *, steps, seed) -> Params:
         """Anchor, then the game; the student."""
@@ -344,11 +351,12 @@ class MmPbkd(_MomentGame):
         for first in range(0, len(rows), size):
             some = rows[first : first + size]
             pairs = collate(some + some[-1:] * (size - len(some)), lab.rows)
-            nll = self._pair_nll(critic, pairs, look(pairs), frozen, side=side)
-            parts.append(np.asarray(nll)[: len(some)])
+            nll = self._pair_nll[side](critic, (pairs, look(pairs)), frozen)
+            parts.append(fetch(nll)[: len(some)])
         return np.concatenate(parts)
 
-    def _pair_nll(self, critic, pairs: PreferenceBatch, signal, frozen, *, side):
+    def _pair_nll_of(self, side: str, critic, rows, frozen):
+        pairs, signal = rows
         returns = pair_advantages(
             self.q_function,
             critic,

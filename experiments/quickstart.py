@@ -34,7 +34,7 @@ from experiments.command import run_command
 from experiments.course import load_prompts, take_course
 from experiments.game import Game
 from experiments.judging import Judge, open_judge
-from experiments.lab import Lab, open_lab
+from experiments.lab import open_lab
 from experiments.settings import (
     ExperimentConfig,
     FitConfig,
@@ -42,6 +42,7 @@ from experiments.settings import (
     toy,
 )
 from experiments.stages import Desk
+from experiments.system import export_student
 from rkd_jax.evaluation.content import (
     Difference,
     Policy,
@@ -50,10 +51,9 @@ from rkd_jax.evaluation.content import (
     quality_flags,
 )
 from rkd_jax.evaluation.report import summary_table, write_report
-from rkd_jax.interop import save_model
 from rkd_jax.training.progress import Progress
 from rkd_jax.training.run import RunFolder
-from rkd_jax.types import Params
+from rkd_jax.training.together import once
 
 DPO, OFFLINE, ONLINE = "DPO", "PbKD offline", "PbKD online"
 COMPARED = (
@@ -109,8 +109,8 @@ def run(config: QuickstartConfig) -> Path:
         final = folder.stage("report")
         if not final.done:
             report = distil(config, desk)
-            page = write_report(final.path, report)
-            final.finish({"report": page.name})
+            page = once(lambda: write_report(final.path, report).name)
+            final.finish({"report": page})
             print(summary_table(report))
             print(f"\nstudent: {folder.path / 'student'}")
     return final.path / final.result["report"]
@@ -120,11 +120,12 @@ def distil(config: QuickstartConfig, desk: Desk) -> Report:
     """Stages 1 to 6."""
     started = time.monotonic()
     lab = open_lab(config)
+    game, dpo = Game(lab, config.game, config.reward), Dpo(lab, config.dpo)
     prompts, held_out, data = load_prompts(config.task, lab)
     course = take_course(lab, desk, config, prompts, seed=config.seed)
     judge = open_judge(lab, desk, course, held_out, seed=config.seed)
 
-    match = Game(lab, config.game, config.reward).open(desk, course, seed=config.seed)
+    match = game.open(desk, course, seed=config.seed)
     pairs = list(course.pairs)
     state = match.play(
         "4-offline", match.begin(), pairs, steps=config.game.offline_steps
@@ -136,25 +137,14 @@ def distil(config: QuickstartConfig, desk: Desk) -> Report:
         pairs += course.more_pairs(lab, desk, number, student, stage=f"{stage}-pairs")
         state = match.play(stage, state, pairs, steps=config.game.round_steps)
     judge.student(ONLINE, state.student.params)
-    export(lab, desk, state.student.params)
+    export_student(lab, desk.run.path / "student", state.student.params)
     updates = int(state.step)
     del state  # the optimiser's moments; the baseline needs the room
-    rival = Dpo(lab, config.dpo).train(
+    rival = dpo.train(
         desk, "6-dpo", course, steps=updates, seed=config.seed, pairs=pairs
     )
     judge.student(DPO, rival)
     return conclude(config, desk, lab, judge, data, started)
-
-
-def export(lab: Lab, desk: Desk, params: Params) -> None:
-    """The final student as a Hugging Face folder, ``student/`` in the run's folder."""
-    save_model(
-        desk.run.path / "student",
-        lab.student.config,
-        params,
-        tokenizer=lab.tokenizer,
-        overwrite=True,
-    )
 
 
 def conclude(config, desk, lab, judge: Judge, data, started: float) -> Report:

@@ -19,6 +19,7 @@ from experiments.trainer import Trainer
 from rkd_jax.data.records import PreferenceRecord
 from rkd_jax.losses import reward_scale, trajectory_return
 from rkd_jax.objectives.reward_model import init_members, make_reward_ensemble
+from rkd_jax.placement import follow_parameters
 from rkd_jax.signals.resampling import bootstrap_weights
 from rkd_jax.signals.reward_oracle import RewardModelOracle
 from rkd_jax.types import Pair, Params, PreferenceSignal
@@ -61,7 +62,8 @@ class RewardModels:
         fit = FitConfig(options.learning_rate, options.batch_size, accumulation=1)
         objective = make_reward_ensemble(lab.token_rewards, members, l2=options.l2)
         self.trainer, self.steps = Trainer(lab, objective, fit), options.steps
-        self._returns = jax.jit(jax.vmap(self._return, in_axes=(0, None, None)))
+        members = jax.vmap(self._return, in_axes=(0, None), out_axes=-1)
+        self._returns = follow_parameters(jax.jit(members))
 
     def train(self, desk: Desk, stage: str, course: Course, *, seed: int) -> Params:
         """The fitted heads, stacked."""
@@ -101,7 +103,7 @@ class RewardModels:
 
         def returns(sequences, states, labels):
             del labels
-            return jnp.moveaxis(self._returns(params, sequences, states), 0, -1)
+            return self._returns(params, (sequences, states))
 
         return table.chunks(returns)
 
@@ -119,7 +121,8 @@ class RewardModels:
             reduce=reduce,
         )
 
-    def _return(self, params: Params, sequences, features) -> jax.Array:
+    def _return(self, params: Params, rows) -> jax.Array:
+        sequences, features = rows
         rewards = self.lab.token_rewards(params, sequences, features)
         return trajectory_return(rewards, sequences.response_mask)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
+from rkd_jax.sharding import MeshConfig
 from rkd_jax.signals.retrying_oracle import RetryConfig
 
 
@@ -187,6 +188,8 @@ class ExperimentConfig:
     checkpoints_kept: int = 1
     """Of each stage. With 2, a damaged one costs the updates since the one before; with
     1, the stage has to be made again."""
+    mesh: MeshConfig = MeshConfig()
+    """Devices that share the run. It may go on with others than it began with."""
     models: ModelConfig = ModelConfig()
     task: TaskConfig = TaskConfig()
     policy: PolicyConfig = PolicyConfig()
@@ -199,10 +202,11 @@ class ExperimentConfig:
         """What makes a run this run: every option that its numbers depend on.
 
         Not how patiently the oracle is asked: a run that stopped because it failed may
-        go on with other bounds, and pairs that are dropped are counted.
+        go on with other bounds, and pairs that are dropped are counted. Not on which
+        devices: they round differently and compute the same.
         """
         options = dataclasses.asdict(self)
-        for name in ("out", "fresh", "oracle_calls", "checkpoints_kept"):
+        for name in ("out", "fresh", "oracle_calls", "checkpoints_kept", "mesh"):
             del options[name]
         return options
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from experiments.lab import Lab, Sampler
 from rkd_jax.data.collate import collate
@@ -27,6 +28,8 @@ from rkd_jax.data.records import (
 from rkd_jax.data.sources import read_jsonl, write_jsonl
 from rkd_jax.data.tokenize import tokenize_record
 from rkd_jax.evaluation.generation import GenerationResult, generate
+from rkd_jax.placement import fetch, place_rows
+from rkd_jax.sharding import mesh_of
 from rkd_jax.signals.oracles import Oracle, OracleError, label_preferences
 from rkd_jax.training.checkpoint import Checkpoints
 from rkd_jax.training.loop import Update, fit
@@ -34,6 +37,7 @@ from rkd_jax.training.metrics import MetricsWriter
 from rkd_jax.training.progress import Progress
 from rkd_jax.training.run import RunFolder, write_json
 from rkd_jax.training.state import TrainState
+from rkd_jax.training.together import once
 from rkd_jax.types import Params, Prompts
 
 TRAINING = 1000  # beyond every number that a course or a judge folds into its key
@@ -78,7 +82,7 @@ def write_responses(
             yield batch.teacher_prompts if as_teacher else batch.prompts
 
     def sample(params: Params, prompts: Prompts, key: jax.Array):
-        samples = jax.block_until_ready(sampler(params, prompts, key))
+        samples = fetch(sampler(params, prompts, key))
         left = len(rows) - sample.done
         count = min(prompts.tokens.shape[0], left)
         sample.done += count
@@ -150,7 +154,7 @@ def _corpus(lab, desk, name, voice, prompts, *, as_teacher, batch_size, rng):
             for p, text in zip(prompts, result.flat_texts, strict=True)
             if text.strip()
         ]
-        write_jsonl(path, records)
+        once(lambda: write_jsonl(path, records))
         empty = len(prompts) - len(records)
         stage.finish({"kept": len(records), "empty": empty})
     return read_jsonl(path, DemonstrationRecord)[0]
@@ -211,7 +215,7 @@ def collect_pairs(
         if report.unscored and not records:
             # Not finished: the same command asks the oracle again.
             raise OracleError(f"{title}: {report}; see to the oracle and start again")
-        write_jsonl(path, records)
+        once(lambda: write_jsonl(path, records))
         stage.finish(dataclasses.asdict(report))
     return read_jsonl(path, PreferenceRecord)[0]
 
@@ -239,7 +243,7 @@ def train(
     """`fit` with a checkpoint folder, a metrics log and a line of progress.
 
     ``steps`` counts from the state's step 0, as in `fit`. ``config`` is what the
-    checkpoints are bound to.
+    checkpoints are bound to. Where the state is on a mesh, rows are cut over it.
     """
     with (
         Checkpoints(
@@ -253,7 +257,7 @@ def train(
             batches,
             steps=steps,
             frozen=frozen,
-            prepare=prepare,
+            prepare=_placing(prepare, mesh_of(state)),
             probe=probe,
             checkpoints=checkpoints,
             metrics=metrics,
@@ -266,5 +270,17 @@ def train(
             "seconds_per_step": desk.progress.paces[title],
             "peak_bytes": desk.progress.peaks.get(title),
         }
-        write_json(folder / "cost.json", cost)
+        once(lambda: write_json(folder / "cost.json", cost))
     return state
+
+
+def _placing(prepare: Callable | None, mesh: Mesh | None) -> Callable | None:
+    """``prepare`` with its rows on the mesh."""
+    if mesh is None:
+        return prepare
+
+    def placed(state, batch):
+        prepared = prepare(state, batch) if prepare else (batch, ())
+        return place_rows(prepared, mesh)
+
+    return placed

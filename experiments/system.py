@@ -23,8 +23,10 @@ from experiments.stages import Desk
 from rkd_jax.evaluation.content import DataSource, Difference, Report, Series, Verdict
 from rkd_jax.evaluation.report import summary_table, write_report
 from rkd_jax.interop import save_model
+from rkd_jax.placement import fetch
 from rkd_jax.training.progress import Progress
 from rkd_jax.training.run import RunFolder
+from rkd_jax.training.together import once
 from rkd_jax.types import Params
 
 
@@ -93,16 +95,16 @@ def run_system(
         if not final.done:
             started = time.monotonic()
             lab = open_lab(config)
+            table = methods(lab)  # before anything is sampled: options may not fit
             prompts, held_out, data = load_prompts(config.task, lab)
             course = take_course(lab, desk, config, prompts, seed=config.seed)
             judge = open_judge(lab, desk, course, held_out, seed=config.seed)
-            table = methods(lab)
             for label, method in table.items():
                 params = train_and_judge(
                     desk, course, judge, label, method, config.updates, config.seed
                 )
             export = folder.path / "student"
-            if params is None and not (export / "config.json").exists():
+            if params is None and not once((export / "config.json").exists):
                 # Stopped after it was judged: its last checkpoint is read.
                 params = method.train(
                     desk,
@@ -112,20 +114,28 @@ def run_system(
                     seed=config.seed,
                 )
             if params is not None:
-                save_model(
-                    export,
-                    lab.student.config,
-                    params,
-                    tokenizer=lab.tokenizer,
-                    overwrite=True,
-                )
+                export_student(lab, export, params)
             report = report_of(config, name, title, desk, judge, table, data)
             total = {"total": time.monotonic() - started}
             report = dataclasses.replace(report, timings=progress.timings | total)
-            page = write_report(final.path, report)
-            final.finish({"report": page.name})
+            page = once(lambda: write_report(final.path, report).name)
+            final.finish({"report": page})
             print(summary_table(report))
     return final.path / final.result["report"]
+
+
+def export_student(lab: Lab, folder: Path, params: Params) -> None:
+    """Write the student as a Hugging Face folder, in place of what is there."""
+    params = fetch(params)
+    once(
+        lambda: save_model(
+            folder,
+            lab.student.config,
+            params,
+            tokenizer=lab.tokenizer,
+            overwrite=True,
+        )
+    )
 
 
 def train_and_judge(

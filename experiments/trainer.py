@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import optax
+from jax.sharding import Mesh
 
 from experiments.lab import Lab
 from experiments.settings import FitConfig, SettingsError
 from experiments.stages import Desk, train, training_key
 from rkd_jax.data.pipeline import make_batches
 from rkd_jax.data.records import DemonstrationRecord, PreferenceRecord
+from rkd_jax.sharding import batch_sharding, mesh_of, parameter_shardings
 from rkd_jax.training.loop import Update
 from rkd_jax.training.optim import OptimConfig, make_optimizer
-from rkd_jax.training.state import init_state
+from rkd_jax.training.state import TrainState, init_state, state_shardings
 from rkd_jax.training.update import make_update
 from rkd_jax.types import Objective, Params
 
@@ -31,7 +35,11 @@ def constant_rate(learning_rate: float) -> optax.GradientTransformation:
 class Step:
     """What one update is made of, so that the same one can be placed anywhere.
 
-    Example: ``Step(make_sft(model), constant_rate(1e-5)).update()``.
+    Example::
+
+        step = Step(make_sft(model), constant_rate(1e-5))
+        state = step.begin(params, rng=key, mesh=mesh)
+        state, metrics = step.update_on(mesh)(state, frozen, batch, signal)
     """
 
     objective: Objective
@@ -51,6 +59,77 @@ class Step:
             **placement,
         )
 
+    def begin(
+        self,
+        student: Params,
+        *,
+        rng: jax.Array,
+        mesh: Mesh | None,
+        critic: Params | None = None,
+        dual: float | Sequence[float] = 1.0,
+    ) -> TrainState:
+        """`init_state`, on the mesh if there is one."""
+        return init_state(
+            student,
+            student_optimizer=self.student_optimizer,
+            critic_params=critic,
+            critic_optimizer=self.critic_optimizer,
+            dual=dual,
+            rng=rng,
+            shardings=None if mesh is None else self.shardings(student, critic, mesh),
+        )
+
+    def shardings(
+        self, student: Params, critic: Params | None, mesh: Mesh
+    ) -> TrainState:
+        """Where a state is that begins with these, abstract or not.
+
+        Parameters that are on the mesh stay where they are; see `parameter_shardings`.
+        """
+        return state_shardings(
+            student,
+            parameter_shardings(student, None, mesh),
+            student_optimizer=self.student_optimizer,
+            critic_params=critic,
+            critic_shardings=critic and parameter_shardings(critic, None, mesh),
+            critic_optimizer=self.critic_optimizer,
+        )
+
+    def update_for(self, state: TrainState, **placement: Any) -> Update:
+        """The update of states that are on a mesh, where this one is."""
+        return self.update(
+            state_shardings=jax.tree.map(lambda leaf: leaf.sharding, state),
+            batch_sharding=batch_sharding(mesh_of(state)),
+            **placement,
+        )
+
+    def update_on(self, mesh: Mesh | None, *, max_traces: int = 1) -> Update:
+        """The update of states that `begin` there."""
+        if mesh is None:
+            return self.update(max_traces=max_traces)
+        return _UpdateOnMesh(self, max_traces)
+
+
+class _UpdateOnMesh:
+    """An update that is made when the first state shows where its arrays are."""
+
+    def __init__(self, step: Step, max_traces: int):
+        self._make = functools.partial(step.update_for, max_traces=max_traces)
+        self._update: Any = None
+
+    def __call__(self, state: TrainState, *inputs: Any):
+        """As `make_update`."""
+        return self._made(state)(state, *inputs)
+
+    def lower(self, state: TrainState, *inputs: Any):
+        """As that of a jitted function."""
+        return self._made(state).lower(state, *inputs)
+
+    def _made(self, state: TrainState) -> Any:
+        if self._update is None:
+            self._update = self._make(state)
+        return self._update
+
 
 class Trainer:
     """An objective with its optimiser, compiled once for any number of runs.
@@ -65,7 +144,8 @@ class Trainer:
         self.lab, self.objective, self.options = lab, objective, options
         self.optimizer = constant_rate(options.learning_rate)
         self.step = Step(objective, self.optimizer, accumulation=options.accumulation)
-        self.update = self.step.update(max_traces=lab.widths)
+        lab.check_rows(objective.name, options.batch_size, options.accumulation)
+        self.update = self.step.update_on(lab.mesh, max_traces=lab.widths)
 
     def batches(self, records: Sequence[Record], seed: int):
         """Shuffled batches of the records, for ever.
@@ -112,9 +192,7 @@ class Trainer:
             batches: in place of those of ``records``.
             frozen: what the objective reads and does not train.
         """
-        state = init_state(
-            start, student_optimizer=self.optimizer, rng=training_key(seed)
-        )
+        state = self.step.begin(start, rng=training_key(seed), mesh=self.lab.mesh)
         config = {
             "objective": self.objective.name,
             "fit": dataclasses.asdict(self.options),

@@ -35,6 +35,7 @@ from experiments.trainer import Trainer
 from rkd_jax.data.collate import collate
 from rkd_jax.data.tokenize import tokenize_record
 from rkd_jax.objectives.tvkd import make_tvkd
+from rkd_jax.placement import follow_parameters
 from rkd_jax.signals.values import make_shaping
 from rkd_jax.types import Params, ShapingSignal
 
@@ -70,13 +71,14 @@ class Tvkd:
 
     def __init__(self, lab: Lab, options: TvkdConfig):
         self.lab = lab
-        self.shaping = make_shaping(
+        shaping = make_shaping(
             lab.teacher,
             gamma=options.gamma,
             power=options.power,
             terminal=options.terminal,
             temperature=lab.policy.temperature,
         )
+        self.shaping = follow_parameters(shaping)
         objective = make_tvkd(
             lab.student,
             beta=options.beta,

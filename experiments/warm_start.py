@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from experiments.lab import Lab
 from experiments.settings import WarmStartConfig
 from experiments.stages import Desk, train, training_key
+from experiments.trainer import Step
 from rkd_jax.data.pipeline import make_batches
 from rkd_jax.data.records import DemonstrationRecord
 from rkd_jax.objectives.kd import make_kd
 from rkd_jax.training.optim import OptimConfig, make_optimizer
-from rkd_jax.training.state import init_state
-from rkd_jax.training.update import make_update
 from rkd_jax.types import Params
 
 
@@ -41,9 +40,7 @@ def warm_start(
             weight_decay=0.0,
         )
     )
-    state = init_state(
-        lab.student_params, student_optimizer=optimizer, rng=training_key(seed)
-    )
+    step = Step(make_kd(lab.student, teacher=lab.teacher), optimizer)
 
     def prepare(state, batch):
         del state
@@ -53,12 +50,8 @@ def warm_start(
         desk,
         "2 warm start",
         desk.run.stage("2-warm-start").path,
-        state,
-        make_update(
-            make_kd(lab.student, teacher=lab.teacher),
-            student_optimizer=optimizer,
-            max_traces=lab.widths,
-        ),
+        step.begin(lab.student_params, rng=training_key(seed), mesh=lab.mesh),
+        step.update_on(lab.mesh, max_traces=lab.widths),
         make_batches(
             demonstrations,
             lab.tokenizer,

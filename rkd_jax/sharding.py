@@ -27,6 +27,8 @@ Rules = Mapping[str, str | tuple[str, ...] | None]
 
 AXES = ("data", "fsdp", "tensor")
 
+SMALL = 2**20  # numbers of an array that is not worth cutting
+
 # A name that is not listed is replicated.
 DEFAULT_RULES: Rules = MappingProxyType(
     {
@@ -39,6 +41,10 @@ DEFAULT_RULES: Rules = MappingProxyType(
 )
 
 
+class ShardingError(ValueError):
+    """A mesh that does not fit; the message says what does not, and what to change."""
+
+
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """Devices along each mesh axis; at most one may be -1, "all that remain".
@@ -47,13 +53,16 @@ class MeshConfig:
     """
 
     data: int = 1
+    """Replicas; rows are cut over them."""
     fsdp: int = 1
+    """Devices that share parameters along their width, and rows."""
     tensor: int = 1
+    """Devices that share heads, hidden units and vocabulary."""
 
     def __post_init__(self):
         sizes = (self.data, self.fsdp, self.tensor)
         if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
-            raise ValueError(
+            raise ShardingError(
                 f"mesh {sizes}: every axis needs a positive size, one of them may be -1"
             )
 
@@ -67,7 +76,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             single process may use fewer than it has, and then takes the first ones.
 
     Raises:
-        ValueError: the sizes need more devices than there are, do not divide them
+        ShardingError: the sizes need more devices than there are, do not divide them
             (-1), or leave a device of another process without work.
     """
     devices = list(jax.devices() if devices is None else devices)
@@ -77,12 +86,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         sizes = tuple(len(devices) // fixed if s == -1 else s for s in sizes)
     count = math.prod(sizes)
     if not 0 < count <= len(devices):
-        raise ValueError(
+        raise ShardingError(
             f"mesh data={config.data} fsdp={config.fsdp} tensor={config.tensor} does "
             f"not fit {len(devices)} devices; change the sizes of the mesh"
         )
     if count < len(devices) and jax.process_count() > 1:
-        raise ValueError(
+        raise ShardingError(
             f"the mesh takes {count} of {len(devices)} devices, but with several "
             "processes it must take all of them; set one axis to -1"
         )
@@ -95,14 +104,14 @@ def partition_spec(axes: LogicalAxes, rules: Rules = DEFAULT_RULES) -> Partition
     """Where an array lives whose axes mean ``axes``.
 
     Raises:
-        ValueError: two axes of the array ask for the same mesh axis.
+        ShardingError: two axes of the array ask for the same mesh axis.
     """
     targets = [None if name is None else rules.get(name) for name in axes]
     taken: dict[str, str] = {}
     for name, target in zip(axes, targets, strict=True):
         for mesh_axis in (target,) if isinstance(target, str) else target or ():
             if mesh_axis in taken:
-                raise ValueError(
+                raise ShardingError(
                     f"logical axes {axes}: {taken[mesh_axis]!r} and {name!r} both map "
                     f"to mesh axis {mesh_axis!r}; replicate one of them in the rules"
                 )
@@ -131,14 +140,14 @@ def tree_shardings(
         The same tree with a `NamedSharding` per array.
 
     Raises:
-        ValueError: two axes of an array collide, or (with ``shapes``) an axis does not
-            divide evenly, or an array has another number of axes.
+        ShardingError: two axes of an array collide, or (with ``shapes``) an axis does
+            not divide evenly, or an array has another number of axes.
     """
 
     def place(path, axes, array=None):
         sharding = NamedSharding(mesh, partition_spec(axes, rules))
         if array is not None:
-            _check_divisible(jax.tree_util.keystr(path), axes, array, sharding)
+            check_divisible(jax.tree_util.keystr(path), axes, array, sharding)
         return sharding
 
     rest = () if shapes is None else (shapes,)
@@ -225,6 +234,45 @@ def device_bytes(tree: Any) -> int:
     return sum(map(size, jax.tree.leaves(tree)))
 
 
+def parameter_shardings(params: Any, axes: Any, mesh: Mesh) -> Any:
+    """Where parameters live.
+
+    Args:
+        params: arrays or their abstract values.
+        axes: the tree of `tree_shardings`; None where nothing is said of the axes:
+            parameters that are on the mesh then stay where they are, of the others
+            large matrices are cut over fsdp along an axis that divides, and the rest is
+            replicated.
+        mesh: the mesh.
+
+    Raises:
+        ShardingError: an axis does not divide over the devices.
+    """
+    if axes is not None:
+        return tree_shardings(axes, mesh, shapes=params)
+
+    def place(leaf):
+        if mesh_of(leaf) == mesh:
+            return leaf.sharding
+        names: LogicalAxes = (None,) * leaf.ndim
+        if math.prod(leaf.shape) >= SMALL:
+            parts = mesh.shape["fsdp"]
+            cut = next((i for i, n in enumerate(leaf.shape) if n % parts == 0), None)
+            names = tuple("embed" if i == cut else None for i in range(leaf.ndim))
+        return NamedSharding(mesh, partition_spec(names))
+
+    return jax.tree.map(place, params)
+
+
+def mesh_of(tree: Any) -> Mesh | None:
+    """The mesh on which arrays are; None where there is none, and while tracing."""
+    for leaf in jax.tree.leaves(tree):
+        sharding = getattr(leaf, "sharding", None)
+        if isinstance(sharding, NamedSharding):
+            return sharding.mesh
+    return None
+
+
 def shard_batch(batch: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Any:
     """Place a host batch on the mesh, cut along B.
 
@@ -237,14 +285,14 @@ def shard_batch(batch: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Any:
         The same tree of global arrays ``[B, ...]``, B = b times the processes.
 
     Raises:
-        ValueError: B does not divide evenly over the devices that share it.
+        ShardingError: B does not divide evenly over the devices that share it.
     """
     sharding = batch_sharding(mesh, rules)
 
     def place(path, array):
         array = np.asarray(array)
         rows = (array.shape[0] if array.ndim else 1) * jax.process_count()
-        _check_divisible(
+        check_divisible(
             f"batch{jax.tree_util.keystr(path)}",
             ("batch",),
             jax.ShapeDtypeStruct((rows, *array.shape[1:]), array.dtype),
@@ -261,14 +309,17 @@ def _is_axes(node: Any) -> bool:
     )
 
 
-def _check_divisible(name: str, axes: LogicalAxes, array: Any, sharding: NamedSharding):
+def check_divisible(
+    name: str, axes: LogicalAxes, array: Any, sharding: NamedSharding
+) -> None:
+    """Raise ShardingError unless every axis of ``array`` divides over its devices."""
     if len(axes) > len(array.shape):
-        raise ValueError(f"{name}: shape {array.shape} has fewer axes than {axes}")
+        raise ShardingError(f"{name}: shape {array.shape} has fewer axes than {axes}")
     for axis, size, target in zip(axes, array.shape, sharding.spec, strict=False):
         names = (target,) if isinstance(target, str) else target or ()
         parts = math.prod(sharding.mesh.shape[n] for n in names)
         if size % parts:
-            raise ValueError(
+            raise ShardingError(
                 f"{name}: axis {axis!r} of size {size} does not divide over {parts} "
                 f"devices ({' x '.join(names)}); change the size or the mesh"
             )

@@ -2,7 +2,8 @@
 
 The layers, each of which may import those to its left and, within limits, itself::
 
-    types, untrusted <- masking <- packed, sharding <- losses | models | data
+    types, untrusted <- masking <- packed, sharding <- placement
+          <- losses | models | data
           <- interop, signals, objectives, evaluation, training, aot <- cli
 
 The command line alone knows the experiments: it compiles their steps ahead of time.
@@ -16,7 +17,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "rkd_jax"
-BASE = {"types", "masking", "packed", "sharding", "untrusted"}
+BASE = {"types", "masking", "packed", "sharding", "placement", "untrusted"}
 
 # Part of the package -> the other parts, or single modules, that it may import.
 LAYERS = {
@@ -25,6 +26,7 @@ LAYERS = {
     "masking": {"types"},
     "packed": {"types", "masking"},
     "sharding": {"types"},
+    "placement": {"sharding"},
     "losses": BASE,
     "models": BASE,
     "data": BASE,

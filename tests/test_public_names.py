@@ -12,6 +12,10 @@ NAMES = {
     "rkd_jax.data.packing": "pack first_fit_decreasing collate_packed unpack unpacked "
     "padding_waste Padding",
     "rkd_jax.data.windows": "make_packed_batches make_bucketed_batches",
+    "rkd_jax.sharding": "MeshConfig ShardingError make_mesh tree_shardings "
+    "parameter_shardings mesh_of batch_sharding shard_batch",
+    "rkd_jax.placement": "follow_parameters place_rows fetch fill_rows row_shards "
+    "on_mesh jit_on",
     "rkd_jax.losses": "token_log_probs forward_kl reverse_kl generalized_jsd "
     "skew_forward_kl skew_reverse_kl total_variation topk_forward_kl dpo ipo simpo "
     "linear_token_log_probs linear_divergence linear_topk_divergence "
@@ -91,7 +95,7 @@ NAMES = {
     "rkd_jax.training.checkpoint": "Checkpoints",
     "rkd_jax.evaluation.report": "write_report",
     "rkd_jax.aot.topology": "chip_of slice_devices prefer_the_compiler",
-    "rkd_jax.aot.compiling": "compile_step Compiled placed parameter_shardings",
+    "rkd_jax.aot.compiling": "compile_step Compiled placed",
     "rkd_jax.aot.hlo": "parse Program",
     "rkd_jax.aot.collectives": "collective_traffic Traffic",
     "rkd_jax.aot.traffic": "hbm_bytes",

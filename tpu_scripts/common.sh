@@ -134,7 +134,7 @@ read_type() {
   # The number counts chips for v5e and v6e, and cores, two to a chip, for v4 and v5p. Up
   # to eight of either are on one host.
   [[ $TYPE =~ ^(v4|v5litepod|v5p|v6e)-([1-9][0-9]*)$ && ${BASH_REMATCH[2]} -gt 8 ]] &&
-    die 2 "--type $TYPE is a slice of several hosts, and an experiment is one process \
+    die 2 "--type $TYPE is a slice of several hosts, and these scripts start one process \
 on one host (docs/scaling.md); choose ${BASH_REMATCH[1]}-8 or smaller"
   case $TYPE in
     v4-8) runtime=tpu-ubuntu2204-base CHIPS=4 ;;

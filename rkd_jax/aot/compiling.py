@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 import time
 from typing import Any
@@ -17,19 +16,13 @@ from rkd_jax.aot.flops import matmul_flops
 from rkd_jax.aot.hlo import parse
 from rkd_jax.aot.report import Memory, Work
 from rkd_jax.aot.traffic import hbm_bytes
-from rkd_jax.sharding import (
-    LogicalAxes,
-    device_bytes,
-    partition_spec,
-    tree_shardings,
-)
+from rkd_jax.sharding import device_bytes
 
 _REFUSED = re.compile(  # two ways of libtpu to say so
     r"(?:Used |total memory required for [\w ]+\()(?P<used>[\d.]+)(?P<unit>[KMG]?)"
     r"(?= of [\d.]+[KMG]? hbm|\) exceeds available HBM)"
 )
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
-SMALL = 2**20  # numbers of an array that is not worth cutting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,33 +104,6 @@ def placed(tree: Any, shardings: Any) -> Any:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     return jax.tree.map(place, tree, shardings)
-
-
-def parameter_shardings(params: Any, axes: Any, mesh: Mesh) -> Any:
-    """Where parameters live.
-
-    Args:
-        params: abstract values.
-        axes: the tree of `rkd_jax.sharding.tree_shardings`; None where the parameters
-            say nothing of their axes: large matrices are then cut over fsdp along an
-            axis that divides, everything else is replicated.
-        mesh: the mesh.
-
-    Raises:
-        ValueError: an axis does not divide over the devices.
-    """
-    if axes is not None:
-        return tree_shardings(axes, mesh, shapes=params)
-
-    def place(leaf):
-        names: LogicalAxes = (None,) * leaf.ndim
-        if math.prod(leaf.shape) >= SMALL:
-            parts = mesh.shape["fsdp"]
-            cut = next((i for i, n in enumerate(leaf.shape) if n % parts == 0), None)
-            names = tuple("embed" if i == cut else None for i in range(leaf.ndim))
-        return NamedSharding(mesh, partition_spec(names))
-
-    return jax.tree.map(place, params)
 
 
 def unread_bytes(jaxpr: Any, arguments: tuple[Any, ...]) -> float:

@@ -18,6 +18,7 @@ import numpy as np
 
 from rkd_jax.evaluation.intervals import Interval, mean_interval
 from rkd_jax.models.sampling import Samples
+from rkd_jax.placement import fetch, fill_rows
 from rkd_jax.types import Params, Prompts, Sequences
 
 Decode = Callable[[Sequence[int]], str]
@@ -90,22 +91,11 @@ def generate(
             )
         key = jax.random.fold_in(rng, number)
         samples = sample(params, fill_rows(prompts, size), key)
-        parts.append(jax.tree.map(lambda x, n=rows: np.asarray(x)[:n], samples))
+        parts.append(jax.tree.map(lambda x, n=rows: x[:n], fetch(samples)))
     if not parts:
         raise ValueError("there is no prompt batch to generate from")
     samples = _concatenate(parts)
     return GenerationResult(_texts(samples, decode), samples)
-
-
-def fill_rows(tree, size: int):
-    """Repeat the last of n >= 1 rows of every leaf ``[n, ...]`` up to ``size`` rows."""
-
-    def fill(leaf):
-        copies = np.ones(leaf.shape[0], int)
-        copies[-1] += size - leaf.shape[0]
-        return np.repeat(np.asarray(leaf), copies, axis=0)
-
-    return jax.tree.map(fill, tree)
 
 
 def with_prompts(sequences: Sequences, prompts: Prompts) -> Sequences:

@@ -19,13 +19,15 @@ import functools
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from rkd_jax.evaluation.generation import fill_rows
 from rkd_jax.evaluation.intervals import Interval, mean_interval, ratio_interval
 from rkd_jax.losses import forward_kl, reverse_kl, token_log_probs
 from rkd_jax.masking import sequence_sum
 from rkd_jax.models.api import CausalLM, response_logits
 from rkd_jax.packed import refuse_packed
+from rkd_jax.placement import fetch, fill_rows, on_mesh, place_rows, row_shards
+from rkd_jax.sharding import mesh_of
 from rkd_jax.types import Params, Sequences
 
 
@@ -84,7 +86,8 @@ def sequence_divergences(
         teacher_sequences: [N, ..., P' + T], the same responses as the teacher sees
             them (`with_prompts`); None if its prompts are the student's.
         temperature: positive, divides both logits.
-        batch_size: rows on the device at once. Memory: two float32 [batch_size, T, V].
+        batch_size: rows on a device at once. Memory: two float32 [batch_size, T, V]. Of
+            parameters on a mesh the rows are cut over it, so many for every part.
 
     Returns:
         `Divergences`. A response without targets counts 0 nats and 0 tokens.
@@ -107,6 +110,7 @@ def sequence_divergences(
     if teacher_sequences is None:
         teacher_sequences = sequences
     _check_same_responses(sequences, teacher_sequences)
+    mesh = mesh_of((student_params, teacher_params))
 
     def totals(rows, teacher_rows):
         return _divergence_totals(
@@ -117,9 +121,10 @@ def sequence_divergences(
             rows,
             teacher_rows,
             temperature=temperature,
+            mesh=mesh,
         )
 
-    sums = _in_batches(totals, (sequences, teacher_sequences), batch_size)
+    sums = _in_batches(totals, (sequences, teacher_sequences), batch_size, mesh)
     tokens = _tokens(sequences)
     return Divergences(*(SequenceStatistic(total, tokens) for total in sums))
 
@@ -139,7 +144,7 @@ def teacher_nll(
     Args:
         teacher: any `CausalLM`, with its parameters.
         sequences: [N, ..., P + T], axis 0 counting prompts, with the teacher's prompts.
-        batch_size: rows on the device at once.
+        batch_size: rows on a device at once, as there.
 
     Returns:
         `SequenceStatistic`, nats. ``exp`` of ``per_token.mean`` is the perplexity.
@@ -151,40 +156,60 @@ def teacher_nll(
         ValueError: batch_size not positive, no sequence.
     """
 
-    def totals(rows):
-        return (_nll_totals(teacher, teacher_params, rows),)
+    mesh = mesh_of(teacher_params)
 
-    (nll,) = _in_batches(totals, (sequences,), batch_size)
+    def totals(rows):
+        return (_nll_totals(teacher, teacher_params, rows, mesh=mesh),)
+
+    (nll,) = _in_batches(totals, (sequences,), batch_size, mesh)
     return SequenceStatistic(nll, _tokens(sequences))
 
 
-@functools.partial(jax.jit, static_argnames=("student", "teacher", "temperature"))
+@functools.partial(
+    jax.jit, static_argnames=("student", "teacher", "temperature", "mesh")
+)
 def _divergence_totals(
-    student, student_params, teacher, teacher_params, rows, teacher_rows, *, temperature
+    student,
+    student_params,
+    teacher,
+    teacher_params,
+    rows,
+    teacher_rows,
+    *,
+    temperature,
+    mesh,
 ):
     """Summed forward KL, reverse KL and teacher NLL of each row, three float32[R]."""
     refuse_packed(rows, "sequence_divergences")
-    student_logits = response_logits(student, student_params, rows)
-    teacher_logits = response_logits(teacher, teacher_params, teacher_rows)
-    logits = (student_logits, teacher_logits)
-    values = (
-        forward_kl(*logits, temperature=temperature),
-        reverse_kl(*logits, temperature=temperature),
-        -token_log_probs(teacher_logits, rows.targets),
-    )
-    return tuple(sequence_sum(value, rows.response_mask) for value in values)
+    with on_mesh(mesh):
+        student_logits = response_logits(student, student_params, rows)
+        teacher_logits = response_logits(teacher, teacher_params, teacher_rows)
+        logits = (student_logits, teacher_logits)
+        values = (
+            forward_kl(*logits, temperature=temperature),
+            reverse_kl(*logits, temperature=temperature),
+            -token_log_probs(teacher_logits, rows.targets),
+        )
+        return tuple(sequence_sum(value, rows.response_mask) for value in values)
 
 
-@functools.partial(jax.jit, static_argnames=("teacher",))
-def _nll_totals(teacher, params, rows):
+@functools.partial(jax.jit, static_argnames=("teacher", "mesh"))
+def _nll_totals(teacher, params, rows, *, mesh):
     """Summed negative log-prob of each row, float32[R]."""
     refuse_packed(rows, "teacher_nll")
-    log_probs = token_log_probs(response_logits(teacher, params, rows), rows.targets)
-    return sequence_sum(-log_probs, rows.response_mask)
+    with on_mesh(mesh):
+        logits = response_logits(teacher, params, rows)
+        log_probs = token_log_probs(logits, rows.targets)
+        return sequence_sum(-log_probs, rows.response_mask)
 
 
-def _in_batches(totals, trees, batch_size: int) -> tuple[np.ndarray, ...]:
-    """Apply ``totals`` to slices of ``batch_size`` rows; results float64[N, ...]."""
+def _in_batches(
+    totals, trees, batch_size: int, mesh: Mesh | None
+) -> tuple[np.ndarray, ...]:
+    """Apply ``totals`` to slices of ``batch_size`` rows; results float64[N, ...].
+
+    On a mesh a slice has as many rows for every part of it.
+    """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1: {batch_size}")
     lead = trees[0].response_mask.shape[:-1]
@@ -194,12 +219,14 @@ def _in_batches(totals, trees, batch_size: int) -> tuple[np.ndarray, ...]:
     count = len(trees[0].response_mask)
     if not count:
         raise ValueError("there is no sequence to evaluate")
-    size = min(batch_size, count)
+    shards = row_shards(mesh)
+    size = shards * min(batch_size, -(-count // shards))
     parts = []
     for first in range(0, count, size):
         rows = jax.tree.map(lambda x, i=first: x[i : i + size], trees)
         kept = len(rows[0].response_mask)
-        results = jax.device_get(totals(*fill_rows(rows, size)))
+        rows = fill_rows(rows, size)
+        results = fetch(totals(*(rows if mesh is None else place_rows(rows, mesh))))
         parts.append([np.asarray(x[:kept], np.float64) for x in results])
     return tuple(np.concatenate(x).reshape(lead) for x in zip(*parts, strict=True))
 

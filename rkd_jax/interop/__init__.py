@@ -11,18 +11,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import jax
+from jax.sharding import Mesh
+
 from rkd_jax.data.tokenizer import Tokenizer, from_file
 from rkd_jax.interop import gguf, safetensors
 from rkd_jax.interop.gguf import find_packaged_gguf
 from rkd_jax.interop.hf_config import UnsupportedConfigError
 from rkd_jax.interop.names import WeightsError
 from rkd_jax.interop.safetensors import save as save_model
-from rkd_jax.models.decoder import Decoder
+from rkd_jax.models.decoder import Decoder, DecoderConfig
+from rkd_jax.sharding import tree_shardings
 from rkd_jax.types import Params
 
 
 def load_model(
-    path: str | Path, *, param_dtype: str | None = None
+    path: str | Path, *, param_dtype: str | None = None, mesh: Mesh | None = None
 ) -> tuple[Decoder, Params, Tokenizer | None]:
     """Model, parameters and tokenizer of a model folder or a GGUF file.
 
@@ -30,6 +34,8 @@ def load_model(
         path: a folder with ``config.json`` and safetensors, or a ``.gguf`` file.
         param_dtype: type of the parameters; None keeps the stored one (float32 for
             GGUF).
+        mesh: where every parameter goes straight to its devices, cut as its logical
+            axes say; None puts everything on the default device.
 
     Returns:
         ``(decoder, params, tokenizer)``; the tokenizer is None when the folder has no
@@ -39,17 +45,29 @@ def load_model(
         FileNotFoundError: nothing there, or not a model.
         UnsupportedConfigError, WeightsError: see the two formats; the latter also for
             a tokenizer that cannot be read.
+        ShardingError: an axis of a parameter does not divide over the mesh.
     """
+
+    def homes(config: DecoderConfig):
+        model = Decoder(config)
+        shapes = jax.eval_shape(model.init, jax.random.key(0))
+        return tree_shardings(model.logical_axes(), mesh, shapes=shapes)
+
+    shardings = None if mesh is None else homes
     path = Path(path)
     if path.is_file() and path.suffix != ".gguf":
         raise FileNotFoundError(f"{path}: give the model's folder, or a .gguf file")
     if path.is_file():
         file = gguf.GGUFFile(path)
-        config, params = gguf.load(file, param_dtype=param_dtype or "float32")
+        config, params = gguf.load(
+            file, param_dtype=param_dtype or "float32", shardings=shardings
+        )
         return Decoder(config), params, gguf.tokenizer(file)
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such folder or file")
-    config, params = safetensors.load(path, param_dtype=param_dtype)
+    config, params = safetensors.load(
+        path, param_dtype=param_dtype, shardings=shardings
+    )
     if not (path / "tokenizer.json").is_file():
         return Decoder(config), params, None
     try:

@@ -242,10 +242,11 @@ def assemble(
         config: shapes, and ``param_dtype``, the type of every leaf.
         format: of the names given to ``read``.
         read: the tensor of that name in its stored layout, any floating type.
-        shardings: pytree of `jax.sharding.Sharding` like the parameters; None puts
-            everything on the default device.
+        shardings: pytree of `jax.sharding.Sharding` like the parameters, or a function
+            of ``config`` that gives one; None puts everything on the default device.
     """
     size, params = sizes(config), {}
+    shardings = shardings(config) if callable(shardings) else shardings
     for weight in weights(config):
         name, layout = getattr(weight, format)
         shape, dtype = shape_of(weight.axes, size), jnp.dtype(config.param_dtype)

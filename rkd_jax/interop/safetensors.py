@@ -63,8 +63,9 @@ def load(
             shards.
         param_dtype: type of the parameters; None keeps the stored one (float32 if
             the file mixes several).
-        shardings: pytree of `jax.sharding.Sharding` like the parameters; each leaf
-            then goes straight to its devices. None: the default device.
+        shardings: pytree of `jax.sharding.Sharding` like the parameters, or a function
+            of the configuration that gives one; each leaf then goes straight to its
+            devices. None: the default device.
 
     Returns:
         ``(config, params)`` for `rkd_jax.models.decoder.Decoder`. ``config.dtype``, the

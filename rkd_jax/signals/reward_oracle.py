@@ -24,6 +24,7 @@ from rkd_jax.data.tokenize import (
 )
 from rkd_jax.losses import trajectory_return
 from rkd_jax.packed import refuse_packed
+from rkd_jax.placement import fetch, follow_parameters
 from rkd_jax.signals.oracles import OracleError
 from rkd_jax.signals.teacher import Scorer
 from rkd_jax.types import Params, Sequences
@@ -103,7 +104,8 @@ class RewardModelOracle:
 
         Args:
             token_rewards, gamma, member_axes: see `make_return_scorer`.
-            params: of the reward model or models; kept, not copied.
+            params: of the reward model or models; kept, not copied. On a mesh the texts
+                are cut over it.
             tokenizer, config: those the reward model was trained with.
             reduce: one reward from K: their mean, or the least, which is pessimistic.
             batch_size: texts on the device at once.
@@ -115,8 +117,8 @@ class RewardModelOracle:
             raise ValueError(f"reduce is 'mean' or 'min', not {reduce!r}")
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be at least 1")
-        self._score = make_return_scorer(
-            token_rewards, gamma=gamma, member_axes=member_axes
+        self._score = follow_parameters(
+            make_return_scorer(token_rewards, gamma=gamma, member_axes=member_axes)
         )
         self._params, self._tokenizer, self._config = params, tokenizer, config
         self._reduce, self._batch_size = reduce, batch_size
@@ -147,8 +149,9 @@ class RewardModelOracle:
         for numbers in self._groups(rows):
             full = numbers + numbers[-1:] * (self._batch_size - len(numbers))
             batch = collate([rows[i] for i in full], self._config)
-            scores = np.asarray(self._score(self._params, batch.sequences), np.float64)
-            found |= zip(numbers, scores.reshape(len(full), -1), strict=False)
+            scores = fetch(self._score(self._params, batch.sequences))
+            scores = scores.astype(np.float64).reshape(len(full), -1)
+            found |= zip(numbers, scores, strict=False)
         if not rows:
             return np.zeros((0, 1))
         return np.stack([found[i] for i in range(len(rows))])

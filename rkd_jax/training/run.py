@@ -12,9 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from rkd_jax.training.provenance import differences, digest, plain, summary, versions
+from rkd_jax.training.together import once
 from rkd_jax.untrusted import one_line, read_object
 
 
@@ -39,7 +38,7 @@ class Stage:
     @property
     def done(self) -> bool:
         """Whether `finish` was reached, now or in an earlier start."""
-        return self._marker.exists()
+        return once(self._marker.exists)
 
     @property
     def result(self) -> dict[str, Any]:
@@ -49,7 +48,7 @@ class Stage:
             FileNotFoundError: the stage is not finished.
             RunMismatch: what was written then cannot be read any more.
         """
-        if not self.done:
+        if not self._marker.exists():
             raise FileNotFoundError(f"{self._marker}: no such file; finish the stage")
         try:
             return read_object(self._marker, RunMismatch)
@@ -58,8 +57,9 @@ class Stage:
 
     def finish(self, result: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Mark the stage as finished; ``result`` is plain JSON and comes back."""
-        write_json(self._marker, plain(result or {}))
-        return plain(result or {})
+        found = plain(result or {})
+        once(lambda: write_json(self._marker, found))
+        return found
 
     @property
     def _marker(self) -> Path:
@@ -69,6 +69,9 @@ class Stage:
 @dataclasses.dataclass(frozen=True)
 class RunFolder:
     """An output folder bound to one configuration by its ``run.json``.
+
+    In several processes it has to be one that all of them can read, and all of them do
+    the same with it: process 0 looks and writes for all.
 
     Example::
 
@@ -106,24 +109,7 @@ class RunFolder:
             ValueError: ``config`` is not plain JSON.
         """
         path, config = Path(path), plain(config)
-        record = path / "run.json"
-        if jax.process_index() != 0:  # process 0 looks and writes for all
-            return cls(path, config)
-        if path.exists() and not path.is_dir():
-            raise RunMismatch(f"{path} is a file; choose another --out")
-        if overwrite and record.exists():
-            _read(record)
-            _empty(path)
-        if record.exists():
-            _check_same(path, _read(record), name, config, resume)
-        elif path.exists() and (foreign := sorted(p.name for p in path.iterdir())):
-            raise RunMismatch(
-                f"{path} is not empty and holds no run ({summary(foreign)}); choose "
-                "another --out"
-            )
-        else:
-            path.mkdir(parents=True, exist_ok=True)
-            write_json(record, _identity(name, config))
+        once(lambda: _claim(path, config, name, resume, overwrite))
         return cls(path, config)
 
     def stage(self, name: str) -> Stage:
@@ -137,6 +123,26 @@ class RunFolder:
         folder = self.path / name
         folder.mkdir(parents=True, exist_ok=True)
         return Stage(folder)
+
+
+def _claim(path: Path, config: dict, name: str, resume: bool, overwrite: bool) -> None:
+    """Create the folder of a run, or make sure that it is this one's."""
+    record = path / "run.json"
+    if path.exists() and not path.is_dir():
+        raise RunMismatch(f"{path} is a file; choose another --out")
+    if overwrite and record.exists():
+        _read(record)
+        _empty(path)
+    if record.exists():
+        _check_same(path, _read(record), name, config, resume)
+    elif path.exists() and (foreign := sorted(p.name for p in path.iterdir())):
+        raise RunMismatch(
+            f"{path} is not empty and holds no run ({summary(foreign)}); choose "
+            "another --out"
+        )
+    else:
+        path.mkdir(parents=True, exist_ok=True)
+        write_json(record, _identity(name, config))
 
 
 def write_json(path: Path, value: Any) -> None:

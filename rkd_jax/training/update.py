@@ -12,7 +12,6 @@ once, after all micro-batches are in, so a batch may be cut anywhere.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -24,6 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from rkd_jax.masking import accumulator
 from rkd_jax.packed import refuse_packed
+from rkd_jax.placement import on_mesh
 from rkd_jax.training.state import Player, TrainState, step_keys
 from rkd_jax.types import LossOutput, Mean, Objective, Sequences
 
@@ -87,9 +87,10 @@ def make_update(
         objective, student_optimizer, critic_optimizer, critic_steps, accumulation
     )
     traces = 0
+    mesh = None if batch_sharding is None else batch_sharding.mesh
 
     def update(state, frozen, batch, signal):
-        with _on_mesh(batch_sharding):
+        with on_mesh(mesh):
             return play(state, frozen, batch, signal)
 
     def play(state, frozen, batch, signal):
@@ -123,13 +124,6 @@ def make_update(
         in_shardings=(state_shardings, None, None, None),
         out_shardings=(state_shardings, None),
     )
-
-
-def _on_mesh(sharding: NamedSharding | None):
-    """Tells losses that divide their work themselves about the mesh."""
-    if sharding is None:
-        return contextlib.nullcontext()
-    return jax.sharding.use_abstract_mesh(sharding.mesh.abstract_mesh)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,13 +9,9 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from rkd_jax.aot.collectives import Traffic
-from rkd_jax.aot.compiling import (
-    compile_step,
-    parameter_shardings,
-    placed,
-)
+from rkd_jax.aot.compiling import compile_step, placed
 from rkd_jax.aot.flops import matmul_flops
-from rkd_jax.sharding import MeshConfig, device_bytes, make_mesh
+from rkd_jax.sharding import MeshConfig, device_bytes, make_mesh, parameter_shardings
 
 LAYERS, WIDTH, ROWS = 5, 64, 16
 

@@ -6,7 +6,6 @@ import pytest
 
 from rkd_jax.evaluation.generation import (
     distinct_n,
-    fill_rows,
     generate,
     repetition,
     with_prompts,
@@ -120,13 +119,6 @@ def test_prompts_of_other_widths_are_padded_on_the_left():
 def test_bad_batches_are_named(batches, message):
     with pytest.raises(ValueError, match=message):
         generate(echo, None, batches, decode, jax.random.key(0))
-
-
-def test_fill_rows_repeats_the_last_row():
-    np.testing.assert_array_equal(
-        fill_rows({"x": np.array([[1, 2], [3, 4]])}, 4)["x"],
-        [[1, 2], [3, 4], [3, 4], [3, 4]],
-    )
 
 
 def test_with_prompts_keeps_responses_and_masks():

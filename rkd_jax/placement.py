@@ -1,0 +1,137 @@
+"""Rows, functions and results on a mesh: computation goes where parameters are.
+
+Whoever puts parameters on a mesh (`rkd_jax.sharding`) says no more: rows are cut over
+that mesh before a function reads them, and come back whole where the host needs them.
+In several processes each of them holds all rows of a batch and does the same with them.
+
+>>> import jax.numpy as jnp
+>>> double = follow_parameters(lambda params, rows: params * rows)
+>>> double(jnp.float32(2.0), jnp.arange(3.0)).tolist()
+[0.0, 2.0, 4.0]
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from rkd_jax.sharding import (
+    DEFAULT_RULES,
+    batch_sharding,
+    check_divisible,
+    mesh_of,
+)
+
+
+def row_shards(mesh: Mesh | None) -> int:
+    """Into how many parts rows are cut; 1 without a mesh."""
+    if mesh is None:
+        return 1
+    return math.prod(mesh.shape[name] for name in DEFAULT_RULES["batch"])
+
+
+def on_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager:
+    """In a function that is traced: code that divides its work itself sees the mesh.
+
+    See `rkd_jax.sharding.ambient_axes`. None changes nothing.
+    """
+    if mesh is None:
+        return contextlib.nullcontext()
+    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+
+def jit_on(mesh: Mesh, function: Callable) -> Any:
+    """``function(params, rows, ...)`` jitted for a mesh; results are cut like rows."""
+
+    def run(*arguments):
+        with on_mesh(mesh):
+            return function(*arguments)
+
+    return jax.jit(run, out_shardings=batch_sharding(mesh))
+
+
+def follow_parameters(function: Callable, *, to_host: bool = False) -> Callable:
+    """``function(params, rows, ...)``, computed where its parameters are.
+
+    With parameters on a mesh the rows are cut over it; rows that do not divide are
+    filled up with copies of the last one, and what comes of these is dropped. With any
+    other parameters, and inside a jitted function, it is ``function`` itself.
+
+    Args:
+        function: of parameters, a pytree of rows ``[B, ...]`` and whatever else, to a
+            pytree of ``[B, ...]``. No row may depend on another.
+        to_host: whether what was computed on a mesh comes back as numpy arrays, whole
+            in every process. It does where rows were filled up.
+
+    Returns:
+        A function with the arguments of ``function``, compiled once per mesh and shape.
+    """
+    jitted = functools.cache(lambda mesh: jit_on(mesh, function))
+
+    def follow(params, rows, *rest):
+        mesh = mesh_of(params)
+        if mesh is None:
+            return function(params, rows, *rest)
+        count = jax.tree.leaves(rows)[0].shape[0]
+        missing = -count % row_shards(mesh)
+        if missing:
+            rows = fill_rows(rows, count + missing)
+        found = jitted(mesh)(params, place_rows(rows, mesh), *rest)
+        if missing or to_host:
+            found = jax.tree.map(lambda x: x[:count], fetch(found))
+        return found
+
+    return follow
+
+
+def place_rows(rows: Any, mesh: Mesh) -> Any:
+    """Place rows that every process has whole on the mesh, cut along B.
+
+    Args:
+        rows: pytree of arrays ``[B, ...]``, on the host or on the mesh.
+        mesh: where to place them.
+
+    Raises:
+        ShardingError: B does not divide evenly over the devices that share it.
+    """
+    sharding = batch_sharding(mesh)
+
+    def place(path, array):
+        name = f"rows{jax.tree_util.keystr(path)}"
+        check_divisible(name, ("batch",), array, sharding)
+        if mesh_of(array) is not None:
+            return jax.device_put(array, sharding)
+        array = np.asarray(array)
+        return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
+
+    return jax.tree_util.tree_map_with_path(place, rows)
+
+
+def fill_rows(tree: Any, size: int) -> Any:
+    """Repeat the last of n >= 1 rows of every leaf ``[n, ...]`` up to ``size`` rows."""
+
+    def fill(leaf):
+        copies = np.ones(leaf.shape[0], int)
+        copies[-1] += size - leaf.shape[0]
+        return np.repeat(np.asarray(leaf), copies, axis=0)
+
+    return jax.tree.map(fill, tree)
+
+
+def fetch(tree: Any) -> Any:
+    """Whole arrays on the host, in every process; all of them have to call it."""
+
+    def whole(array):
+        if getattr(array, "is_fully_addressable", True):
+            return np.asarray(array)
+        return multihost_utils.process_allgather(array, tiled=True)
+
+    return jax.tree.map(whole, tree)

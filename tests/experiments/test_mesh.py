@@ -1,0 +1,164 @@
+"""An experiment on eight devices: the same command, folder and numbers as on one."""
+
+import dataclasses
+import io
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import pbkd, tvkd
+from experiments.course import load_prompts, take_course
+from experiments.judging import pair_log_probs
+from experiments.lab import open_lab
+from experiments.settings import SettingsError
+from experiments.stages import Desk
+from rkd_jax.data.collate import collate
+from rkd_jax.data.records import PreferenceRecord, PromptRecord
+from rkd_jax.data.tokenize import tokenize_record
+from rkd_jax.evaluation.generation import with_prompts
+from rkd_jax.evaluation.likelihood import sequence_divergences
+from rkd_jax.interop import load_model
+from rkd_jax.sharding import MeshConfig, ShardingError
+from rkd_jax.training.metrics import read_metrics
+from rkd_jax.training.progress import Progress
+from rkd_jax.training.run import RunFolder
+
+MESH = MeshConfig(data=2, fsdp=2, tensor=2)
+
+pytestmark = pytest.mark.usefixtures("compiled_programs")
+
+
+def options(mesh=MESH, **changes):
+    """The toy with one shape for each sampler, so that less is compiled."""
+    config = tvkd.tiny()
+    return dataclasses.replace(
+        config,
+        mesh=mesh,
+        policy=dataclasses.replace(config.policy, batch_size=4, samples_per_prompt=1),
+        warm_start=dataclasses.replace(config.warm_start, steered=True),
+        evaluation=dataclasses.replace(config.evaluation, likelihood_prompts=4),
+        **changes,
+    )
+
+
+def close(found, expected):
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
+        found,
+        expected,
+    )
+
+
+@pytest.fixture(scope="module")
+def lab(compiled_programs):
+    return open_lab(options())
+
+
+@pytest.fixture(scope="module")
+def finished(compiled_programs, tmp_path_factory):
+    """The folder of a run on the mesh, and its options; of two methods the second."""
+    folder = tmp_path_factory.mktemp("mesh") / "run"
+    config = options(out=str(folder))
+    table = tvkd.table
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tvkd, "table", lambda *args: {"TVKD": table(*args)["TVKD"]})
+        assert tvkd.run(config) == folder / "report" / "report.html"
+        yield folder, config
+
+
+def test_a_run_goes_on_with_other_devices_and_trains_the_same(finished, tmp_path):
+    folder, config = finished
+    report = json.loads((folder / "report" / "report.json").read_text("utf-8"))
+    names = ["teacher (steered)", "warm start", "TVKD"]
+    assert [row["name"] for row in report["policies"]] == names
+    assert report["settings"]["mesh"] == dataclasses.asdict(MESH)
+
+    there = tmp_path / "run"
+    shutil.copytree(folder, there)
+    shutil.rmtree(there / "4-tvkd")
+    before = (there / "2-warm-start" / "metrics.jsonl").read_bytes()
+    config = dataclasses.replace(config, out=str(there), mesh=MeshConfig())
+    run = RunFolder.open(there, config.identity(), name="tvkd")
+    with Progress(io.StringIO()) as progress:
+        desk = Desk(run, progress, checkpoint_every=100)
+        alone = open_lab(config)
+        prompts, _, _ = load_prompts(config.task, alone)
+        course = take_course(alone, desk, config, prompts, seed=config.seed)
+        params = tvkd.Tvkd(alone, config.tvkd).train(
+            desk, "4-tvkd", course, steps=config.updates, seed=config.seed
+        )
+    # The warm start was restored, what came after it made anew.
+    assert (there / "2-warm-start" / "metrics.jsonl").read_bytes() == before
+    logs = [read_metrics(run / "4-tvkd") for run in (folder, there)]
+    assert len(logs[0]) == config.updates
+    for entry in logs[0] + logs[1]:
+        # The sign of a margin that is 0 to rounding: the policy is still the reference.
+        del entry["metrics"]["student/accuracy"]
+    close(*logs)
+    close(load_model(folder / "student")[1], params)
+
+
+def test_everything_large_is_cut(lab):
+    assert dict(lab.mesh.shape) == dataclasses.asdict(MESH)
+    for params in (lab.teacher_params, lab.student_params, lab.trunk_params):
+        for kernel in (params["embed"]["embedding"], params["layers"]["mlp"]["up"]):
+            for leaf in jax.tree.leaves(kernel):
+                assert leaf.addressable_shards[0].data.size == leaf.size // 4
+
+
+def test_samples_and_scores_are_those_of_one_device(lab):
+    alone = open_lab(options(MeshConfig()))
+    records = [PromptRecord(f"number {i}") for i in range(4)]
+    rows = [tokenize_record(r, lab.tokenizer, lab.rows) for r in records]
+    batch = collate(rows, lab.rows)
+    key = jax.random.key(3)
+    some = jax.tree.map(lambda x: x[:3], batch.prompts)  # filled up to four again
+    found = lab.sample_student(lab.student_params, some, key)
+    whole = alone.sample_student(alone.student_params, batch.prompts, key)
+    expected = jax.tree.map(lambda x: np.asarray(x)[:3], whole)
+    np.testing.assert_array_equal(found.sequences.tokens, expected.sequences.tokens)
+    close(found, expected)
+
+    pairs = [PreferenceRecord(r.prompt, "some", "none at all") for r in records]
+    close(*(pair_log_probs(one, one.student_params, pairs) for one in (lab, alone)))
+    own = jax.tree.map(lambda x: np.asarray(x)[:, 0], whole.sequences)
+    as_teacher = with_prompts(own, batch.teacher_prompts)
+    divergences = [
+        dataclasses.asdict(
+            sequence_divergences(
+                *(one.student, one.student_params, one.teacher, one.teacher_params),
+                *(own, as_teacher),
+            )
+        )
+        for one in (lab, alone)
+    ]
+    close(*divergences)
+
+
+def test_rows_that_do_not_divide_are_refused_before_anything_is_made(lab):
+    config = tvkd.tiny()
+    fit = dataclasses.replace(config.tvkd.fit, batch_size=6)
+    options = dataclasses.replace(config.tvkd, fit=fit)
+    with pytest.raises(SettingsError, match="6 rows in 1 micro-batches do not divide"):
+        tvkd.table(lab, dataclasses.replace(config, tvkd=options))
+    with pytest.raises(SettingsError, match="--policy.rollout-prompts: 2 rows"):
+        pbkd.table(lab, pbkd.tiny())
+
+
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [
+        (MeshConfig(data=16), "does not fit 8 devices"),
+        (MeshConfig(tensor=4), "axis 'vocab' of size 258 does not divide over 4"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused(mesh, message):
+    with pytest.raises(ShardingError, match=message):
+        open_lab(options(mesh))
+
+
+def test_the_devices_are_no_part_of_what_makes_a_run():
+    assert options().identity() == options(MeshConfig()).identity()

@@ -1,0 +1,58 @@
+"""Several processes make one run; what stops one of them stops all, in one line."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def run_two(folder: Path, *arguments: str) -> list[tuple[int, str, str]]:
+    """(exit status, output, errors) of two processes with two devices each."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    flags = "--xla_force_host_platform_device_count=2"
+    shared = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    command = [sys.executable, "-m", "experiments.tvkd", "--tiny", "--distributed"]
+    both = [
+        subprocess.Popen(
+            [*command, "--out", str(folder), *arguments],
+            cwd=ROOT,
+            env=os.environ | shared | {"JAX_PROCESS_ID": index, "XLA_FLAGS": flags},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in ("0", "1")
+    ]
+    try:
+        ends = [process.communicate(timeout=300) for process in both]
+    finally:
+        for process in both:
+            process.kill()
+    return [(p.returncode, *end) for p, end in zip(both, ends, strict=True)]
+
+
+def last_line(errors: str) -> str:
+    """The error that a user is shown."""
+    (line,) = [line for line in errors.splitlines() if line.startswith("error:")]
+    return line
+
+
+def test_an_error_of_process_0_ends_both_in_one_line(tmp_path):
+    (tmp_path / "foreign.txt").write_text("of nobody's run")
+    ends = run_two(tmp_path, "--mesh.data", "-1")
+    assert [status for status, _, _ in ends] == [2, 2], ends
+    assert "holds no run (foreign.txt)" in last_line(ends[0][2])
+    assert "process 0 stopped with RunMismatch" in last_line(ends[1][2])
+    assert os.listdir(tmp_path) == ["foreign.txt"]
+
+
+def test_a_mesh_that_leaves_a_process_without_work_is_refused(tmp_path):
+    for status, _, errors in run_two(tmp_path / "run"):
+        assert status == 2
+        assert "it must take all of them; set one axis to -1" in last_line(errors)
+    assert (tmp_path / "run" / "run.json").exists()
