@@ -59,6 +59,20 @@ def test_another_bound_may_be_named(monkeypatch):
     assert jax.config.jax_compilation_cache_max_size == before
 
 
+def test_a_program_that_a_killed_command_left_half_written_is_dropped(
+    monkeypatch, tmp_path
+):
+    folder = tmp_path / "cache" / "rkd_jax" / "compiled"
+    folder.mkdir(parents=True)
+    for name in ("whole-cache", "whole-atime", "half-cache"):
+        (folder / name).write_bytes(b"x")
+    command(monkeypatch)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "whole-atime",
+        "whole-cache",
+    ]
+
+
 def test_the_option_turns_it_off(monkeypatch, tmp_path):
     assert command(monkeypatch, "--no-compilation-cache", "--tiny") == [None]
     assert not (tmp_path / "cache").exists()
