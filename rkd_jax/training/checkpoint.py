@@ -23,6 +23,7 @@ import orbax.checkpoint as ocp
 
 from rkd_jax.training.agreement import word_of_first
 from rkd_jax.training.checksums import first_damage, has_checksums, write_checksums
+from rkd_jax.training.interrupt import PeerLost
 from rkd_jax.training.provenance import differences, plain, summary, versions
 from rkd_jax.training.state import TrainState
 
@@ -180,6 +181,10 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
+        if isinstance(error, PeerLost):
+            # A save in the background waits for the dead process, too: whoever waits
+            # for it is ended by the runtime before he can say what happened.
+            return
         try:
             self.close()
         except CheckpointError:

@@ -17,7 +17,7 @@ CYCLES = 2000
 WARM = 100  # cycles after which everything has been compiled
 RARELY, ALWAYS = 20, 1  # cycles from checkpoint to checkpoint
 TENSORSTORE = (
-    "tensorstore (0.1.78 to 0.1.86 at least) never frees a list that it makes of JSON, "
+    "tensorstore (0.1.78 and 0.1.86) never frees a list that it makes of JSON, "
     "and orbax asks it for some in every save"
 )
 
