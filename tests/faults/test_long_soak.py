@@ -66,10 +66,10 @@ def test_memory_is_flat(gauges, every, request):
 
 @pytest.mark.parametrize("name", ["handles", "threads", "arrays"])
 def test_nothing_is_left_open_or_alive(gauges, name):
-    """What is at work in the background just then is chance, so means are compared."""
+    """A checkpoint is being written or is not, by chance: that is four handles more."""
     means = quarters(gauges[name])
     print(f"{name} by quarter:", [round(mean, 1) for mean in means])
-    assert means[3] <= means[1] + 1
+    assert means[3] <= means[1] + 4  # one left open in 100 cycles would be ten
 
 
 def test_nothing_is_compiled_again(gauges):
