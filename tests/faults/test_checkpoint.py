@@ -31,6 +31,7 @@ from rkd_jax.training.checkpoint import (
 )
 from rkd_jax.training.checksums import CHECKSUMS
 from rkd_jax.types import LossOutput, Objective
+from tests.faults.damage import cut, flip
 from tests.training import tiny_game
 
 CONFIG = {"seed": 0}
@@ -64,17 +65,6 @@ def arrays(step):
     """The largest file of a checkpoint: the numbers themselves."""
     files = [path for path in (step / "state").rglob("*") if path.is_file()]
     return max(files, key=lambda path: path.stat().st_size)
-
-
-def cut(path):
-    os.truncate(path, path.stat().st_size // 2)
-
-
-def flip(path):
-    """One bit in the middle."""
-    text = bytearray(path.read_bytes())
-    text[len(text) // 2] ^= 1
-    path.write_bytes(text)
 
 
 def empty(folder):

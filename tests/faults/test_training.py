@@ -1,13 +1,8 @@
 """Faults of other trainers, and of disks and users, that training must survive."""
 
 import json
-import os
 import signal
-import socket
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +12,15 @@ import pytest
 
 from rkd_jax.training import init_state, make_update
 from rkd_jax.types import LossOutput, Mean, Objective
+from tests.faults.processes import (
+    assert_same_outcome,
+    finish,
+    outcome,
+    start_two,
+    wait_until_ready,
+)
 from tests.training import tiny_game
 
-ROOT = Path(__file__).parents[2]
 STEPS = 4
 
 
@@ -95,52 +96,6 @@ def test_t4_the_wrong_way_would_have_been_seen(uneven):
 
 
 @pytest.fixture(scope="module")
-def start():
-    """Starts a training of the tiny game in a process of its own."""
-    processes = []
-
-    def start(folder, *arguments, module="tiny_game", devices=1):
-        # Without optimisation, because most of such a process is compilation.
-        flags = (
-            "--xla_backend_optimization_level=0 "
-            f"--xla_force_host_platform_device_count={devices}"
-        )
-        process = subprocess.Popen(
-            [sys.executable, "-m", f"tests.training.{module}", str(folder), *arguments],
-            cwd=ROOT,
-            env=os.environ | {"XLA_FLAGS": flags},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        processes.append(process)
-        return process
-
-    yield start
-    for process in processes:
-        process.kill()
-
-
-def wait_until_ready(process):
-    """Until it says so; distributed processes talk about other things, too."""
-    assert "ready\n" in iter(process.stdout.readline, "")
-
-
-def finish(process):
-    """(exit status, standard error)."""
-    _, errors = process.communicate(timeout=120)
-    return process.returncode, errors
-
-
-def outcome(folder):
-    """Final state, data position and log of a finished run."""
-    with np.load(folder / "final.npz") as file:
-        state = dict(file)
-    position = json.loads((folder / "position.json").read_text())
-    return state, position, (folder / "metrics.jsonl").read_bytes()
-
-
-@pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, start):
     folder = tmp_path_factory.mktemp("uninterrupted")
     assert finish(start(folder, str(STEPS)))[0] == 0
@@ -151,13 +106,11 @@ def assert_resumes_to(start, folder, expected):
     """One more start of the same command ends as if nothing had happened."""
     status, errors = finish(start(folder, str(STEPS)))
     assert (status, "train: 2/4" in errors) == (0, True), errors
-    state, position, log = outcome(folder)
-    assert state.keys() == expected[0].keys()
-    for name, value in expected[0].items():
-        np.testing.assert_array_equal(state[name], value, err_msg=name)
-    assert position == expected[1] == {"position": STEPS}
-    assert log == expected[2]
-    assert [json.loads(line)["step"] for line in log.splitlines()] == [1, 2, 3, 4]
+    found = outcome(folder)
+    assert_same_outcome(found, expected)
+    assert expected[1] == {"position": STEPS}
+    steps = [json.loads(line)["step"] for line in found[2].splitlines()]
+    assert steps == [1, 2, 3, 4]
 
 
 def test_t7_r31_killed_and_resumed_is_bit_identical(start, tmp_path, uninterrupted):
@@ -198,17 +151,6 @@ def test_a_full_disk_is_one_line_and_costs_no_earlier_checkpoint(
     assert_resumes_to(start, tmp_path, uninterrupted)
     # The half-written one is swept.
     assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {"2", "4"}
-
-
-def start_two(start, folder, steps, *arguments):
-    """Two processes that train together."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = str(probe.getsockname()[1])
-    return [
-        start(folder, steps, port, index, *arguments, module="two_processes", devices=2)
-        for index in ("0", "1")
-    ]
 
 
 def test_a_preempted_process_stops_all_of_them_at_the_same_step(start, tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -352,6 +353,17 @@ def test_an_interrupted_save_changes_nothing(folder, params, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         safetensors.save(folder, CONFIG, params, max_shard_bytes=1000, overwrite=True)
     assert before == {path: path.read_bytes() for path in folder.iterdir()}
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]
+
+
+def test_what_a_killed_save_of_the_same_process_number_left_is_no_obstacle(
+    folder, params
+):
+    for part in ("partial", "previous"):
+        left = folder.parent / f".{folder.name}.{part}-{os.getpid()}"
+        left.mkdir()
+        (left / "config.json").write_text("{")
+    safetensors.save(folder, CONFIG, params, overwrite=True)
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+from pathlib import Path
 
 import pytest
 
@@ -68,6 +69,22 @@ def test_foreign_files_are_never_touched(tmp_path, overwrite):
     with pytest.raises(RunMismatch, match="run.json is not the record of a run"):
         RunFolder.open(tmp_path, CONFIG, overwrite=overwrite)
     assert (tmp_path / "thesis.tex").read_text() == "x"
+
+
+def test_a_start_that_was_killed_while_it_wrote_the_record_is_begun_again(
+    tmp_path, monkeypatch
+):
+    def killed(*paths, **kwargs):
+        raise SystemExit
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        patch.setattr(Path, "unlink", killed)  # nobody tidies up after a kill
+        with pytest.raises(SystemExit):
+            RunFolder.open(tmp_path / "run", CONFIG)
+    assert [path.name[:10] for path in (tmp_path / "run").iterdir()] == [".run.json."]
+    RunFolder.open(tmp_path / "run", CONFIG)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["run.json"]
 
 
 def test_a_file_is_no_folder(tmp_path):

@@ -2,13 +2,17 @@
 
 ``python -m tests.training.two_processes FOLDER STEPS PORT INDEX [EVERY]`` says "ready"
 at step 1 and from then on takes its time, so that a signal finds it at work. It saves
-every EVERY steps, and takes a silent process for dead after ten seconds.
+every EVERY steps, half of each large array by either process, and takes a silent
+process for dead after ten seconds. At the end each writes the players as it has them to
+``FOLDER/final-INDEX.npz``.
 """
 
 import sys
 import time
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from rkd_jax.sharding import (
     MeshConfig,
@@ -19,21 +23,23 @@ from rkd_jax.sharding import (
     tree_shardings,
 )
 from rkd_jax.training import Interrupted, MetricsWriter, fit
-from rkd_jax.training.checkpoint import Checkpoints
+from rkd_jax.training.checkpoint import CheckpointError, Checkpoints
 from rkd_jax.training.interrupt import PeerLost
 from rkd_jax.training.state import state_shardings
 from tests.training import tiny_game
+
+WIDTH = 512
 
 
 def _main(folder: str, steps: str, port: str, index: str, every: str = "500") -> None:
     jax.distributed.initialize(
         f"localhost:{port}", 2, int(index), heartbeat_timeout_seconds=10
     )
-    mesh = make_mesh(MeshConfig(data=2, fsdp=2))
-    student, critic, frozen = tiny_game.params()
+    mesh = make_mesh(MeshConfig(fsdp=4))
+    student, critic, frozen = tiny_game.params(WIDTH)
     shardings = state_shardings(
         student,
-        tree_shardings({"w": (None, "embed"), "b": (None, None)}, mesh),
+        tree_shardings({"w": (None, "embed"), "b": (None, "embed")}, mesh),
         student_optimizer=tiny_game.STUDENT,
         critic_params=critic,
         critic_shardings=tree_shardings({"v": (None, "embed")}, mesh),
@@ -53,12 +59,12 @@ def _main(folder: str, steps: str, port: str, index: str, every: str = "500") ->
         Checkpoints(f"{folder}/checkpoints", config={}) as checkpoints,
         MetricsWriter(folder, tensorboard=False) as metrics,
     ):
-        fit(
-            tiny_game.start(shardings=shardings),
+        state = fit(
+            tiny_game.start(width=WIDTH, shardings=shardings),
             tiny_game.make(
                 state_shardings=shardings, batch_sharding=batch_sharding(mesh)
             ),
-            tiny_game.Rows(),
+            tiny_game.Rows(width=WIDTH),
             steps=int(steps),
             frozen=jax.device_put(frozen, replicated(mesh)),
             prepare=prepare,
@@ -66,6 +72,9 @@ def _main(folder: str, steps: str, port: str, index: str, every: str = "500") ->
             metrics=metrics,
             checkpoint_every=int(every),
         )
+    players = (state.student, state.critic)
+    everywhere = multihost_utils.process_allgather(players, tiled=True)
+    np.savez(f"{folder}/final-{index}.npz", **tiny_game.flat(everywhere))
 
 
 if __name__ == "__main__":
@@ -74,5 +83,5 @@ if __name__ == "__main__":
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         sys.exit(stop.exit_code)
-    except PeerLost as error:
+    except (CheckpointError, PeerLost) as error:
         sys.exit(f"error: {error}")
