@@ -202,11 +202,12 @@ class ExperimentConfig:
         """What makes a run this run: every option that its numbers depend on.
 
         Not how patiently the oracle is asked: a run that stopped because it failed may
-        go on with other bounds, and pairs that are dropped are counted. Not on which
-        devices: they round differently and compute the same.
+        go on with other bounds, and pairs that are dropped are counted. Not how often
+        it is saved. Not on which devices: they round differently and compute the same.
         """
         options = dataclasses.asdict(self)
-        for name in ("out", "fresh", "oracle_calls", "checkpoints_kept", "mesh"):
+        saving = ("checkpoint_every", "checkpoints_kept")
+        for name in ("out", "fresh", "oracle_calls", "mesh", *saving):
             del options[name]
         return options
 

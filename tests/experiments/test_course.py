@@ -44,7 +44,7 @@ def test_without_knows_chats_and_text():
 
 def test_prompts_of_held_out_pairs_in_a_file_teach_nobody(tmp_path):
     calls = RetryConfig(retries=7, on_failure="drop")
-    config = dataclasses.replace(tvkd.tiny(), oracle_calls=calls)
+    config = dataclasses.replace(tvkd.tiny(), oracle_calls=calls, checkpoint_every=3)
     assert config.identity() == tvkd.tiny().identity()  # patience makes no other run
     lab = open_lab(config)
     assert lab.oracle.config == calls
