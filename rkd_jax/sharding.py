@@ -187,7 +187,9 @@ def ambient_axes(name: str, size: int, rules: Rules = DEFAULT_RULES) -> tuple[st
     return names if size % parts == 0 else ()
 
 
-def constrain(array: jax.Array, axes: LogicalAxes, rules: Rules = DEFAULT_RULES):
+def constrain(
+    array: jax.Array, axes: LogicalAxes, rules: Rules = DEFAULT_RULES
+) -> jax.Array:
     """Cut an array along its named axes, on the mesh of right here (`ambient_axes`).
 
     What the partitioner would else have to guess: beside parameters that are cut over

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jinja2
+from jinja2.filters import do_format
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from rkd_jax.untrusted import one_line, shown
@@ -77,7 +78,7 @@ def compile_template(source: str) -> jinja2.Template:
     )
     environment.filters["tojson"] = _to_json
     for name in ("center", "format", "indent"):  # pad as far as they are told to
-        del environment.filters[name]
+        environment.filters[name] = _bounded(environment.filters[name])
     environment.globals["raise_exception"] = _raise_exception
     try:
         return environment.from_string(source)
@@ -148,6 +149,19 @@ def _check(messages: Sequence[Message]) -> None:
         if not isinstance(message.get("content"), str) and not calls_tool:
             kind = type(message.get("content")).__name__
             raise ValueError(f"message {number} ({role}): content is {kind}, not text")
+
+
+def _bounded(function: Callable[..., str]) -> Callable[..., str]:
+    """A filter that pads no further than `_MOST_REPEATED`."""
+
+    def call(text: Any, *options: Any, **named: Any) -> str:
+        numbers = [n for n in (*options, *named.values()) if isinstance(n, int)]
+        wide = function is do_format and _WIDE.search(str(text))
+        if wide or max(numbers, default=0) > _MOST_REPEATED:
+            raise jinja2.TemplateRuntimeError("a filter that pads too far")
+        return function(text, *options, **named)
+
+    return call
 
 
 def _to_json(value: Any, indent: int | None = None) -> str:

@@ -192,6 +192,13 @@ def test_a_template_reaches_nothing_and_fills_no_memory(template):
     assert str(error.value).isprintable()
 
 
+def test_what_pads_within_reason_is_left_alone():
+    source = "{{ messages[0].content | indent(2, true) }}{{ '%03d' | format(7) }}"
+    tokenizer = byte_tokenizer().with_chat_template(source + "{{ 'x' | center(3) }}")
+    ids = tokenizer.encode_chat([{"role": "user", "content": "50% 12345678"}])
+    assert tokenizer.decode(ids) == "  50% 12345678007 x "
+
+
 # Links
 
 
