@@ -11,6 +11,7 @@ import jax
 import tyro
 
 from experiments.compiled_programs import keep_compiled_programs
+from experiments.host_memory import keep_freed_memory
 from experiments.settings import SettingsError
 from experiments.several_processes import meet
 from rkd_jax.data.records import RecordError
@@ -54,7 +55,8 @@ def run_command(
     ``--tiny``, or the name of another preset, replaces the defaults of ``config``;
     ``--no-compilation-cache`` leaves no compiled program behind
     (`experiments.compiled_programs`); ``--distributed`` is for one of several processes
-    (`experiments.several_processes`).
+    (`experiments.several_processes`). Freed memory is kept for the next array
+    (`experiments.host_memory`).
 
     Exit codes: 0 done; 1 a fault of ours, with its traceback; 2 something the user can
     mend, in one line; 130 Ctrl-C and 143 SIGTERM (128 + the signal), after the step was
@@ -79,6 +81,7 @@ def run_command(
         f"{NO_CACHE}: do not keep compiled programs for the next run. {DISTRIBUTED}: "
         "this is one of several processes that make the run together.",
     )
+    keep_freed_memory()
     if keep:
         keep_compiled_programs()
     try:

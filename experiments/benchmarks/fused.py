@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
+from experiments.host_memory import keep_freed_memory
 from rkd_jax.losses import forward_kl, generalized_jsd, token_log_probs
 from rkd_jax.losses.fused import (
     Tiles,
@@ -180,6 +181,7 @@ def run(config: FusedBenchmark) -> None:
 
 def main() -> None:
     """Command line."""
+    keep_freed_memory()
     run(tyro.cli(FusedBenchmark, description=__doc__))
 
 

@@ -46,6 +46,7 @@ import tyro
 
 from experiments.benchmarks.step import WARM_UP, StepBenchmark, setting_of, stepper
 from experiments.benchmarks.step_cases import CASES, Setting
+from experiments.host_memory import keep_freed_memory
 
 Step = Callable[[], float]
 """Takes one step; its seconds."""
@@ -359,6 +360,7 @@ def versions(names: list[str]) -> dict[str, str]:
 
 def main() -> None:
     """Command line."""
+    keep_freed_memory()
     config = tyro.cli(PeersBenchmark, description=__doc__)
     try:
         found = measure(config)

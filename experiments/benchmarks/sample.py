@@ -35,6 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
+from experiments.host_memory import keep_freed_memory
 from rkd_jax.models.decoder import Decoder, DecoderConfig
 from rkd_jax.models.sampling import SamplingConfig, make_sampler
 from rkd_jax.types import Params, Prompts
@@ -235,6 +236,7 @@ def run(config: SampleBenchmark) -> None:
 
 def main() -> None:
     """Command line."""
+    keep_freed_memory()
     run(tyro.cli(SampleBenchmark, description=__doc__))
 
 

@@ -57,6 +57,7 @@ import tyro
 
 from experiments.benchmarks.llama import llama
 from experiments.benchmarks.step_cases import CASES, Case, Setting
+from experiments.host_memory import keep_freed_memory
 from rkd_jax.models.decoder import Decoder
 from rkd_jax.training.optim import OptimConfig, make_optimizer
 from rkd_jax.training.state import init_state
@@ -250,6 +251,7 @@ def matmul_peak(size: int, dtype: jnp.dtype, turns: int = 7) -> float:
 
 def main() -> None:
     """Command line."""
+    keep_freed_memory()
     config = tyro.cli(StepBenchmark, description=__doc__)
     try:
         found = measure(config)

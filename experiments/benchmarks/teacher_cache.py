@@ -19,6 +19,7 @@ import jax
 import numpy as np
 import tyro
 
+from experiments.host_memory import keep_freed_memory
 from experiments.lab import cut_student, load_teacher
 from experiments.sentiment_task import make_prompts
 from experiments.settings import ModelConfig
@@ -147,6 +148,7 @@ def _response(array: jax.Array, row: int) -> jax.Array:
 
 def main() -> None:
     """Command line."""
+    keep_freed_memory()
     run(tyro.cli(CacheBenchmark, description=__doc__))
 
 

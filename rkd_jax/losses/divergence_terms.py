@@ -1,12 +1,21 @@
-"""What the divergences sum over the vocabulary.
+r"""What the divergences sum over the vocabulary.
 
-Elementwise functions ``(q, p) -> summand`` of the log-probs of one token under the
-student and under the teacher. Dense divergences sum them over logits, fused ones tile
-by tile.
+Elementwise functions of the log-probs of one token under the student, q, and under the
+teacher, p: ``*_terms`` are the summands, ``*_slopes`` their derivatives in q. Dense
+divergences sum the terms over logits and leave the derivatives to JAX, fused ones take
+both tile by tile.
+
+Mixtures are written in the log-ratio ``d = q - p``: with m = a p + (1 - a) q,
+
+.. math:: \log m - \log p = \log(a + (1 - a) e^d)
+
+which is exactly 0 at d = 0, where a logarithm of m would leave the rounding of log p.
 
 >>> q, p = jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([1.0, 0.0]))
 >>> print(forward_kl_terms(q, p).sum().round(3))  # log 2
 0.693
+>>> print(forward_kl_slopes(q, p))
+[-0.5  0.5]
 """
 
 from __future__ import annotations
@@ -16,10 +25,21 @@ import numbers
 import jax
 import jax.numpy as jnp
 
+_LARGEST = 80.0
+"""Of a log-ratio inside a mixture: what is rarer by exp(80) counts nothing there, and
+exp(80) is a float32."""
+_LOWEST = -1e4
+"""A log-prob without mass that may be subtracted from another."""
+
 
 def forward_kl_terms(q: jax.Array, p: jax.Array) -> jax.Array:
     """Of `forward_kl`."""
     return kl_terms(p, q)
+
+
+def forward_kl_slopes(q: jax.Array, p: jax.Array) -> jax.Array:
+    """Minus the teacher's mass, and the student's for `kl_terms` to add up to it."""
+    return jnp.exp(q) - jnp.exp(p)
 
 
 def reverse_kl_terms(q: jax.Array, p: jax.Array) -> jax.Array:
@@ -27,51 +47,110 @@ def reverse_kl_terms(q: jax.Array, p: jax.Array) -> jax.Array:
     return kl_terms(q, p)
 
 
+def reverse_kl_slopes(q: jax.Array, p: jax.Array) -> jax.Array:
+    """The student's mass times the log-ratio."""
+    mass = jnp.exp(q)
+    return mass * _log_ratio(mass, q, p)
+
+
 def generalized_jsd_terms(q: jax.Array, p: jax.Array, *, beta=0.5) -> jax.Array:
     """Of `generalized_jsd`."""
-    if isinstance(beta, numbers.Real) and beta in (0, 1):
-        return kl_terms(p, q) if beta == 0 else kl_terms(q, p)
+    if _is(beta, 0):
+        return forward_kl_terms(q, p)
+    if _is(beta, 1):
+        return reverse_kl_terms(q, p)
+    d, to_p = _mixture(q, p, beta)  # both in log m
     beta = jnp.asarray(beta, q.dtype)
-    m = _log_mixture(p, q, beta)
-    return beta * kl_terms(p, m) + (1.0 - beta) * kl_terms(q, m)
+    return (1.0 - beta) * jnp.exp(q) * (d - to_p) - beta * jnp.exp(p) * to_p
+
+
+def generalized_jsd_slopes(q: jax.Array, p: jax.Array, *, beta=0.5) -> jax.Array:
+    """Of the student's part alone: what m moves cancels."""
+    if _is(beta, 0):
+        return forward_kl_slopes(q, p)
+    if _is(beta, 1):
+        return reverse_kl_slopes(q, p)
+    d, to_p = _mixture(q, p, beta)
+    return (1.0 - jnp.asarray(beta, q.dtype)) * jnp.exp(q) * (d - to_p)
 
 
 def skew_forward_kl_terms(q: jax.Array, p: jax.Array, *, alpha=0.1) -> jax.Array:
     """Of `skew_forward_kl`."""
-    return kl_terms(p, _log_mixture(p, q, alpha))
+    if _is(alpha, 0):
+        return forward_kl_terms(q, p)
+    _, to_p = _mixture(q, p, alpha)
+    alpha, mass = jnp.asarray(alpha, q.dtype), jnp.exp(p)
+    return (1.0 - alpha) * (jnp.exp(q) - mass) - mass * to_p
+
+
+def skew_forward_kl_slopes(q: jax.Array, p: jax.Array, *, alpha=0.1) -> jax.Array:
+    """``(1 - alpha) q (1 - p / m)``."""
+    if _is(alpha, 0):
+        return forward_kl_slopes(q, p)
+    _, to_p = _mixture(q, p, alpha)
+    return (jnp.asarray(alpha, q.dtype) - 1.0) * jnp.exp(q) * jnp.expm1(-to_p)
 
 
 def skew_reverse_kl_terms(q: jax.Array, p: jax.Array, *, alpha=0.1) -> jax.Array:
     """Of `skew_reverse_kl`."""
-    return kl_terms(q, _log_mixture(q, p, alpha))
+    if _is(alpha, 0):
+        return reverse_kl_terms(q, p)
+    _, to_q = _mixture(p, q, alpha)
+    alpha, mass = jnp.asarray(alpha, q.dtype), jnp.exp(q)
+    return (1.0 - alpha) * (jnp.exp(p) - mass) - mass * to_q
+
+
+def skew_reverse_kl_slopes(q: jax.Array, p: jax.Array, *, alpha=0.1) -> jax.Array:
+    """The log-ratio to m, and what q moves of m."""
+    if _is(alpha, 0):
+        return reverse_kl_slopes(q, p)
+    d, to_q = _mixture(p, q, alpha)
+    p_over_m = jnp.expm1(d - to_q)  # minus 1
+    return jnp.exp(q) * ((1.0 - jnp.asarray(alpha, q.dtype)) * p_over_m - to_q)
 
 
 def total_variation_terms(q: jax.Array, p: jax.Array) -> jax.Array:
     """Of `total_variation`."""
-    q, p = jnp.exp(q), jnp.exp(p)
-    difference = q - p
-    # The sign of a rounding error is no direction: it would push q away from q == p.
-    noise = 16 * jnp.finfo(q.dtype).eps * jnp.maximum(q, p)
-    return 0.5 * jnp.abs(jnp.where(jnp.abs(difference) > noise, difference, 0.0))
+    return 0.5 * jnp.abs(_difference(jnp.exp(q), jnp.exp(p)))
+
+
+def total_variation_slopes(q: jax.Array, p: jax.Array) -> jax.Array:
+    """Half the student's mass, by the sign of the difference."""
+    mass = jnp.exp(q)
+    return 0.5 * mass * jnp.sign(_difference(mass, jnp.exp(p)))
 
 
 def kl_terms(left: jax.Array, right: jax.Array) -> jax.Array:
     """Summands of KL(left || right) of log-probs, 0 log 0 = 0 in value and gradient."""
-    support = left > -jnp.inf
-    # Both `where`s are needed: 0 * inf is NaN in the value, and again in the gradient.
-    mass = jnp.where(support, jnp.exp(left), 0.0)
-    log_ratio = jnp.where(support, left, 0.0) - jnp.where(support, right, 0.0)
+    mass = jnp.exp(left)
     # The masses sum to 0, but term by term they cancel the rounding of both
     # normalisers, which would leave an error of some 1e-7 however small the value.
-    return mass * log_ratio - mass + jnp.exp(right)
+    return mass * _log_ratio(mass, left, right) - mass + jnp.exp(right)
 
 
-def _log_mixture(left: jax.Array, right: jax.Array, weight) -> jax.Array:
-    """log(weight * exp(left) + (1 - weight) * exp(right)), -inf where both are."""
-    weight = jnp.asarray(weight, left.dtype)
-    left, right = left + jnp.log(weight), right + jnp.log1p(-weight)
-    possible = (left > -jnp.inf) | (right > -jnp.inf)
-    mixture = jnp.logaddexp(
-        jnp.where(possible, left, 0.0), jnp.where(possible, right, 0.0)
-    )
-    return jnp.where(possible, mixture, -jnp.inf)
+def _log_ratio(mass: jax.Array, left: jax.Array, right: jax.Array) -> jax.Array:
+    """left - right where the left one has mass, 0 elsewhere."""
+    return jnp.where(mass > 0.0, left - right, 0.0)
+
+
+def _mixture(q: jax.Array, p: jax.Array, weight) -> tuple[jax.Array, jax.Array]:
+    """``d = q - p``, and ``log m - p`` with m = weight p + (1 - weight) q.
+
+    Both are finite; where one is cut off, it is without mass.
+    """
+    weight = jnp.asarray(weight, q.dtype)
+    d = jnp.maximum(q, _LOWEST) - jnp.maximum(p, _LOWEST)
+    d = jnp.clip(d, -_LARGEST, _LARGEST)
+    return d, jnp.log(weight + (1.0 - weight) * jnp.exp(d))
+
+
+def _difference(q: jax.Array, p: jax.Array) -> jax.Array:
+    """q - p, 0 where it is rounding: the sign of an error is no direction."""
+    difference = q - p
+    noise = 16 * jnp.finfo(q.dtype).eps * jnp.maximum(q, p)
+    return jnp.where(jnp.abs(difference) > noise, difference, 0.0)
+
+
+def _is(weight, value: int) -> bool:
+    """Whether a weight is a Python number of this value, not an array."""
+    return isinstance(weight, numbers.Real) and weight == value

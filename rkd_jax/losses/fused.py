@@ -40,13 +40,12 @@ from rkd_jax.losses.domain import check_choice, check_domain
 from rkd_jax.losses.fused_plan import TILES, Tiles, run
 from rkd_jax.losses.readouts import Readout
 from rkd_jax.losses.row_losses import (
+    EXPECTATION,
     PerToken,
     SoftValue,
     TokenLogProb,
     TopK,
-    expected_under_terms,
-    expected_value_terms,
-    terms_of,
+    summand_of,
 )
 
 Divergence = Callable[..., jax.Array]
@@ -169,7 +168,7 @@ def linear_divergence(
         )
     teacher = Readout(teacher_hidden, teacher_head, teacher_bias)
     return run(
-        PerToken(terms_of(divergence)),
+        PerToken(summand_of(divergence)),
         (Readout(student_hidden, student_head, student_bias), teacher),
         None,
         mask=mask,
@@ -355,12 +354,12 @@ def linear_expectation(
     policy = Readout(policy_hidden, policy_head, policy_bias)
     values = Readout(value_hidden, value_head, value_bias)
     softcaps, temperatures = (policy_softcap, value_softcap), (temperature, 1.0)
-    summands, sides = expected_value_terms, (policy, values)
+    sides = policy, values
     if trains == "values":
-        summands, sides = expected_under_terms, (values, policy)
+        sides = values, policy
         softcaps, temperatures = softcaps[::-1], temperatures[::-1]
     return run(
-        PerToken(summands),
+        PerToken(EXPECTATION[trains]),
         sides,
         None,
         mask=mask,

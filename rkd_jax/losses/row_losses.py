@@ -1,6 +1,6 @@
 """The losses that `rkd_jax.losses.vocabulary_tiles` can walk over.
 
->>> summand = terms_of(functools.partial(divergences.generalized_jsd, beta=0.3))
+>>> summand = summand_of(functools.partial(divergences.generalized_jsd, beta=0.3))
 >>> summand.options
 (('beta', 0.3),)
 """
@@ -49,13 +49,29 @@ class RowLoss(Protocol):
         """``[C, V']``: derivative of the loss in each of the student's log-probs."""
 
 
-TERMS = {
-    divergences.forward_kl: terms.forward_kl_terms,
-    divergences.reverse_kl: terms.reverse_kl_terms,
-    divergences.generalized_jsd: terms.generalized_jsd_terms,
-    divergences.skew_forward_kl: terms.skew_forward_kl_terms,
-    divergences.skew_reverse_kl: terms.skew_reverse_kl_terms,
-    divergences.total_variation: terms.total_variation_terms,
+class Summand(NamedTuple):
+    """An elementwise function of the log-probs of student and teacher, with options."""
+
+    terms: Callable[..., jax.Array]
+    slopes: Callable[..., jax.Array]  # derivative of the terms in the student's
+    options: tuple[tuple[str, Any], ...] = ()  # by name; comparable
+
+
+SUMMANDS = {
+    divergences.forward_kl: Summand(terms.forward_kl_terms, terms.forward_kl_slopes),
+    divergences.reverse_kl: Summand(terms.reverse_kl_terms, terms.reverse_kl_slopes),
+    divergences.generalized_jsd: Summand(
+        terms.generalized_jsd_terms, terms.generalized_jsd_slopes
+    ),
+    divergences.skew_forward_kl: Summand(
+        terms.skew_forward_kl_terms, terms.skew_forward_kl_slopes
+    ),
+    divergences.skew_reverse_kl: Summand(
+        terms.skew_reverse_kl_terms, terms.skew_reverse_kl_slopes
+    ),
+    divergences.total_variation: Summand(
+        terms.total_variation_terms, terms.total_variation_slopes
+    ),
 }
 """What a divergence sums over the vocabulary."""
 
@@ -83,22 +99,20 @@ class TokenLogProb:
 class PerToken:
     """A sum over the vocabulary of a function of both log-probs."""
 
-    summand: Callable[[jax.Array, jax.Array], jax.Array]
+    summand: Summand
 
     def stats(self, logs: Logs, data: None, axis_name: str | None) -> None:
         """Nothing."""
 
     def partial(self, logs: Logs, data: None, stats: None) -> jax.Array:
         """The sum over these columns."""
-        return self.summand(logs.student, logs.teacher).sum(-1)
+        options = dict(self.summand.options)
+        return self.summand.terms(logs.student, logs.teacher, **options).sum(-1)
 
     def slopes(self, logs: Logs, data: None, stats: None) -> jax.Array:
         """Elementwise derivatives."""
-
-        def summand(student):
-            return self.summand(student, logs.teacher)
-
-        return jax.jvp(summand, (logs.student,), (jnp.ones_like(logs.student),))[1]
+        options = dict(self.summand.options)
+        return self.summand.slopes(logs.student, logs.teacher, **options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +123,7 @@ class CreditedReverseKl:
     slopes are not those of the value.
     """
 
-    single_step = PerToken(terms.reverse_kl_terms)
+    single_step = PerToken(SUMMANDS[divergences.reverse_kl])
 
     def stats(self, logs: Logs, data, axis_name: str | None) -> None:
         """Nothing."""
@@ -217,26 +231,37 @@ class SoftValue:
         return self.scale * self.power * share
 
 
-def expected_value_terms(log_probs: jax.Array, values: jax.Array) -> jax.Array:
+def _expected_value_terms(log_probs: jax.Array, values: jax.Array) -> jax.Array:
     """Summands of an expectation: 0 where there is no mass, whatever the value."""
     mass = jnp.exp(log_probs)
     return jnp.where(mass > 0.0, mass * values, 0.0)
 
 
-def expected_under_terms(values: jax.Array, log_probs: jax.Array) -> jax.Array:
+def _expected_under_terms(values: jax.Array, log_probs: jax.Array) -> jax.Array:
     """The same as a function of the values."""
-    return expected_value_terms(log_probs, values)
+    return _expected_value_terms(log_probs, values)
 
 
-def terms_of(
-    divergence: Callable[..., jax.Array],
-) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """The summands of a dense divergence, with its options."""
+def _mass_of_teacher(values: jax.Array, log_probs: jax.Array) -> jax.Array:
+    """Derivative of an expectation in the values."""
+    return jnp.exp(log_probs)
+
+
+EXPECTATION = {
+    # Its derivative in the log-probs is the summand itself.
+    "policy": Summand(_expected_value_terms, _expected_value_terms),
+    "values": Summand(_expected_under_terms, _mass_of_teacher),
+}
+"""A mean of action values under a policy, by the side that is trained."""
+
+
+def summand_of(divergence: Callable[..., jax.Array]) -> Summand:
+    """The summand of a dense divergence, with its options."""
     function, options = divergence, {}
     if isinstance(divergence, functools.partial):
         function, options = divergence.func, divergence.keywords
-    if function not in TERMS or getattr(divergence, "args", ()):
-        known = ", ".join(one.__name__ for one in TERMS)
+    if function not in SUMMANDS or getattr(divergence, "args", ()):
+        known = ", ".join(one.__name__ for one in SUMMANDS)
         raise ValueError(
             f"{divergence!r} cannot be fused; give one of {known}, or a "
             "functools.partial of one with options by name"
@@ -245,15 +270,4 @@ def terms_of(
         raise ValueError("give the temperature to linear_divergence itself")
     one = jnp.zeros(1)
     jax.eval_shape(functools.partial(function, **options), one, one)  # checks options
-    return _Bound(TERMS[function], tuple(sorted(options.items())))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Bound:
-    """A partial that compares by what it does."""
-
-    function: Callable
-    options: tuple[tuple[str, Any], ...]
-
-    def __call__(self, student: jax.Array, teacher: jax.Array) -> jax.Array:
-        return self.function(student, teacher, **dict(self.options))
+    return SUMMANDS[function]._replace(options=tuple(sorted(options.items())))

@@ -7,6 +7,11 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+_BLOCKS = 4
+"""Of queries: four need the scores of 5 / 8 of all pairs, more hardly fewer."""
+_COLUMNS = 64
+"""Of a block at least: thinner products are slow ones."""
+
 
 def attention_bias(
     query_segments: jax.Array,
@@ -50,8 +55,9 @@ def grouped_attention(
 ) -> jax.Array:
     """Softmax attention; each key head serves a group of query heads, unrepeated.
 
-    Keys come in parts (a cache, then the new tokens) so that attending never copies
-    the cache; the softmax runs over all parts together.
+    For new tokens with a cache before them; a whole row is `causal_attention`. Keys
+    come in parts (a cache, then the new tokens) so that attending never copies the
+    cache; the softmax runs over all parts together.
 
     Args:
         query: [B, Q, H, head_dim].
@@ -82,3 +88,52 @@ def grouped_attention(
         out += jnp.einsum("bkgqs,bskd->bkgqd", part, value)
         start += value.shape[1]
     return jnp.moveaxis(out, 3, 1).reshape(query.shape)
+
+
+def causal_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array
+) -> jax.Array:
+    """`grouped_attention` of a row to itself, without the scores of later columns.
+
+    A block of queries is scored against the columns up to its last one, and divided by
+    the sum of its weights after they have met the values: less to write than weights.
+
+    Args:
+        query: [B, L, H, head_dim].
+        key: [B, L, H_kv, head_dim]; H_kv divides H.
+        value: as ``key``.
+        bias: float[B, 1, 1, L, L], added to the scores; its dtype is the dtype of
+            scores and softmax. What it says of columns after a query's own block is
+            not read: it has to hide them.
+
+    Returns:
+        [B, L, H, head_dim] in the dtype of ``query``. Query head h reads key head
+        ``h // (H // H_kv)``.
+    """
+    batch, length, heads, head_dim = query.shape
+    groups, shared = key.shape[2], heads // key.shape[2]
+    scaled = (query * head_dim**-0.5).reshape(batch, length, groups, shared, head_dim)
+    scaled = scaled.transpose(0, 2, 3, 1, 4)
+    key, value = key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)
+    blocks = min(_BLOCKS, -(-length // _COLUMNS))
+    size, mixed = -(-length // blocks), []
+    for start in range(0, length, size):
+        stop = min(start + size, length)
+        rows = (batch, groups, shared, stop - start)
+        flat = (batch, groups, shared * (stop - start))
+        scores = jnp.matmul(
+            scaled[..., start:stop, :].reshape(*flat, head_dim),
+            key[..., :stop],
+            preferred_element_type=bias.dtype,
+        )
+        scores = scores.reshape(*rows, stop) + bias[..., start:stop, :stop]
+        top = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
+        weights = jnp.exp(scores - top)
+        total = weights.sum(axis=-1, keepdims=True)
+        weights = weights.astype(value.dtype).reshape(*flat, stop)
+        out = jnp.matmul(
+            weights, value[..., :stop, :], preferred_element_type=bias.dtype
+        )
+        mixed.append(out.reshape(*rows, head_dim) / total)
+    out = jnp.concatenate(mixed, axis=3).astype(query.dtype)
+    return out.transpose(0, 3, 1, 2, 4).reshape(query.shape)

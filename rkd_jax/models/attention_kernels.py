@@ -1,8 +1,8 @@
 """Attention over segments by somebody else's kernel, and which one to take.
 
 ===========  ===========================================================================
-xla          `rkd_jax.models.attention.grouped_attention`: everywhere, with a cache too;
-             scores ``[B, H, L, L]`` are in memory
+xla          `rkd_jax.models.attention`: everywhere, with a cache too; scores are in
+             memory, of a long row 5 / 8 of ``[B, H, L, L]``
 dot_product  `jax.nn.dot_product_attention` as XLA compiles it: everywhere
 cudnn        the same by cuDNN's flash attention: NVIDIA GPUs, bfloat16 and float16
 splash       `jax.experimental.pallas.ops.tpu.splash_attention`: TPUs; no ``[L, L]``
@@ -148,7 +148,7 @@ KERNELS = {
 }
 """By name: ``(query, key, value, segment_ids, *, window)``."""
 HOLD_SCORES = ("xla", "dot_product")
-"""Those that keep ``[B, H, L, L]`` numbers for the backward pass."""
+"""Those that keep the scores for the backward pass."""
 
 
 def _splash(query, key, value, segment_ids, *, window, interpret) -> jax.Array:

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rkd_jax.models.attention import grouped_attention
+from rkd_jax.models.attention import causal_attention, grouped_attention
 from rkd_jax.models.attention_kernels import (
     HOLD_SCORES,
     KERNELS,
@@ -113,16 +113,18 @@ def _attend(
     shared: Shared,
 ) -> tuple[jax.Array, KeyValue | Slots | None]:
     """By a kernel where segments are all there is to know, else by the bias."""
-    keys, values, new = attended(cached, key, value)
     name = choose(config.attention, query.shape[1], has_cache=cached is not None)
     if name in KERNELS:
         attend = functools.partial(KERNELS[name], window=config.sliding_window)
-        rest = key, value, shared.segment_ids
+        seen = shared.segment_ids
+    elif cached is None:
+        attend, seen = causal_attention, shared.bias
     else:
-        attend, rest = grouped_attention, (keys, values, shared.bias)
+        keys, values, new = attended(cached, key, value)
+        return grouped_attention(query, keys, values, shared.bias), new
     if config.remat == "attention" and name in HOLD_SCORES:
         attend = jax.checkpoint(attend, prevent_cse=False)
-    return attend(query, *rest), new
+    return attend(query, key, value, seen), None
 
 
 class MLP(nn.Module):

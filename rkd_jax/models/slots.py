@@ -35,23 +35,21 @@ class Slots:
 
 
 def attended(
-    cached: KeyValue | Slots | None, key: jax.Array, value: jax.Array
-) -> tuple[Parts, Parts, KeyValue | Slots | None]:
+    cached: KeyValue | Slots, key: jax.Array, value: jax.Array
+) -> tuple[Parts, Parts, KeyValue | Slots]:
     """Keys and values to attend to, in parts, and what is handed back for the cache.
 
     Args:
-        cached: None; keys and values [B, S, Hkv, Dh] that come before the new ones and
-            are not touched; or `Slots`.
+        cached: keys and values [B, S, Hkv, Dh] that come before the new ones and are
+            not touched; or `Slots`.
         key: the new ones, [B, L, Hkv, Dh].
         value: like ``key``.
 
     Returns:
         parts of keys and of values, [B, S_i, Hkv, Dh] each, for
-        `rkd_jax.models.attention.grouped_attention`; and None, the new key and value,
-        or the slots they were written into.
+        `rkd_jax.models.attention.grouped_attention`; and the new key and value, or the
+        slots they were written into.
     """
-    if cached is None:
-        return (key,), (value,), None
     if isinstance(cached, Slots):
         slots = cached.write(key, value)
         keys, values = (jnp.swapaxes(x, 1, 2) for x in (slots.keys, slots.values))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,11 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from rkd_jax.models.attention import attention_bias, grouped_attention
+from rkd_jax.models.attention import (
+    attention_bias,
+    causal_attention,
+    grouped_attention,
+)
 from rkd_jax.models.attention_kernels import (
     KERNELS,
     choose,
@@ -57,6 +62,51 @@ def plain(query, key, value, segments, *, window):
     dtype = query.dtype
     bias = attention_bias(segments, segments, slots, slots, window=window, dtype=dtype)
     return grouped_attention(query, (key,), (value,), bias)
+
+
+@pytest.mark.parametrize(
+    ("length", "stops"),
+    [
+        (64, {64}),
+        (65, {33, 65}),
+        (131, {44, 88, 131}),
+        (256, {64, 128, 192, 256}),
+        (259, {65, 130, 195, 259}),
+    ],
+)
+def test_causal_attention_leaves_out_what_no_query_sees(length, stops):
+    """One block, ragged ones and four: the plain one in value and gradient."""
+    generator = np.random.default_rng(2)
+    shapes = [(2, length, count, 8) for count in (4, 2, 2, 4)]
+    *arrays, weight = (generator.normal(size=x).astype(np.float32) for x in shapes)
+    segments = np.ones((2, length), np.int32)
+    segments[0, :70], segments[1, 60:] = 0, 2
+    slots = np.arange(length, dtype=np.int32)
+    bias = attention_bias(
+        segments, segments, slots, slots, window=50, dtype=jnp.dtype("float32")
+    )
+
+    def run(attend):
+        def loss(*arrays):
+            out = attend(*arrays)
+            return (out * weight).sum(), out
+
+        return jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))
+
+    def whole(query, key, value):
+        return grouped_attention(query, (key,), (value,), bias)
+
+    def blocks(query, key, value):
+        return causal_attention(query, key, value, bias)
+
+    (_, expected), grads = run(whole)(*arrays)
+    (_, out), got = run(blocks)(*arrays)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+    jax.tree.map(close, (out, got), (expected, grads))
+    # Scores [B, Hkv, G, rows, columns] end where a block does; 8 is a head's width.
+    program = str(jax.make_jaxpr(blocks)(*arrays))
+    widths = set(map(int, re.findall(r"f32\[2,2,2,\d+,(\d+)\]", program)))
+    assert widths - {1, 8} == stops
 
 
 def value_and_grad(attend, window):
