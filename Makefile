@@ -37,7 +37,7 @@ test: lint
 test-long: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -m long -q -s tests/faults $(ARGS)
 
-# About ten minutes on two cores; writes docs/performance.md.
+# About twenty minutes on two cores; writes docs/performance.md.
 bench: $(VENV)/run.stamp
 	$(BIN)/python -m experiments.benchmarks.report $(ARGS)
 

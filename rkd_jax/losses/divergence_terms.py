@@ -5,11 +5,13 @@ teacher, p: ``*_terms`` are the summands, ``*_slopes`` their derivatives in q. D
 divergences sum the terms over logits and leave the derivatives to JAX, fused ones take
 both tile by tile.
 
-Mixtures are written in the log-ratio ``d = q - p``: with m = a p + (1 - a) q,
+Mixtures m = a p + (1 - a) q are written in the log-ratio ``d = q - p``. Where q is the
+larger, a and p change places with 1 - a and q:
 
-.. math:: \log m - \log p = \log(a + (1 - a) e^d)
+.. math:: \log\frac{p}{m} = -\log(a + (1 - a) e^d), \qquad
+    \log\frac{q}{m} = d + \log\frac{p}{m}
 
-which is exactly 0 at d = 0, where a logarithm of m would leave the rounding of log p.
+Both are exactly 0 at d = 0; a logarithm of m would leave the rounding of log p.
 
 >>> q, p = jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([1.0, 0.0]))
 >>> print(forward_kl_terms(q, p).sum().round(3))  # log 2
@@ -26,8 +28,7 @@ import jax
 import jax.numpy as jnp
 
 _LARGEST = 80.0
-"""Of a log-ratio inside a mixture: what is rarer by exp(80) counts nothing there, and
-exp(80) is a float32."""
+"""Of a log-ratio inside a mixture: what is rarer by exp(80) counts nothing there."""
 _LOWEST = -1e4
 """A log-prob without mass that may be subtracted from another."""
 
@@ -59,9 +60,9 @@ def generalized_jsd_terms(q: jax.Array, p: jax.Array, *, beta=0.5) -> jax.Array:
         return forward_kl_terms(q, p)
     if _is(beta, 1):
         return reverse_kl_terms(q, p)
-    d, to_p = _mixture(q, p, beta)  # both in log m
+    q_over_m, p_over_m = _in_mixture(q, p, beta)
     beta = jnp.asarray(beta, q.dtype)
-    return (1.0 - beta) * jnp.exp(q) * (d - to_p) - beta * jnp.exp(p) * to_p
+    return (1.0 - beta) * jnp.exp(q) * q_over_m + beta * jnp.exp(p) * p_over_m
 
 
 def generalized_jsd_slopes(q: jax.Array, p: jax.Array, *, beta=0.5) -> jax.Array:
@@ -70,43 +71,43 @@ def generalized_jsd_slopes(q: jax.Array, p: jax.Array, *, beta=0.5) -> jax.Array
         return forward_kl_slopes(q, p)
     if _is(beta, 1):
         return reverse_kl_slopes(q, p)
-    d, to_p = _mixture(q, p, beta)
-    return (1.0 - jnp.asarray(beta, q.dtype)) * jnp.exp(q) * (d - to_p)
+    q_over_m, _ = _in_mixture(q, p, beta)
+    return (1.0 - jnp.asarray(beta, q.dtype)) * jnp.exp(q) * q_over_m
 
 
 def skew_forward_kl_terms(q: jax.Array, p: jax.Array, *, alpha=0.1) -> jax.Array:
     """Of `skew_forward_kl`."""
     if _is(alpha, 0):
         return forward_kl_terms(q, p)
-    _, to_p = _mixture(q, p, alpha)
+    _, p_over_m = _in_mixture(q, p, alpha)
     alpha, mass = jnp.asarray(alpha, q.dtype), jnp.exp(p)
-    return (1.0 - alpha) * (jnp.exp(q) - mass) - mass * to_p
+    return (1.0 - alpha) * (jnp.exp(q) - mass) + mass * p_over_m
 
 
 def skew_forward_kl_slopes(q: jax.Array, p: jax.Array, *, alpha=0.1) -> jax.Array:
     """``(1 - alpha) q (1 - p / m)``."""
     if _is(alpha, 0):
         return forward_kl_slopes(q, p)
-    _, to_p = _mixture(q, p, alpha)
-    return (jnp.asarray(alpha, q.dtype) - 1.0) * jnp.exp(q) * jnp.expm1(-to_p)
+    _, p_over_m = _in_mixture(q, p, alpha)
+    return (jnp.asarray(alpha, q.dtype) - 1.0) * jnp.exp(q) * jnp.expm1(p_over_m)
 
 
 def skew_reverse_kl_terms(q: jax.Array, p: jax.Array, *, alpha=0.1) -> jax.Array:
     """Of `skew_reverse_kl`."""
     if _is(alpha, 0):
         return reverse_kl_terms(q, p)
-    _, to_q = _mixture(p, q, alpha)
+    _, q_over_m = _in_mixture(p, q, alpha)
     alpha, mass = jnp.asarray(alpha, q.dtype), jnp.exp(q)
-    return (1.0 - alpha) * (jnp.exp(p) - mass) - mass * to_q
+    return (1.0 - alpha) * (jnp.exp(p) - mass) + mass * q_over_m
 
 
 def skew_reverse_kl_slopes(q: jax.Array, p: jax.Array, *, alpha=0.1) -> jax.Array:
     """The log-ratio to m, and what q moves of m."""
     if _is(alpha, 0):
         return reverse_kl_slopes(q, p)
-    d, to_q = _mixture(p, q, alpha)
-    p_over_m = jnp.expm1(d - to_q)  # minus 1
-    return jnp.exp(q) * ((1.0 - jnp.asarray(alpha, q.dtype)) * p_over_m - to_q)
+    p_over_m, q_over_m = _in_mixture(p, q, alpha)
+    rest = 1.0 - jnp.asarray(alpha, q.dtype)
+    return jnp.exp(q) * (q_over_m + rest * jnp.expm1(p_over_m))
 
 
 def total_variation_terms(q: jax.Array, p: jax.Array) -> jax.Array:
@@ -133,15 +134,17 @@ def _log_ratio(mass: jax.Array, left: jax.Array, right: jax.Array) -> jax.Array:
     return jnp.where(mass > 0.0, left - right, 0.0)
 
 
-def _mixture(q: jax.Array, p: jax.Array, weight) -> tuple[jax.Array, jax.Array]:
-    """``d = q - p``, and ``log m - p`` with m = weight p + (1 - weight) q.
-
-    Both are finite; where one is cut off, it is without mass.
-    """
+def _in_mixture(q: jax.Array, p: jax.Array, weight) -> tuple[jax.Array, jax.Array]:
+    """Logs of q / m and of p / m, m = weight p + (1 - weight) q; both are finite."""
     weight = jnp.asarray(weight, q.dtype)
     d = jnp.maximum(q, _LOWEST) - jnp.maximum(p, _LOWEST)
-    d = jnp.clip(d, -_LARGEST, _LARGEST)
-    return d, jnp.log(weight + (1.0 - weight) * jnp.exp(d))
+    # Not jnp.abs, whose derivative at 0 would be of neither side.
+    q_larger = d > 0.0
+    above = jnp.where(q_larger, d, 0.0)
+    larger = jnp.where(q_larger, 1.0 - weight, weight)
+    ratio = jnp.exp(jnp.maximum(d - 2.0 * above, -_LARGEST))  # of the smaller one
+    log_m = jnp.log(larger + (1.0 - larger) * ratio)  # over the larger one
+    return d - above - log_m, -above - log_m
 
 
 def _difference(q: jax.Array, p: jax.Array) -> jax.Array:

@@ -166,7 +166,8 @@ def skew_forward_kl(
         teacher_logits: float[*batch, V], unnormalised (p). -inf marks impossible
             tokens.
         alpha: in [0, 1), the weight of the left distribution. 0 gives forward KL; the
-            value vanishes as alpha -> 1.
+            value vanishes as alpha -> 1. Where alpha is an array, log-ratios beyond 80
+            nats count as 80, which only an alpha below exp(-80) would notice.
         temperature: positive; divides both logits.
 
     Returns:
@@ -206,7 +207,7 @@ def skew_reverse_kl(
         teacher_logits: float[*batch, V], unnormalised (p). -inf marks impossible
             tokens.
         alpha: in [0, 1), the weight of the left distribution. 0 gives reverse KL; the
-            value vanishes as alpha -> 1.
+            value vanishes as alpha -> 1. See `skew_forward_kl` for arrays.
         temperature: positive; divides both logits.
 
     Returns:

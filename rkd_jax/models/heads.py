@@ -23,6 +23,7 @@ import jax.numpy as jnp
 
 from rkd_jax.masking import accumulator, fill_masked, last_target
 from rkd_jax.models.api import CausalLM, action_hidden
+from rkd_jax.models.linear import project
 from rkd_jax.packed import target_segments
 from rkd_jax.types import Params, Sequences
 
@@ -339,7 +340,7 @@ def _readout(params: Params, hidden: jax.Array) -> jax.Array:
 
 
 def _affine(layer: Params, x: jax.Array) -> jax.Array:
-    out = x @ layer["kernel"].astype(x.dtype)
+    out = project(x, layer["kernel"])
     bias = layer["bias"].astype(x.dtype)
     return out + jnp.expand_dims(bias, range(x.ndim - 1))
 
