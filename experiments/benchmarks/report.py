@@ -252,13 +252,30 @@ def sampling_section(run: Runner, toy: bool) -> str:
     if toy or importlib.util.find_spec("experiments.benchmarks.sample") is None:
         return ""
     rows = run("sample", "--json")
-    columns = [k for k, v in rows[0].items() if isinstance(v, (str, int, float))]
-    cells = [[number(row.get(name)) for name in columns] for row in rows]
+    lines = table(
+        ("batch", "MiB read / step", "ms / step", "of the roofline", "tokens / s")
+        + ("with the prompt's pass", "bandwidth", "peak"),
+        [
+            (
+                row["batch"],
+                f"{row['step_bytes'] / 2**20:.0f}",
+                f"{1e3 * row['step_seconds']:.1f}",
+                f"{row['share_of_roofline']:.0%}",
+                f"{row['tokens_per_second']:.0f}",
+                f"{row['tokens_per_second_with_prefill']:.0f}",
+                f"{row['bandwidth_gb_s']:.1f} GB/s",
+                f"{row['peak_gflop_s']:.0f} GFLOP/s",
+            )
+            for row in rows
+        ],
+    )
     return f"""## Sampling
 
-`python -m experiments.benchmarks.sample --json`
+`python -m experiments.benchmarks.sample --json`: {rows[0]["device"]}. The roofline of a
+step is the longer of two times: its bytes at the fastest bandwidth and its operations
+at the fastest rate that were seen in the same process.
 
-{table(columns, cells)}"""
+{lines}"""
 
 
 def peers_section(run: Runner, sizes: Sequence[str]) -> str:

@@ -34,6 +34,18 @@ STEP = {
     "dtype": "float32",
 }
 
+SAMPLE = {
+    "device": "cpu, h32",
+    "batch": 32,
+    "step_bytes": 3 * 2**20,
+    "step_seconds": 0.25,
+    "share_of_roofline": 0.5,
+    "tokens_per_second": 128.0,
+    "tokens_per_second_with_prefill": 100.0,
+    "bandwidth_gb_s": 24.5,
+    "peak_gflop_s": 188.0,
+}
+
 
 def given(module, *arguments):
     """Rows as the benchmarks print them, times that grow with every question."""
@@ -45,6 +57,8 @@ def given(module, *arguments):
         row |= {f"{name}_temp_gib": size for name, size in versions.items()}
         row |= {f"{name}_seconds": size for name, size in versions.items()}
         return [row | {"default_time_ratio": 0.5}]
+    if module == "sample":
+        return [SAMPLE]
     if module == "peers":
         seconds = {"rkd_jax": 2.0, "torch": 3.0}
         ratios = {"rkd_jax": 1.0, "torch": 1.5}
@@ -58,6 +72,7 @@ def given(module, *arguments):
         STEP
         | {
             "objective": options.get("--objective", "kd"),
+            "tokens_per_s": 1024.0 if "topk_kd" in arguments else 512.0,
             "remat": remat,
             "peak_temp_bytes": 2**33 // factor,
             "compile_s": 5.0 if deep else 4.0,
@@ -78,7 +93,9 @@ def test_the_page_says_what_was_measured_and_by_which_command():
     assert re.search(r"Load average \d+\.\d before", text)
     named = [line[2] for line in ASKED if line[:2] == ("step", "--objective")]
     assert named == [*report.CASES, "dpo", "dpo", "dpo", "dpo"]
-    sizes = ("--sizes.batch", "4", "--sizes.steps", "3", "--json")
+    assert "| 32 | 3 | 250.0 | 50% | 128 | 100 | 24.5 GB/s | 188 GFLOP/s |" in text
+    assert "topk_kd: tokens / s 2.00 times those of kd, 2.00 times those of gkd" in text
+    sizes = ("--sizes.batch", "8", "--sizes.steps", "3", "--json")
     assert ("peers", "--sizes.objective", "kd", *sizes) in ASKED
 
 
