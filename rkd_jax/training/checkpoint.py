@@ -25,7 +25,7 @@ from rkd_jax.training.checksums import first_damage, has_checksums, write_checks
 from rkd_jax.training.interrupt import PeerLost
 from rkd_jax.training.provenance import differences, plain, summary, versions
 from rkd_jax.training.state import TrainState
-from rkd_jax.training.together import once
+from rkd_jax.training.together import Disagreement, once, unanimous
 
 _LOGGER = logging.getLogger(__name__)
 _META = ("config", "layout", "versions")
@@ -87,6 +87,15 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(
                 self.folder, options=options, item_names=("state", "data", "meta")
             )
+        # Behind every read the manager waits for all processes, and for ever if one of
+        # them could not read. Here each reads alone, and then they agree.
+        me = jax.process_index()
+        self._reader = ocp.Checkpointer(
+            ocp.CompositeCheckpointHandler(),
+            multiprocessing_options=ocp.options.MultiprocessingOptions(
+                primary_host=me, active_processes={me}
+            ),
+        )
         self._quiet = _Raised()
         logging.getLogger("absl").addFilter(self._quiet)
 
@@ -132,7 +141,8 @@ class Checkpoints:
         lets the run save that step again. `damage` and a warning name each. If none is
         whole they all stay where they are. Of several processes the first one looks
         and renames, and all take the same checkpoint; one without checksums that cannot
-        be read is an error there, because the others may have read it.
+        be read is an error there, because the others may have read it. What only some
+        of them can read is an error in all of them, and nothing is renamed.
 
         Args:
             state: real or abstract (`jax.ShapeDtypeStruct` with shardings); says which
@@ -141,15 +151,22 @@ class Checkpoints:
         Raises:
             CheckpointMismatch: made with another configuration or state layout.
             CheckpointError: there is none, none is whole, or one that is whole cannot
-                be read.
+                be read, be it by one process alone.
         """
         damaged: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                found = self._restore(step, state)
+                whole = self._verify(step)
+                found = unanimous(functools.partial(self._restore, step, whole, state))
             except _Damaged as error:
                 damaged[step] = str(error)
                 continue
+            except Disagreement as error:
+                raise CheckpointError(
+                    f"not every process can read checkpoint {step} ({error}); all stop "
+                    "and nothing was renamed: start them again when each can read it, "
+                    "or move it away to go on from the one before"
+                ) from error
             self._set_aside(damaged, fallback=step)
             return found
         if not damaged:
@@ -175,6 +192,7 @@ class Checkpoints:
             self.wait()
         finally:
             self._manager.close()
+            self._reader.close()
             logging.getLogger("absl").removeFilter(self._quiet)
 
     def __enter__(self) -> Checkpoints:
@@ -205,9 +223,10 @@ class Checkpoints:
             with tempfile.TemporaryDirectory(dir=self.folder, prefix=".writable-"):
                 pass
 
-    def _restore(self, step: int, state: TrainState) -> tuple[TrainState, Any]:
-        """What checkpoint ``step`` holds, or `_Damaged`."""
-        whole = self._verify(step)
+    def _restore(
+        self, step: int, whole: bool, state: TrainState
+    ) -> tuple[TrainState, Any]:
+        """What checkpoint ``step`` holds, or `_Damaged`; waits for no other process."""
         meta = self._read(step, whole, meta=ocp.args.JsonRestore()).meta
         if not isinstance(meta, dict):
             raise self._unreadable(step, whole, "meta is missing")
@@ -254,16 +273,18 @@ class Checkpoints:
     def _read(self, step: int, whole: bool, **items: Any) -> Any:
         """Items of a checkpoint; what fails although it is whole is no damage."""
         try:
-            return self._manager.restore(step, args=ocp.args.Composite(**items))
+            path = self._manager.directory / str(step)
+            return self._reader.restore(path, args=ocp.args.Composite(**items))
         except Exception as error:
             raise self._unreadable(step, whole, _reason(error)) from error
 
     def _unreadable(self, step: int, whole: bool, why: str) -> Exception:
         """What to raise about a checkpoint that orbax could not read."""
-        if not whole and jax.process_count() == 1:
+        alone = jax.process_count() == 1
+        if not whole and alone:
             return _Damaged(why)
         rest = (
-            "its files are as they were written"
+            f"its files are as they were written{'' if alone else ', says process 0'}"
             if whole
             else "it has no checksums, and other processes may have read it; move it "
             "away to go on from the one before"

@@ -1,7 +1,8 @@
 """What several processes of one run do once: look at files, write them, ask an oracle.
 
 Every process runs the same code on the same rows. What need not be the same for all of
-them is process 0's business, and it tells the others.
+them is process 0's business, and it tells the others. What each has to see for itself
+they tell one another, so that they come to one conclusion.
 """
 
 from __future__ import annotations
@@ -15,6 +16,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from rkd_jax.training.interrupt import PeerLost
+from rkd_jax.training.provenance import summary
+
+
+class Disagreement(RuntimeError):
+    """Something failed in some processes and not in others; the text names them."""
 
 
 def once(work: Callable[[], Any]) -> Any:
@@ -47,13 +53,62 @@ def once(work: Callable[[], Any]) -> Any:
     return told["found"]
 
 
+def unanimous(work: Callable[[], Any]) -> Any:
+    """Let every process do it; if it fails in one of them it fails in all.
+
+    All processes have to call it, in the same order. In a single one it is ``work()``.
+
+    Args:
+        work: waits for no other process.
+
+    Returns:
+        What ``work`` returned in this process.
+
+    Raises:
+        Disagreement: ``work`` raised in some of the processes, or not the same kind of
+            error in all of them. Where it did, it is raised as it is.
+    """
+    found, error = None, None
+    try:
+        found = work()
+    except Exception as failure:  # the others must not wait for ever
+        error = failure
+    verdicts = _from_each(error and [type(error).__name__, str(error)])
+    if len({verdict and verdict[0] for verdict in verdicts}) > 1:
+        failed = [
+            f"process {index} of {len(verdicts)}: {verdict[1]}"
+            for index, verdict in enumerate(verdicts)
+            if verdict
+        ]
+        raise Disagreement(summary(failed)) from error
+    if error is not None:
+        raise error
+    return found
+
+
+def _from_each(mine: Any) -> list[Any]:
+    """What every process has to say, in their order."""
+    if jax.process_count() == 1:
+        return [mine]
+    text = json.dumps(mine).encode()
+    sizes = multihost_utils.process_allgather(np.int32(len(text)))
+    texts = multihost_utils.process_allgather(_padded(text, int(sizes.max())))
+    return [json.loads(row.tobytes()) for row in texts]
+
+
 def _tell(message: dict[str, Any]) -> dict[str, Any]:
     """That of process 0, in every process."""
     text = json.dumps(message).encode()
-    # A program is compiled for every size, so there are few.
-    text = text.ljust(1 << max(10, (len(text) - 1).bit_length()))
+    text = _padded(text, len(text))
     size = multihost_utils.broadcast_one_to_all(np.int32(len(text)))
-    text = np.frombuffer(text, np.uint8)
     if jax.process_index() != 0:
         text = np.zeros(int(size), np.uint8)
     return json.loads(multihost_utils.broadcast_one_to_all(text).tobytes())
+
+
+def _padded(text: bytes, size: int) -> np.ndarray:
+    """JSON filled up with blanks to at least ``size`` bytes, and few sizes in all.
+
+    A program is compiled for every size.
+    """
+    return np.frombuffer(text.ljust(1 << max(10, (size - 1).bit_length())), np.uint8)

@@ -1,6 +1,7 @@
-"""What a bad disk does to one file."""
+"""What a bad disk does to one file, or one machine's view of a disk to a folder."""
 
 import os
+import shutil
 
 
 def cut(path):
@@ -13,3 +14,17 @@ def flip(path):
     text = bytearray(path.read_bytes())
     text[len(text) // 2] ^= 1
     path.write_bytes(text)
+
+
+def view(folder, path):
+    """The folder's files once more below ``path``, as another machine sees them."""
+    shutil.copytree(folder, path, copy_function=os.symlink)
+    return path
+
+
+def seen_here_alone(file):
+    """The file of a `view`, which may be harmed without harm to the true one."""
+    whole = file.resolve()
+    file.unlink()
+    shutil.copy(whole, file)
+    return file

@@ -1,20 +1,70 @@
-"""What tests do with the processes that their fixture ``start`` gives them."""
+"""What tests do with processes that train: start, signal, wait for and read them."""
 
+import contextlib
 import json
+import os
 import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
+
+ROOT = Path(__file__).parents[2]
+
+
+@contextlib.contextmanager
+def starting():
+    """A function that starts trainings of `tests.training`; at the end all are killed.
+
+    ``start(folder, *arguments, module=..., devices=..., **environment)``.
+    """
+    processes = []
+
+    def start(folder, *arguments, module="tiny_game", devices=1, **environment):
+        # Without optimisation, because most of such a process is compilation; of flags
+        # that the tests themselves have, the later one counts.
+        flags = (
+            f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0 "
+            f"--xla_force_host_platform_device_count={devices}"
+        )
+        process = subprocess.Popen(
+            [sys.executable, "-m", f"tests.training.{module}", str(folder), *arguments],
+            cwd=ROOT,
+            env=os.environ | {"XLA_FLAGS": flags} | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        processes.append(process)
+        return process
+
+    try:
+        yield start
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def start_together(start, folders, steps, *arguments, module, devices):
+    """One process per folder; they train together. Most often it is one folder."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = str(probe.getsockname()[1])
+    kind = {"module": module, "devices": devices}
+    return [
+        start(folder, steps, port, str(index), *arguments, **kind)
+        for index, folder in enumerate(folders)
+    ]
 
 
 def start_two(start, folder, steps, *arguments):
     """Two processes of `tests.training.two_processes` that train together."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = str(probe.getsockname()[1])
-    return [
-        start(folder, steps, port, index, *arguments, module="two_processes", devices=2)
-        for index in ("0", "1")
-    ]
+    folders = [folder, folder]
+    return start_together(
+        start, folders, steps, *arguments, module="two_processes", devices=2
+    )
 
 
 def wait_until_ready(process):
@@ -26,6 +76,16 @@ def finish(process, timeout=120):
     """(exit status, standard error)."""
     _, errors = process.communicate(timeout=timeout)
     return process.returncode, errors
+
+
+def finish_all(processes, timeout=120):
+    """`finish` each; whatever is left when the time is up is killed."""
+    end = time.monotonic() + timeout
+    try:
+        return [finish(process, end - time.monotonic()) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
 
 
 def outcome(folder):

@@ -198,7 +198,7 @@ def test_what_cannot_be_read_although_it_is_whole_is_no_damage(
         raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
     with Checkpoints(folder, config=CONFIG) as checkpoints:
-        monkeypatch.setattr(checkpoints._manager, "restore", fails)
+        monkeypatch.setattr(checkpoints._reader, "restore", fails)
         with pytest.raises(
             CheckpointError, match="read checkpoint 3 .* RESOURCE_EXHAUSTED.* as they"
         ):

@@ -11,15 +11,20 @@ import numpy as np
 import pytest
 
 from rkd_jax.training.checksums import CHECKSUMS
-from tests.faults.damage import cut, flip
-from tests.faults.processes import finish, start_two
+from tests.faults.damage import cut, flip, seen_here_alone, view
+from tests.faults.processes import finish_all, start_together
 
 pytestmark = pytest.mark.long
 
 
-def run_both(start, folder, steps):
-    """(exit status, standard error) of either; a checkpoint every three steps."""
-    return [finish(process) for process in start_two(start, folder, steps, "3")]
+def run_both(start, folder, steps, there=None):
+    """(exit status, standard error) of either; a checkpoint every three steps.
+
+    Process 1 sees the folder as it is ``there``, if given.
+    """
+    kind = {"module": "two_processes", "devices": 2}
+    folders = [folder, there or folder]
+    return finish_all(start_together(start, folders, steps, "3", **kind))
 
 
 @pytest.fixture(scope="module")
@@ -126,3 +131,29 @@ def test_what_only_reading_could_tell_is_no_reason_to_fall_back(start, folder):
         assert "error: cannot read checkpoint 6" in errors, errors
         assert "move it away to go on from the one before" in errors, errors
     assert names(folder) == {"3", "6"}
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing"])
+def test_both_stop_where_one_cannot_read_and_go_on_when_it_can(
+    start, folder, expected, tmp_path, damage
+):
+    """A machine whose view of the common disk is wrong; the checkpoint is whole."""
+    there = view(folder, tmp_path / "view")
+    # The index; arrays as small as these are inside it.
+    (file,) = (there / "checkpoints/6/state/d").iterdir()
+    DAMAGE[damage][0](seen_here_alone(file))
+    ends = run_both(start, folder, "8", there)
+    lines = [re.findall("^error: .*", text, re.MULTILINE) for _, text in ends]
+    assert lines[0] == lines[1] != [], ends
+    assert re.match(
+        r"error: not every process can read checkpoint 6 \(process 1 of 2: cannot read "
+        rf"checkpoint 6 in {there}/checkpoints: .*; all stop and nothing was renamed",
+        lines[0][0],
+    )
+    assert [status for status, _ in ends] == [1, 1]
+    assert names(folder) == {"3", "6"}
+    ends = run_both(start, folder, "8")
+    assert [status for status, _ in ends] == [0, 0], ends
+    players, log = outcome(folder)
+    assert_equal(players, expected[0])
+    assert log == expected[1]
