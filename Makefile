@@ -33,9 +33,10 @@ lint: $(VENV)/test.stamp
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q $(ARGS)
 
-# Twenty kills, 2,000 cycles in one process, checkpoints of two processes damaged.
+# Twenty kills, 2,000 cycles in one process, checkpoints of two processes damaged, and
+# every objective on the meshes that the suite leaves out.
 test-long: $(VENV)/test.stamp
-	$(BIN)/python -m pytest -m long -q -s tests/faults $(ARGS)
+	$(BIN)/python -m pytest -m long -q -s tests/faults tests/objectives $(ARGS)
 
 # About twenty minutes on two cores; writes docs/performance.md.
 bench: $(VENV)/run.stamp
