@@ -47,6 +47,8 @@ def prefer_the_compiler() -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
     # libtpu would ask the cloud's metadata server which machine this is.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    # Nothing runs on a TPU, so two commands at once are in nobody's way.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
 
 
 def slice_devices(topology: str) -> Sequence[jax.Device]:

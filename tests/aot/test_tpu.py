@@ -1,0 +1,104 @@
+"""What runs on a TPU, compiled by the TPU's own compiler.
+
+Without a TPU: `make test` installs libtpu in a folder beside the environment, so that
+JAX finds it here and nowhere else. Each program takes seconds; `python -m
+tests.aot.tpu_programs "splash v5p" "splash v6e"` compiles for other chips by hand.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.aot import test_fsdp, tpu_programs
+
+ROOT = Path(__file__).parents[2]
+COMPILER = Path(sys.prefix) / "tpu-compiler"  # see the Makefile
+COMPILED = ("splash v5e", *(f"fused {name}" for name in tpu_programs.LOSSES))
+COMPILED += ("dense", "fsdp")
+THERE_IS_ONE = sys.platform == "linux" and platform.machine() == "x86_64"
+pytestmark = [
+    pytest.mark.tpu_compile,
+    pytest.mark.skipif(
+        not THERE_IS_ONE, reason="libtpu, the TPU compiler, is for Linux on x86-64"
+    ),
+]
+
+
+def lines_of(*command):
+    """What a module prints, in a process with the TPU compiler's settings."""
+    dropped = ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS")
+    environment = {k: v for k, v in os.environ.items() if k not in dropped}
+    paths = [str(ROOT), str(COMPILER), os.environ.get("PYTHONPATH", "")]
+    done = subprocess.run(
+        [sys.executable, "-m", *command],
+        cwd=ROOT,
+        env=environment
+        | {
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
+            "JAX_PLATFORMS": "cpu",
+            "PYTHONPATH": os.pathsep.join(paths),
+            "TPU_SKIP_MDS_QUERY": "1",
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """What was found of a program of `tests.aot.tpu_programs`."""
+    every = {}
+    for line in lines_of("tests.aot.tpu_programs", *COMPILED):
+        every |= line
+
+    def found(name):
+        assert "error" not in every[name], every[name]["error"]
+        return every[name]
+
+    return found
+
+
+def test_splash_attention_in_a_step(compiled):
+    """Once forward and twice backward in every layer; scores are nowhere."""
+    found = compiled("splash v5e")
+    layers = tpu_programs.LAYERS
+    assert found["kernels"] == {"fwd": layers, "dq": layers, "dkv": layers}
+    assert not found["scores"]
+
+
+@pytest.mark.parametrize("name", tpu_programs.LOSSES)
+def test_fused_losses_hold_no_logits(compiled, name):
+    logits = 4 * tpu_programs.ROWS * tpu_programs.COLUMNS
+    assert compiled("dense")["temporaries"] > logits
+    assert 0 < compiled(f"fused {name}")["temporaries"] < logits / 2
+
+
+def test_a_step_sends_what_it_has_to(compiled):
+    """Parameters twice and gradients once, as whole matrices at the most."""
+    found = dict(compiled("fsdp"))
+    assert found.pop("largest") <= test_fsdp.LARGEST
+    assert sum(found.values()) < 1.15 * 3 * 7 / 8 * 4 * test_fsdp.PARAMETERS
+
+
+def test_an_update_of_an_experiment():
+    """TVKD's tiny update on eight chips: donated, small, and it communicates."""
+    options = ("--tiny", "--topology", "v5e:2x4", "--batch", "8", "--json")
+    found = lines_of("rkd_jax.cli", "compile", "tvkd", *options)[-1]
+    assert found["devices"] == 8
+    assert found["chip"] == "TPU v5e"
+    assert found["fits"]
+    memory = found["memory"]
+    # Everything that comes out, but for the metrics, is written over what went in.
+    assert 0 < memory["outputs"] - memory["aliased"] < 2**17
+    assert memory["aliased"] > 0.5 * memory["arguments"]
+    assert sum(kind["bytes"] for kind in found["collectives"].values()) > 0
+    assert found["flops"] >= found["model_flops"] / 8
+    assert 0 < found["at_most"]["mfu"] < 1
