@@ -100,5 +100,6 @@ def test_an_update_of_an_experiment():
     assert 0 < memory["outputs"] - memory["aliased"] < 2**17
     assert memory["aliased"] > 0.5 * memory["arguments"]
     assert sum(kind["bytes"] for kind in found["collectives"].values()) > 0
-    assert found["flops"] >= found["model_flops"] / 8
+    # Rows of two blocks leave out a quarter of the scores, which are counted by custom.
+    assert found["flops"] >= 0.85 * found["model_flops"] / 8
     assert 0 < found["at_most"]["mfu"] < 1

@@ -111,8 +111,9 @@ def test_a_plan_on_the_devices_that_are_here():
     assert memory.arguments > memory.aliased
     assert found.tokens == 16 * 2 * 108
     assert found.work.ici_bytes > 0
-    # Forward and backward, and logits a second time at the most.
-    assert 1 <= found.work.flops * 8 / found.model_flops < 3
+    # Forward and backward, and logits a second time at the most; rows of two blocks
+    # leave out a quarter of the scores, which are counted by custom.
+    assert 0.85 <= found.work.flops * 8 / found.model_flops < 3
 
 
 @pytest.mark.parametrize(

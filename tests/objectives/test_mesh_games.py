@@ -11,8 +11,8 @@ MESHES = Meshes(GAMES)
     **{
         "reward_model": ((8, 1, 1), *USUAL),
         "q_anchor": ((1, 8, 1), *USUAL),
-        "pbkd with a trunk": ((2, 2, 2),),
-        "pbkd with an ensemble": ((1, 2, 4),),
+        "mm_pbkd": ((1, 2, 4), *USUAL),
+        "pbkd with a trunk": USUAL,
     },
 )
 def test_an_update_on_a_mesh_is_the_update(name, sizes):
