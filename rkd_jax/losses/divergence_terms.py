@@ -93,12 +93,8 @@ def skew_forward_kl_slopes(q: jax.Array, p: jax.Array, *, alpha=0.1) -> jax.Arra
 
 
 def skew_reverse_kl_terms(q: jax.Array, p: jax.Array, *, alpha=0.1) -> jax.Array:
-    """Of `skew_reverse_kl`."""
-    if _is(alpha, 0):
-        return reverse_kl_terms(q, p)
-    _, q_over_m = _in_mixture(p, q, alpha)
-    alpha, mass = jnp.asarray(alpha, q.dtype), jnp.exp(q)
-    return (1.0 - alpha) * (jnp.exp(p) - mass) + mass * q_over_m
+    """Of `skew_reverse_kl`: both change places."""
+    return skew_forward_kl_terms(p, q, alpha=alpha)
 
 
 def skew_reverse_kl_slopes(q: jax.Array, p: jax.Array, *, alpha=0.1) -> jax.Array:

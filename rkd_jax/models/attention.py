@@ -95,8 +95,7 @@ def causal_attention(
 ) -> jax.Array:
     """`grouped_attention` of a row to itself, without the scores of later columns.
 
-    A block of queries is scored against the columns up to its last one, and divided by
-    the sum of its weights after they have met the values: less to write than weights.
+    A block of queries is scored against the columns up to its last one.
 
     Args:
         query: [B, L, H, head_dim].
@@ -127,13 +126,8 @@ def causal_attention(
             preferred_element_type=bias.dtype,
         )
         scores = scores.reshape(*rows, stop) + bias[..., start:stop, :stop]
-        top = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
-        weights = jnp.exp(scores - top)
-        total = weights.sum(axis=-1, keepdims=True)
-        weights = weights.astype(value.dtype).reshape(*flat, stop)
-        out = jnp.matmul(
-            weights, value[..., :stop, :], preferred_element_type=bias.dtype
-        )
-        mixed.append(out.reshape(*rows, head_dim) / total)
-    out = jnp.concatenate(mixed, axis=3).astype(query.dtype)
-    return out.transpose(0, 3, 1, 2, 4).reshape(query.shape)
+        weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
+        out = jnp.matmul(weights.reshape(*flat, stop), value[..., :stop, :])
+        mixed.append(out.reshape(*rows, head_dim))
+    out = jnp.concatenate(mixed, axis=3).transpose(0, 3, 1, 2, 4)
+    return out.reshape(query.shape)

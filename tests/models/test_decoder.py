@@ -182,9 +182,8 @@ def test_bfloat16_compute_keeps_float32_parameters_logits_and_gradients(tokens):
     # Rounding the products or the sum to bfloat16 would leave errors of 1e-2.
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
     full = LOGITS(Decoder(QWEN), params, tokens)
-    # Two layers in bfloat16 (8 bits) on logits of size about 3; the largest of some
-    # hundred errors is a matter of luck.
-    assert np.sqrt(np.mean(np.square(got - full))) < 0.03
+    # Two layers in bfloat16 (8 bits) on logits of size about 3.
+    np.testing.assert_allclose(got, full, atol=0.15)
 
 
 def test_projection_gradient_is_accumulated_in_the_dtype_of_the_kernel():

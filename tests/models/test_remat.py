@@ -87,8 +87,8 @@ def test_what_is_computed_again_is_what_the_policy_says():
     head, attention, projections = 3, 2, 7
     none = head + 3 * (attention + projections)  # forward, and both sides backward
     assert products("none") == none
-    # The scores, and what they do to the values: it is divided afterwards.
-    assert products("attention") == none + attention
+    # The scores; what probabilities do to values is needed by nobody.
+    assert products("attention") == none + 1
     # Both, for the weights of the output projection.
     assert products("dots") == none + attention
     # All but the last projection of a block.
