@@ -1,13 +1,20 @@
 """Slices by name, with and without the compiler."""
 
 import importlib.util
+import os
 
 import pytest
 
 from rkd_jax import cli
-from rkd_jax.aot.topology import TopologyError, chip_of, slice_devices
+from rkd_jax.aot.topology import (
+    TopologyError,
+    chip_of,
+    prefer_the_compiler,
+    slice_devices,
+)
 
 SLICE = ("--topology", "v5e:2x4")
+SETTINGS = ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD")
 
 
 @pytest.mark.parametrize("name", ["v5e", "v9:2x2", "v5e:2", "v5e:2x4x", "16x16", ""])
@@ -25,7 +32,7 @@ def test_without_the_compiler_it_says_what_to_install(monkeypatch, capsys):
     )
     with pytest.raises(ImportError, match=r"pip install 'rkd_jax\[aot\]'"):
         slice_devices("v5e:2x4")
-    for name in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
+    for name in SETTINGS:
         monkeypatch.setenv(name, "1")  # put back afterwards
     with pytest.raises(SystemExit) as stop:
         cli.main(["compile", "tvkd", "--tiny", *SLICE])
@@ -33,6 +40,19 @@ def test_without_the_compiler_it_says_what_to_install(monkeypatch, capsys):
     assert capsys.readouterr().err == (
         "error: the TPU compiler is not installed: pip install 'rkd_jax[aot]'\n"
     )
+
+
+def test_the_compiler_is_asked_for_alone_and_beside_others(monkeypatch):
+    """No metadata server is asked, and two commands may compile at once."""
+    for name in ("JAX_PLATFORMS", *SETTINGS):
+        monkeypatch.setenv(name, "")  # put back afterwards
+        monkeypatch.delenv(name)
+    prefer_the_compiler()
+    assert os.environ["JAX_PLATFORMS"] == "cpu"
+    assert [os.environ[name] for name in SETTINGS] == ["1", "true"]
+    monkeypatch.setenv(SETTINGS[1], "false")
+    prefer_the_compiler()
+    assert os.environ[SETTINGS[1]] == "false"  # the user knows better
 
 
 @pytest.mark.parametrize(
@@ -43,7 +63,7 @@ def test_without_the_compiler_it_says_what_to_install(monkeypatch, capsys):
     ],
 )
 def test_bad_input_is_one_line(options, message, monkeypatch, capsys):
-    for name in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
+    for name in SETTINGS:
         monkeypatch.setenv(name, "1")  # put back afterwards
     with pytest.raises(SystemExit) as stop:
         cli.main(["compile", *options])
