@@ -4,8 +4,9 @@ A moment is a sum over the vocabulary: of a critic's values, weighted by the stu
 or the teacher's probabilities. Each of the three is read from the states of a model by
 a head; of policies or critics that are known by their numbers the numbers are read.
 Where all positions together would be more than `LOGITS`, slices of them follow one
-another, and the backward pass computes a slice again. Slices are cut along T, so a
-batch that lies on several devices stays there.
+another, and the backward pass computes a slice again. Slices are cut along T, and of a
+batch that lies on several devices each takes its own rows: a head that is cut over them
+is put together once for all slices, and its gradient summed over devices once.
 """
 
 from __future__ import annotations
@@ -13,16 +14,19 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from rkd_jax.losses import anchored_advantages, centered_q, moment_gap, one_step
 from rkd_jax.losses.domain import check_domain
 from rkd_jax.losses.likelihood import taken_values, tempered_log_softmax
-from rkd_jax.masking import fill_masked
+from rkd_jax.masking import accumulator, fill_masked
 from rkd_jax.models.api import CausalLM, response_hidden
+from rkd_jax.models.linear import project
 from rkd_jax.objectives.policy import frozen_params
 from rkd_jax.sharding import ambient_axes
 from rkd_jax.types import Params, Sequences
@@ -44,7 +48,7 @@ Player = Literal["student", "teacher"]
 Moments = dict[str, jax.Array]  # by the names of `MOMENTS`
 
 
-def _as_given(rows: jax.Array) -> jax.Array:
+def _as_given(weights: None, rows: jax.Array) -> jax.Array:
     return rows
 
 
@@ -54,29 +58,36 @@ class Rows:
 
     Padding of the states may hold anything.
 
-    Example: ``Rows(log_probs)`` are numbers that are there; ``Rows(hidden, head)`` are
-    those of a head.
+    Example: ``Rows(log_probs)`` are numbers that are there; ``Rows(hidden, jnp.dot)``
+    with ``weights`` those of a head.
     """
 
     states: jax.Array  # [*batch, T, D]
-    read: Callable[[jax.Array], jax.Array] = _as_given  # [.., D] -> [.., V]
+    read: Callable[[Any, jax.Array], jax.Array] = _as_given  # (.., [.., D]) -> [.., V]
+    weights: Any = None  # arrays that it reads with, whole
 
     @property
     def vocabulary(self) -> int:
         """V."""
         one = jax.ShapeDtypeStruct((1, self.states.shape[-1]), self.states.dtype)
-        return jax.eval_shape(self.read, one).shape[-1]
+        return jax.eval_shape(self.read, self.weights, one).shape[-1]
 
 
 def policy_rows(
     model: CausalLM, params: Params, states: jax.Array, *, temperature: float
 ) -> Rows:
     """A policy's log-probs from its states before every target, ``[*batch, T, D]``."""
+    cap = model.config.logit_softcap
+    read = partial(_log_probs, softcap=cap, temperature=temperature)
+    return Rows(states, read, (model.head(params), model.head_bias(params)))
 
-    def log_probs(states):
-        return tempered_log_softmax(model.unembed(params, states), temperature)
 
-    return Rows(states, log_probs)
+def _log_probs(weights, states, *, softcap: float | None, temperature: float):
+    head, bias = weights
+    logits = project(states, head, 1, accumulator(states))
+    logits = logits if bias is None else logits + bias.astype(logits.dtype)
+    logits = logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+    return tempered_log_softmax(logits, temperature)
 
 
 def student_rows(
@@ -133,7 +144,7 @@ class QFunction:
     ) -> Rows:
         """The raw values of the responses; gradient flows to ``params``."""
         if features is not None and hasattr(self.values, "on_states"):
-            return Rows(features, lambda rows: self.values.on_states(params, rows))
+            return Rows(features, self.values.on_states, params)
         if features is not None:
             features = fill_masked(features, sequences.response_mask)
         return Rows(self.values(params, sequences, features))
@@ -218,22 +229,20 @@ def action_moments(
         up over slices in the dtype of its parameters.
     """
     names = tuple(names)
-    targets, mask = sequences.targets, sequences.response_mask
     players = {"student": student, "teacher": teacher}
     read = {who for name in names for who in _READS[name]}
     if q_function.center:
         read.add("anchor")
     heard = {anchor if who == "anchor" else who for who in read}
-    rows = {who: players[who] for who in players if who in heard}
-    states = {who: one.states for who, one in rows.items()}
+    rows = {who: players[who] for who in players if who in heard} | {"q": q_rows}
 
-    def at(states, q_states, targets, mask):
+    def at(weights, states, targets, mask):
         said = {
-            who: one.read(fill_masked(states[who], mask)) for who, one in rows.items()
+            who: one.read(weights[who], fill_masked(states[who], mask))
+            for who, one in rows.items()
         }
-        values = q_rows.read(fill_masked(q_states, mask))
         here = Slice(
-            q_function.shaped(values, said.get(anchor), mask),
+            q_function.shaped(said["q"], said.get(anchor), mask),
             said.get("student"),
             said.get("teacher"),
             said.get(anchor),
@@ -242,24 +251,50 @@ def action_moments(
         )
         return {name: MOMENTS[name](here) for name in names}
 
-    width = max(one.vocabulary for one in (q_rows, *rows.values()))
-    given = (states, q_rows.states, targets, mask)
-    return _in_slices(at, given, mask.shape, width, logits or LOGITS)
+    width = max(one.vocabulary for one in rows.values())
+    weights = {who: one.weights for who, one in rows.items()}
+    states = {who: one.states for who, one in rows.items()}
+    sliced = partial(_in_slices, at, width=width, logits=logits or LOGITS)
+    return _on_every_device(
+        sliced, weights, (states, sequences.targets, sequences.response_mask)
+    )
 
 
-def _in_slices(at, given, shape: tuple[int, ...], width: int, logits: int) -> Moments:
+def _on_every_device(of_rows, weights, given) -> Moments:
+    """``of_rows(weights, given)``; every device takes the rows it has, and all weights.
+
+    Left to the partitioner, weights that are cut over devices would be put together for
+    every slice, forward and backward, and their gradients summed over devices as often.
+    """
+    *_, mask = given
+    axes = ambient_axes("batch", mask.shape[0]) if mask.ndim > 1 else ()
+    if not axes:
+        return of_rows(weights, given)
+
+    def of_own_rows(weights, given):
+        weights = jax.lax.pcast(weights, axes, to="varying")
+        return of_rows(weights, given)
+
+    own = PartitionSpec(axes)
+    return jax.shard_map(
+        of_own_rows,
+        in_specs=(PartitionSpec(), own),
+        out_specs=own,
+        axis_names=set(axes),
+    )(weights, given)
+
+
+def _in_slices(at, weights, given, *, width: int, logits: int) -> Moments:
     """``at`` of all positions ``[*batch, T, ..]``, along T in as few slices as fit.
 
     A slice has one position of every row at the least, whatever that takes.
     """
-    *batch, length = shape
-    mesh = jax.sharding.get_abstract_mesh()
-    cut_over = ambient_axes("batch", batch[0]) if batch else ()
-    devices = math.prod(mesh.shape[name] for name in cut_over)
-    size = max(logits * devices // (math.prod(batch) * width), 1)
+    *_, mask = given
+    *batch, length = mask.shape
+    size, axis = max(logits // (math.prod(batch) * width), 1), len(batch)
     if size >= length:
-        return at(*given)
-    count, axis = -(-length // size), len(batch)
+        return at(weights, *given)
+    count = -(-length // size)
 
     def cut(array):
         array = jnp.moveaxis(array, axis, 0)
@@ -270,5 +305,5 @@ def _in_slices(at, given, shape: tuple[int, ...], width: int, logits: int) -> Mo
         array = array.reshape(count * size, *array.shape[2:])[:length]
         return jnp.moveaxis(array, 0, axis)
 
-    again = jax.checkpoint(lambda slices: at(*slices), prevent_cse=False)
+    again = jax.checkpoint(lambda slices: at(weights, *slices), prevent_cse=False)
     return jax.tree.map(whole, jax.lax.map(again, jax.tree.map(cut, given)))

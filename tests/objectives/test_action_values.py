@@ -180,7 +180,7 @@ def test_no_array_over_the_vocabulary_exists_as_a_whole():
 
     def total(kernel, critic, logits):
         def rows(states):
-            return Rows(states, lambda x: jax.nn.log_softmax(x @ kernel))
+            return Rows(states, lambda w, x: jax.nn.log_softmax(x @ w), kernel)
 
         moments = action_moments(
             MOMENTS,
