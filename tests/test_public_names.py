@@ -95,7 +95,7 @@ NAMES = {
     "rkd_jax.training.checkpoint": "Checkpoints",
     "rkd_jax.evaluation.report": "write_report",
     "rkd_jax.aot.topology": "chip_of slice_devices prefer_the_compiler",
-    "rkd_jax.aot.compiling": "compile_step Compiled placed",
+    "rkd_jax.aot.compiling": "compile_step Compiled placed text_of",
     "rkd_jax.aot.hlo": "parse Program",
     "rkd_jax.aot.collectives": "collective_traffic Traffic",
     "rkd_jax.aot.traffic": "hbm_bytes",

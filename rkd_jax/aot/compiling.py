@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -84,10 +86,26 @@ def compile_step(
         code=stats.generated_code_size_in_bytes,
         beside=beside,
     )
-    program = parse(compiled.as_text(), unknown=unknown)
+    program = parse(text_of(lowered, compiled), unknown=unknown)
     traffic = collective_traffic(program, mesh.size)
     work = Work(flops, hbm_bytes(program), traffic)
     return Compiled(memory, work, len(program.guessed), seconds)
+
+
+def text_of(lowered: jax.stages.Lowered, compiled: jax.stages.Compiled) -> str:
+    """The optimised program.
+
+    jax 0.10.2 cannot read back what libtpu 0.0.51 compiles for TPU7x. What the compiler
+    writes down itself is the same text, for compiling a second time.
+    """
+    try:
+        return compiled.as_text()
+    except jax.errors.JaxRuntimeError:
+        with tempfile.TemporaryDirectory() as folder:
+            options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+            lowered.compile(compiler_options=options)
+            (written,) = Path(folder).glob("*.jit_*.after_optimizations.txt")
+            return written.read_text(encoding="utf-8")
 
 
 def placed(tree: Any, shardings: Any) -> Any:

@@ -26,6 +26,7 @@ import re
 from collections.abc import Iterator, Mapping
 
 _HEADER = re.compile(r"^(?P<entry>ENTRY\s+)?%?(?P<name>[\w.\-]+)\s.*\{\s*$")
+_CLOSING = re.compile(r"^\}(, execution_thread=\S+)?\s*$")
 _LINE = re.compile(r"^\s+(?P<root>ROOT\s+)?%(?P<name>[\w.\-]+)\s+=\s+(?P<rest>.*)$")
 _ARRAY = re.compile(r"\b([a-z][a-z0-9]*)\[([\d,<=]*)\](\{[^}]*\})?")
 _CALLS = re.compile(
@@ -155,7 +156,7 @@ def parse(text: str, *, unknown: int = 1) -> Program:
             if found and found["name"] != "HloModule":
                 name, lines = found["name"], {}
                 entry = name if found["entry"] else entry
-        elif line.rstrip() == "}":  # an attribute may go on over several lines
+        elif _CLOSING.match(line):  # an attribute may go on over several lines
             computations[name] = Computation(name, lines)
             name = None
         elif found := _LINE.match(line):

@@ -21,6 +21,7 @@ _FREE = {
     *("opt-barrier", "optimization-barrier", "get-dimension-size"),
 }
 _VIEWS = {"bitcast", "reshape"}
+_IN_PLACE = "output_to_operand_aliasing={{}: (0, {})}"  # another tiling, on TPU7x
 _READS_A_PART = {"dynamic-slice", "gather", "slice"}
 
 
@@ -83,7 +84,7 @@ def _read_of(program: Program, fused: Computation, name: str) -> float | None:
             part = sum(array.bytes for array in user.result)
         elif user.opcode == "dynamic-update-slice" and first:
             part = 0.0
-        elif user.opcode in _VIEWS:
+        elif user.opcode in _VIEWS or _IN_PLACE in user.attributes:
             part = _read_of(program, fused, user.name)
         elif user.opcode == "fusion":
             inner = program.computations[user.called[0]]

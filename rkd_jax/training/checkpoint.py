@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import re
-import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,13 @@ from rkd_jax.training.checksums import first_damage, has_checksums, write_checks
 from rkd_jax.training.interrupt import PeerLost
 from rkd_jax.training.provenance import differences, plain, summary, versions
 from rkd_jax.training.state import TrainState
-from rkd_jax.training.together import Disagreement, once, unanimous
+from rkd_jax.training.together import (
+    Disagreement,
+    check_folder,
+    check_writable,
+    once,
+    unanimous,
+)
 
 _LOGGER = logging.getLogger(__name__)
 _META = ("config", "layout", "versions")
@@ -48,7 +53,8 @@ class Checkpoints:
             state = fit(state, update, batches, steps=100, checkpoints=checkpoints)
 
     Args:
-        folder: a path of its own, local or understood by orbax (``gs://...``).
+        folder: a path of its own, local or understood by orbax (``gs://...``); of
+            several processes one folder that all of them see.
         config: the resolved configuration: every field that must agree for a resume
             to be the same run, and no other (not the output folder, say).
         keep: how many to keep. With 2 or more, one that is damaged costs the steps
@@ -59,7 +65,8 @@ class Checkpoints:
             what became of it.
 
     Raises:
-        CheckpointError: the folder cannot be used.
+        CheckpointError: the folder cannot be used, be it by one process alone, or is
+            not the same for all of them.
         ValueError: ``config`` is not plain JSON.
     """
 
@@ -82,8 +89,9 @@ class Checkpoints:
         self._saving: int | None = None
         with self._one_line("open"):
             if not self._remote:
-                # orbax would make it in the background and complain much later.
-                os.makedirs(self.folder, exist_ok=True)
+                # orbax would make it in the background and complain much later, and
+                # of processes with a folder each all would wait in the first save.
+                check_folder(self.folder)
             self._manager = ocp.CheckpointManager(
                 self.folder, options=options, item_names=("state", "data", "meta")
             )
@@ -129,7 +137,9 @@ class Checkpoints:
         with self._one_line("write"):
             # The checksums of the one before are written under its own step.
             self._manager.wait_until_finished()
-            self._check_writable()
+            if not self._remote:
+                # At once: after a failed start orbax keeps the process from ending.
+                unanimous(functools.partial(check_writable, self.folder))
             self._saving = step
             self._manager.save(step, args=items)
 
@@ -215,13 +225,6 @@ class Checkpoints:
         if not self._remote:
             for unnamed in Path(self.folder).glob(f"{self._saving}.orbax-checkpoint*"):
                 write_checksums(unnamed)
-
-    def _check_writable(self) -> None:
-        """Raise at once: after a failed start orbax keeps the process from ending."""
-        if not self._remote:
-            os.makedirs(self.folder, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=self.folder, prefix=".writable-"):
-                pass
 
     def _restore(
         self, step: int, whole: bool, state: TrainState
@@ -369,6 +372,8 @@ def _layout(state: TrainState) -> dict[str, str]:
 def _reason(error: Exception) -> str:
     """The operating system's words if they are in there, else the first line."""
     text = str(error)
+    if isinstance(error, Disagreement):  # names the processes
+        return text
     known = re.search(
         r"No space left on device|File too large|Disk quota exceeded"
         r"|Permission denied|Read-only file system|Not a directory|File exists",

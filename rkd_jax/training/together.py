@@ -7,7 +7,11 @@ they tell one another, so that they come to one conclusion.
 
 from __future__ import annotations
 
+import functools
 import json
+import os
+import tempfile
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -84,6 +88,53 @@ def unanimous(work: Callable[[], Any]) -> Any:
     if error is not None:
         raise error
     return found
+
+
+def check_folder(folder: str, *, patience: float = 10.0) -> None:
+    """Every process can write into a folder, and it is one and the same for all.
+
+    All processes have to call it, in the same order.
+
+    Args:
+        folder: made if it is not there.
+        patience: seconds that a network disk is given to show a new file.
+
+    Raises:
+        OSError: it cannot be made or written to.
+        Disagreement: it cannot by some of the processes, or some look at another one.
+    """
+    unanimous(functools.partial(check_writable, folder))
+    if jax.process_count() == 1:
+        return
+    mark = once(lambda: tempfile.mkdtemp(dir=folder, prefix=".shared-"))
+    mark = os.path.join(folder, os.path.basename(mark))
+
+    def look() -> None:
+        end = time.monotonic() + patience
+        while not os.path.exists(mark):
+            if time.monotonic() > end:
+                raise FileNotFoundError(
+                    "not the folder of process 0; all need one, on a disk that they "
+                    "share or in a bucket"
+                )
+            time.sleep(0.1)
+
+    try:
+        unanimous(look)
+    finally:
+        if jax.process_index() == 0:
+            os.rmdir(mark)
+
+
+def check_writable(folder: str) -> None:
+    """Make a folder if it is not there, and something in it.
+
+    Raises:
+        OSError: it does not work.
+    """
+    os.makedirs(folder, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".writable-"):
+        pass
 
 
 def _from_each(mine: Any) -> list[Any]:

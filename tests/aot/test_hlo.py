@@ -156,6 +156,36 @@ def test_an_attribute_over_several_lines_ends_no_computation():
     assert parse(text).computations["layer"].root.name == "next"
 
 
+def test_a_computation_of_another_core_ends_where_it_ends():
+    """As TPU7x has them for what its sparse cores send."""
+    ends = "dynamic_slice_sizes={8,128}\n}"
+    assert ends in STEP
+    text = STEP.replace(ends, ends + ', execution_thread="sparsecore"')
+    assert parse(text) == parse(STEP)
+
+
+def test_another_tiling_is_no_read_of_all_of_it():
+    """As TPU7x writes a layer that is read out of the stack."""
+    stack = "bf16[3,256,128]{2,1,0:T(16,128)(2,1)}"
+    tiling = f"""
+%tiling (t.0: bf16[3,256,128]) -> bf16[3,256,128] {{
+  %t.0 = {stack} parameter(0)
+  ROOT %t.1 = {stack} copy(%t.0)
+}}
+"""
+    tiled = (
+        f"%tiled = {stack} fusion(%p.0), kind=kLoop, "
+        "output_to_operand_aliasing={{}: (0, {})}, calls=%tiling"
+    )
+    text = STEP.replace("%read_layer", tiling + "\n%read_layer", 1)
+    text = text.replace("  %cut = ", f"  {tiled}\n  %cut = ")
+    text = text.replace("dynamic-slice(%p.0", "dynamic-slice(%tiled")
+    assert hbm_bytes(parse(text)) == hbm_bytes(parse(STEP))
+    copied = text.replace("output_to_operand_aliasing={{}: (0, {})}, ", "")
+    stack, layer = 3 * 256 * 128 * 2, 256 * 128 * 2
+    assert hbm_bytes(parse(copied)) - hbm_bytes(parse(STEP)) == 3 * (stack - layer)
+
+
 def test_bytes_of_hbm():
     layer, whole, x = 256 * 128 * 2, 1024 * 128 * 2, 16 * 128 * 2
     read = 4 + layer + layer  # the index, one layer of the stack, and its copy

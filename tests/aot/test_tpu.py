@@ -90,12 +90,15 @@ def test_a_step_sends_what_it_has_to(compiled):
     assert sum(found.values()) < 1.15 * 3 * 7 / 8 * 4 * test_fsdp.PARAMETERS
 
 
-def test_an_update_of_an_experiment():
-    """TVKD's tiny update on eight chips: donated, small, and it communicates."""
-    options = ("--tiny", "--topology", "v5e:2x4", "--batch", "8", "--json")
+@pytest.mark.parametrize(
+    ("topology", "chip"), [("v5e:2x4", "TPU v5e"), ("tpu7x:2x2x1", "TPU7x, half")]
+)
+def test_an_update_of_an_experiment(topology, chip):
+    """TVKD's tiny update on eight devices: donated, small, and it communicates."""
+    options = ("--tiny", "--topology", topology, "--batch", "8", "--json")
     found = lines_of("rkd_jax.cli", "compile", "tvkd", *options)[-1]
     assert found["devices"] == 8
-    assert found["chip"] == "TPU v5e"
+    assert found["chip"] == chip
     assert found["fits"]
     memory = found["memory"]
     # Everything that comes out, but for the metrics, is written over what went in.

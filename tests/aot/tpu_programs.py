@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from rkd_jax.aot.compiling import text_of
 from rkd_jax.aot.hlo import parse
 from rkd_jax.aot.topology import slice_devices
 from rkd_jax.losses import generalized_jsd, token_log_probs
@@ -34,8 +35,13 @@ from rkd_jax.sharding import MeshConfig, batch_sharding, make_mesh
 from tests.aot import test_fsdp
 from tests.aot.abstract_updates import lowered_sft
 
-SLICES = {"v5e": "v5e:2x4", "v5p": "v5p:2x2x2", "v6e": "v6e:2x4"}
-"""Eight devices each. jax 0.10.2 cannot read what libtpu 0.0.51 compiles for TPU7x."""
+SLICES = {
+    "v5e": "v5e:2x4",
+    "v5p": "v5p:2x2x2",
+    "v6e": "v6e:2x4",
+    "tpu7x": "tpu7x:2x2x1",
+}
+"""Eight devices each."""
 LENGTH, LAYERS, CHUNK = 300, 3, 384
 """Columns of a row; splash attention pads them to whole chunks of 128."""
 MODEL = DecoderConfig(
@@ -61,7 +67,7 @@ def splash(chip: str) -> dict:
     """An update of a decoder: how often each kernel runs, and arrays of scores."""
     mesh = make_mesh(MeshConfig(fsdp=4, tensor=2), slice_devices(SLICES[chip]))
     lowered = lowered_sft(MODEL, mesh, rows=8, prompt=44, response=LENGTH - 44)
-    program = parse(lowered.compile().as_text())
+    program = parse(text_of(lowered, lowered.compile()))
     kernels, scores = collections.Counter(), []
     for _, one, weight in program.weighted():
         if one.opcode == "custom-call" and "tpu_custom_call" in one.attributes:

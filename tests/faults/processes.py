@@ -47,12 +47,11 @@ def starting():
             process.kill()
 
 
-def start_together(start, folders, steps, *arguments, module, devices):
+def start_together(start, folders, steps, *arguments, **kind):
     """One process per folder; they train together. Most often it is one folder."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = str(probe.getsockname()[1])
-    kind = {"module": module, "devices": devices}
     return [
         start(folder, steps, port, str(index), *arguments, **kind)
         for index, folder in enumerate(folders)

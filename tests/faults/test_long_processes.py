@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from rkd_jax.training.checksums import CHECKSUMS
-from tests.faults.damage import cut, flip, seen_here_alone, view
+from tests.faults.damage import VIEWS, cut, flip, seen_here_alone, view
 from tests.faults.processes import finish_all, start_together
 
 pytestmark = pytest.mark.long
@@ -22,7 +22,7 @@ def run_both(start, folder, steps, there=None):
 
     Process 1 sees the folder as it is ``there``, if given.
     """
-    kind = {"module": "two_processes", "devices": 2}
+    kind = {"module": "two_processes", "devices": 2, **(VIEWS if there else {})}
     folders = [folder, there or folder]
     return finish_all(start_together(start, folders, steps, "3", **kind))
 

@@ -40,6 +40,7 @@ from rkd_jax.training import (
 from rkd_jax.training.checkpoint import CheckpointError, Checkpoints
 from rkd_jax.training.interrupt import PeerLost
 from rkd_jax.training.state import state_shardings
+from tests.faults.damage import accept_views
 from tests.training import tiny_game
 
 TOKENIZER = byte_tokenizer()
@@ -144,6 +145,7 @@ def train(folder, steps, mesh=None, shard=(0, 1)):
 
 def _main(folder: str, steps: str, port: str, index: str, count: str) -> None:
     shard = int(index), int(count)
+    accept_views()
     jax.distributed.initialize(
         f"localhost:{port}",
         shard[1],

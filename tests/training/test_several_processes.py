@@ -17,7 +17,7 @@ import tensorstore
 from rkd_jax.sharding import MeshConfig, make_mesh
 from rkd_jax.training.checkpoint import Checkpoints
 from rkd_jax.training.metrics import read_metrics
-from tests.faults.damage import cut, seen_here_alone, view
+from tests.faults.damage import VIEWS, cut, seen_here_alone, view
 from tests.faults.processes import finish_all, start_together, starting
 from tests.training import shared_rows, tiny_game
 
@@ -31,9 +31,9 @@ def start():
         yield start
 
 
-def run_together(start, folders, steps, timeout):
+def run_together(start, folders, steps, timeout, **environment):
     """(exit status, standard error) of one process per folder, in the time given."""
-    kind = {"module": "shared_rows", "devices": 1}
+    kind = {"module": "shared_rows", "devices": 1, **environment}
     count = str(len(folders))
     return finish_all(start_together(start, folders, steps, count, **kind), timeout)
 
@@ -162,7 +162,8 @@ def test_both_stop_when_one_alone_cannot_read_it(four, start, tmp_path):
     part = there / f"checkpoints/{STEPS}/state/ocdbt.process_{COUNT - 1}"
     for file in [path for path in part.rglob("*") if path.is_file()]:
         cut(seen_here_alone(file))
-    ends = run_together(start, [folder, there], str(STEPS + 1), timeout=90)
+    folders = [folder, there]
+    ends = run_together(start, folders, str(STEPS + 1), timeout=90, **VIEWS)
     lines = [re.findall("^error: .*", errors, re.MULTILINE) for _, errors in ends]
     assert lines[0] == lines[1] != [], ends
     assert re.fullmatch(
@@ -173,3 +174,30 @@ def test_both_stop_when_one_alone_cannot_read_it(four, start, tmp_path):
     ), ends
     assert [status for status, _ in ends] == [1, 1]
     assert {path.name for path in (folder / "checkpoints").iterdir()} == {str(STEPS)}
+
+
+def test_processes_with_a_folder_each_are_told_so_before_anything_is_done(
+    start, tmp_path
+):
+    """They used to wait for one another in the first save, and for ever."""
+    folders = [tmp_path / "mine", tmp_path / "yours"]
+    ends = run_together(start, folders, "1", timeout=90)
+    for folder, (status, errors) in zip(folders, ends, strict=True):
+        assert status == 1
+        assert (
+            f"error: cannot open checkpoints in {folder}/checkpoints: process 1 of 2: "
+            "not the folder of process 0; all need one, on a disk that they share or "
+            "in a bucket; check the path and its permissions\n"
+        ) in errors, errors
+        assert not list((folder / "checkpoints").iterdir())
+
+
+def test_a_folder_that_one_alone_cannot_use_stops_both(start, tmp_path):
+    """A file stands where the second has to make its folder."""
+    folders = [tmp_path / "folder", tmp_path / "file"]
+    folders[1].touch()
+    ends = run_together(start, folders, "1", timeout=90)
+    for folder, (status, errors) in zip(folders, ends, strict=True):
+        assert status == 1
+        said = f"error: cannot open checkpoints in {folder}/checkpoints: process 1 of 2"
+        assert f"{said}: [Errno 20] Not a directory: " in errors, errors

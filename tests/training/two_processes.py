@@ -26,12 +26,14 @@ from rkd_jax.training import Interrupted, MetricsWriter, fit
 from rkd_jax.training.checkpoint import CheckpointError, Checkpoints
 from rkd_jax.training.interrupt import PeerLost
 from rkd_jax.training.state import state_shardings
+from tests.faults.damage import accept_views
 from tests.training import tiny_game
 
 WIDTH = 512
 
 
 def _main(folder: str, steps: str, port: str, index: str, every: str = "500") -> None:
+    accept_views()
     jax.distributed.initialize(
         f"localhost:{port}", 2, int(index), heartbeat_timeout_seconds=10
     )
