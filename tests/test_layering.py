@@ -32,7 +32,7 @@ LAYERS = {
     "data": BASE,
     "interop": BASE | {"models", "data"},
     "signals": BASE | {"models", "losses", "data"},
-    "objectives": BASE | {"models.api", "losses"},
+    "objectives": BASE | {"models.api", "models.projection", "losses"},
     "evaluation": BASE | {"models", "losses", "data"},
     "training": BASE,
     "aot": BASE,

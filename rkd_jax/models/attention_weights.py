@@ -21,7 +21,7 @@ from rkd_jax.models.attention import attention_bias
 from rkd_jax.models.blocks import RMSNorm
 from rkd_jax.models.config import DecoderConfig
 from rkd_jax.models.decoder import Decoder
-from rkd_jax.models.linear import project
+from rkd_jax.models.projection import project
 from rkd_jax.models.rope import rope_frequencies, rope_table, rotate
 from rkd_jax.packed import refuse_packed
 from rkd_jax.types import Params, Sequences

@@ -37,7 +37,7 @@ from rkd_jax.models.attention import attention_bias
 from rkd_jax.models.attention_kernels import KERNELS, choose
 from rkd_jax.models.blocks import KeyValue, Shared, Trunk
 from rkd_jax.models.config import DecoderConfig
-from rkd_jax.models.linear import project
+from rkd_jax.models.projection import project
 from rkd_jax.models.rope import RopeScaling, rope_frequencies, rope_table
 from rkd_jax.models.unrolled import (
     LayerCaches,
@@ -71,7 +71,7 @@ class Decoder:
 
     Two decoders of equal configuration are equal, so one may be a static argument of
     `jax.jit`. All methods are pure; gradients flow to ``params``, in reverse mode only
-    (`rkd_jax.models.linear.project`).
+    (`rkd_jax.models.projection.project`).
     """
 
     config: DecoderConfig

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from rkd_jax.masking import accumulator, fill_masked, last_target
 from rkd_jax.models.api import CausalLM, action_hidden
-from rkd_jax.models.linear import project
+from rkd_jax.models.projection import project
 from rkd_jax.packed import target_segments
 from rkd_jax.types import Params, Sequences
 

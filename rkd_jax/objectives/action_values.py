@@ -26,7 +26,7 @@ from rkd_jax.losses.domain import check_domain
 from rkd_jax.losses.likelihood import taken_values, tempered_log_softmax
 from rkd_jax.masking import accumulator, fill_masked
 from rkd_jax.models.api import CausalLM, response_hidden
-from rkd_jax.models.linear import project
+from rkd_jax.models.projection import project
 from rkd_jax.objectives.policy import frozen_params
 from rkd_jax.sharding import ambient_axes
 from rkd_jax.types import Params, Sequences

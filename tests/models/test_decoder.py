@@ -12,7 +12,7 @@ from jax.test_util import check_grads
 from rkd_jax.models.api import positions_from_mask
 from rkd_jax.models.attention import attention_bias, grouped_attention
 from rkd_jax.models.decoder import Decoder, DecoderConfig, RopeScaling
-from rkd_jax.models.linear import project
+from rkd_jax.models.projection import project
 from rkd_jax.models.rope import rope_frequencies, rope_table, rotate
 from rkd_jax.sharding import MeshConfig, make_mesh, tree_shardings
 from tests.models import reference
