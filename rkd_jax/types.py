@@ -23,8 +23,7 @@ position. Targets are shifted once, here: `Sequences.targets` are the last T col
 and states are read one column earlier (`rkd_jax.models.api.response_hidden`). Nothing
 else shifts. A packed row is the same layout at P = 1 (`rkd_jax.packed`).
 
-Everything here is a frozen dataclass registered as a pytree, so it crosses
-`jax.jit` as it is.
+All of it are frozen dataclasses registered as pytrees, which cross `jax.jit` as such.
 """
 
 from __future__ import annotations
@@ -383,10 +382,11 @@ class Objective:
     ``student_loss(params, critic, frozen, batch, signal, rng) -> LossOutput`` is
     differentiated in ``params``. ``critic_loss(critic, params, dual, frozen, batch,
     signal, rng) -> LossOutput`` is differentiated in ``critic``; None when there is no
-    second player. ``dual_step(dual, metrics) -> dual`` moves the multiplier after the
-    critic's steps, given the critic's metrics as plain scalars. ``requires`` names the
-    fields the signal must have. ``packed`` says that packed rows are understood; the
-    update refuses them elsewhere.
+    second player. Several steps of it are given ``critic_signal(params, frozen, batch,
+    signal)`` for a signal: what all read of the student, once. ``dual_step(dual,
+    metrics) -> dual`` moves the multiplier after them, given the critic's metrics as
+    plain scalars. ``requires`` names the fields the signal must have. ``packed`` says
+    that packed rows are understood; the update refuses them elsewhere.
 
     Example: ``Objective("sft", student_loss)``.
     """
@@ -397,3 +397,4 @@ class Objective:
     dual_step: Callable[[jax.Array, Mapping[str, jax.Array]], jax.Array] | None = None
     requires: tuple[str, ...] = ()
     packed: bool = False
+    critic_signal: Callable[..., Any] | None = None

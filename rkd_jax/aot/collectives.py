@@ -33,6 +33,7 @@ _SENT: Mapping[str, Callable[[float, int], float]] = {
     "collective-permute": lambda b, n: b,
     "collective-broadcast": lambda b, n: b,
 }
+KINDS = frozenset(_SENT)
 _LISTED = re.compile(r"replica_groups=\{\{([\d,]*)\}")
 _NAMED = re.compile(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}")
 _AXIS = re.compile(r"'([^']+)'=(\d+)")
@@ -64,7 +65,7 @@ def collective_traffic(program: Program, devices: int) -> dict[str, Traffic]:
         nothing and are left out.
     """
     found: dict[str, Traffic] = {}
-    for computation, instruction, weight in _once(program):
+    for computation, instruction, weight in once(program):
         kind = instruction.opcode.removesuffix("-start")
         if kind == "all-reduce" and _scatters(computation):
             kind = "reduce-scatter"
@@ -77,7 +78,7 @@ def collective_traffic(program: Program, devices: int) -> dict[str, Traffic]:
     return found
 
 
-def _once(program: Program) -> Iterator[tuple[Computation, Instruction, int]]:
+def once(program: Program) -> Iterator[tuple[Computation, Instruction, int]]:
     """Every collective; one that is spread over several fusions is one.
 
     Its parts share a channel and their shapes, and the outermost of them is run as
@@ -85,7 +86,7 @@ def _once(program: Program) -> Iterator[tuple[Computation, Instruction, int]]:
     """
     spread: dict[tuple, tuple[Computation, Instruction, int]] = {}
     for computation, instruction, weight in program.weighted():
-        if instruction.opcode.removesuffix("-start") not in _SENT:
+        if instruction.opcode.removesuffix("-start") not in KINDS:
             continue
         channel = _CHANNEL.search(instruction.attributes)
         if channel is None or computation.name not in program.fused:

@@ -51,7 +51,7 @@ def _count(jaxpr: Jaxpr, share: float, unknown: int, *, kernel: bool = False) ->
             inner *= _turns(eqn.params["body_jaxpr"].jaxpr, unknown)
         elif name == "shard_map":
             mesh = eqn.params["mesh"]
-            manual = eqn.params.get("manual_axes", mesh.axis_names)
+            manual = eqn.params["newly_manual_axes"]
             inner *= math.prod(mesh.shape[axis] for axis in manual)
         elif name == "pallas_call":
             grid = eqn.params["grid_mapping"].grid

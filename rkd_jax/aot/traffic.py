@@ -5,14 +5,16 @@ instruction. An operand of which only slices are read counts as these slices, a 
 that is written into a part of an operand as that part, and arrays that the compiler
 keeps on the chip (memory space 1) as nothing. Loops count as often as they turn.
 
-What is fetched to the chip ahead of its use counts once, when it is fetched. Padding of
-layouts is left out, so real traffic is somewhat more.
+What is fetched to the chip ahead of its use counts once, when it is fetched. A
+collective that is spread over several fusions counts once, beside what else they do.
+Padding of layouts is left out, so real traffic is somewhat more.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
+from rkd_jax.aot.collectives import KINDS, once
 from rkd_jax.aot.hlo import Array, Computation, Instruction, Program
 
 _FREE = {
@@ -22,6 +24,7 @@ _FREE = {
 }
 _VIEWS = {"bitcast", "reshape"}
 _IN_PLACE = "output_to_operand_aliasing={{}: (0, {})}"  # another tiling, on TPU7x
+_SPREAD = "async_collective_fusion"  # holds a part of one that takes many fusions
 _READS_A_PART = {"dynamic-slice", "gather", "slice"}
 
 
@@ -38,7 +41,16 @@ def hbm_bytes(program: Program) -> float:
         computation = program.computations[name]
         for instruction in computation.instructions.values():
             total += weight * _bytes(program, computation, instruction)
+    for computation, instruction, weight in once(program):
+        if computation.name.startswith(_SPREAD):
+            total += weight * _alone(computation, instruction)
     return total
+
+
+def _alone(computation: Computation, one: Instruction) -> float:
+    """All operands and the result."""
+    read = sum(_hbm(computation.instructions[name].result) for name in one.operands)
+    return read + _hbm(one.result)
 
 
 def _bytes(program: Program, computation: Computation, one: Instruction) -> float:
@@ -79,6 +91,8 @@ def _read_by(program: Program, fused: Computation, index: int) -> float | None:
 def _read_of(program: Program, fused: Computation, name: str) -> float | None:
     total = 0.0
     for user in fused.users(name):
+        if _is_spread(fused, user):
+            continue
         first = bool(user.operands) and user.operands[0] == name
         if user.opcode in _READS_A_PART and first:
             part = sum(array.bytes for array in user.result)
@@ -97,8 +111,17 @@ def _read_of(program: Program, fused: Computation, name: str) -> float | None:
     return total
 
 
+def _is_spread(fused: Computation, one: Instruction) -> bool:
+    """It only hands on, in place, what the parts of a collective work on."""
+    if not fused.name.startswith(_SPREAD):
+        return False
+    return one.opcode in ("parameter", *KINDS) or (one.root and one.opcode == "tuple")
+
+
 def _written_by(fused: Computation, one: Instruction) -> float:
     """Bytes that a fusion writes: of an update in place, the update."""
+    if not one.root and _is_spread(fused, one):
+        return 0.0
     if one.opcode in _VIEWS and one.operands:
         return _written_by(fused, fused.instructions[one.operands[0]])
     if one.opcode == "tuple":

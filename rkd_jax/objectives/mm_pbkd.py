@@ -30,10 +30,10 @@ one_step_plus_long  both, the first one summed     unbiased, less variance
                     over all actions
 ==================  =============================  ====================================
 
-Cost: every step of the critic runs the student forward, on the rollouts (on), or on the
-demonstrations and the pairs (off). With the teacher given as a model and a critic that
-is a head, what is over the vocabulary is read a few positions at a time; see
-`rkd_jax.objectives.action_values`.
+Cost: the critic's steps read the student's states, on the rollouts (on), or on the
+demonstrations and the pairs (off), which are computed once for all of them. With the
+teacher given as a model and a critic that is a head, what is over the vocabulary is
+read a few positions at a time; see `rkd_jax.objectives.action_values`.
 
 Source: MM-PbKD, 2505.18952, for the reformulation through Q. Reconstruction: which gap,
 which anchor, which student step and all hyper-parameters are not published in what we
@@ -59,7 +59,6 @@ from rkd_jax.objectives.action_values import (
     Moments,
     QFunction,
     QValues,
-    Rows,
     action_moments,
     student_rows,
 )
@@ -80,11 +79,13 @@ from rkd_jax.objectives.white_box import (
     ON,
     STEPS,
     Credit,
+    Observed,
     Side,
     Step,
     StudentStep,
     View,
     discounted,
+    observe,
     own_nll,
 )
 from rkd_jax.types import Mean, Objective, Params
@@ -206,7 +207,8 @@ def make_mm_pbkd(
     ):
         check_domain(name, number, interval)
     game = _Game(
-        student=partial(student_rows, model, temperature=temperature),
+        model=model,
+        temperature=temperature,
         teacher=FrozenPolicy("teacher", teacher, temperature),
         q_function=QFunction(q_values, center_q, q_bound),
         sides=_SIDES[gap],
@@ -232,6 +234,7 @@ def make_mm_pbkd(
         game.critic_loss,
         game.dual_step if constraint == "dual" else None,
         requires=_REQUIRES[gap],
+        critic_signal=game.critic_signal,
     )
 
 
@@ -239,7 +242,8 @@ def make_mm_pbkd(
 class _Game:
     """The rules of one game: the arguments of `make_mm_pbkd`, looked up."""
 
-    student: Callable[..., Rows]  # (params, sequences)
+    model: CausalLM
+    temperature: float
     teacher: FrozenPolicy
     q_function: QFunction
     sides: tuple[Side, ...]
@@ -254,14 +258,22 @@ class _Game:
     sft: Callable[..., Mean]
     sft_weight: float
 
+    def critic_signal(self, params, frozen, batch, signal) -> Observed:
+        """The student's states wherever the critic reads its policy."""
+        del frozen
+        responses = [side.responses for side in self.sides]
+        responses += ["preferences"] if OFF in self.sides else []
+        return observe(self.model, params, batch, signal, responses)
+
     def critic_loss(self, critic, params, dual, frozen, batch, signal, rng):
         del rng
-        params, signal = jax.lax.stop_gradient((params, signal))
-        student = partial(self.student, params)
+        observed = self.critic_signal(params, frozen, batch, signal)
+        student = observed.policies(self.model, params, self.temperature)
+        signal = observed.signal
         teacher = partial(self.teacher, frozen)
-        policies = {
-            "student": student,
-            "teacher": lambda sequences: teacher(signal.preferences),
+        anchors = {
+            "student": student.get("preferences"),
+            "teacher": teacher(signal.preferences),
         }
         metrics = {"critic/teacher_length": length(batch.demonstrations.sequences)}
         if batch.rollouts is not None:
@@ -270,12 +282,12 @@ class _Game:
         for i, (side, weight) in enumerate(zip(self.sides, self.weights, strict=True)):
             own = self._critic_of(critic, side)
             view = side.view(batch, signal)
-            policy = student(view.sequences)
+            policy = student[side.responses]
             moments = self._moments(("gap",), side, view, own, policy, teacher)
             gap = self._gap(moments, view)
             preferences = self._preference_terms(
                 own,
-                policies[side.anchor],
+                anchors[side.anchor],
                 batch.preferences,
                 signal.preference_features,
                 self._entry(signal.anchor_nll, i, "anchor_nll"),
@@ -302,7 +314,9 @@ class _Game:
                 side,
                 view,
                 self._critic_of(critic, side),
-                self.student(params, view.sequences),
+                student_rows(
+                    self.model, params, view.sequences, temperature=self.temperature
+                ),
                 teacher,
             )
             values = step.loss(moments, mask, self.credit)
@@ -353,7 +367,7 @@ class _Game:
             critic,
             pairs.sequences,
             features,
-            anchor(pairs.sequences),
+            anchor,
             self.credit.gamma,
         )
         nll, valid = pair_losses(returns, pairs)

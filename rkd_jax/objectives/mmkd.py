@@ -55,9 +55,11 @@ from rkd_jax.objectives.white_box import (
     ON,
     STEPS,
     Credit,
+    Observed,
     Side,
     View,
     discounted,
+    observe,
     own_nll,
 )
 from rkd_jax.types import LossOutput, Mean, Objective
@@ -150,7 +152,8 @@ def make_mmkd(
         if weight
     )
     game = _Game(
-        student=partial(student_rows, model, temperature=temperature),
+        model=model,
+        temperature=temperature,
         teacher=FrozenPolicy("teacher", teacher, temperature),
         q_function=QFunction(q_values, center=False, bound=q_bound),
         sides=sides,
@@ -163,7 +166,11 @@ def make_mmkd(
     )
     requires = [name for side, _ in sides for name in _REQUIRES[moments][side.name]]
     return Objective(
-        "mmkd", game.student_loss, game.critic_loss, requires=tuple(requires)
+        "mmkd",
+        game.student_loss,
+        game.critic_loss,
+        requires=tuple(requires),
+        critic_signal=game.critic_signal,
     )
 
 
@@ -181,7 +188,8 @@ _STEPS = {"on": STEPS["reinforce"], "off": STEPS["one_step"]}
 class _Game:
     """The rules of one game: the arguments of `make_mmkd`, looked up."""
 
-    student: Callable[..., Rows]  # (params, sequences)
+    model: CausalLM
+    temperature: float
     teacher: FrozenPolicy
     q_function: QFunction
     sides: tuple[tuple[Side, float], ...]  # with their weights
@@ -192,9 +200,21 @@ class _Game:
     sft: Callable[..., Mean]
     sft_weight: float
 
+    def critic_signal(self, params, frozen, batch, signal) -> Observed:
+        """The student's states wherever the critics read its policy."""
+        del frozen
+        read = [
+            side.responses
+            for side, _ in self.sides
+            if side.anchor == "student" or not self.sampled
+        ]
+        return observe(self.model, params, batch, signal, read)
+
     def critic_loss(self, critic, params, dual, frozen, batch, signal, rng):
         del dual, rng
-        params, signal = jax.lax.stop_gradient((params, signal))
+        observed = self.critic_signal(params, frozen, batch, signal)
+        student = observed.policies(self.model, params, self.temperature)
+        signal = observed.signal
         distance, penalty, metrics = 0.0, 0.0, {}
         for side, weight in self.sides:
             view = side.view(batch, signal)
@@ -204,7 +224,7 @@ class _Game:
                 side,
                 view,
                 critic[side.name],
-                self.student(params, view.sequences),
+                student.get(side.responses),
                 self.teacher(frozen, view.teacher),
             )
             values = discounted(moments(view.features), mask, self.credit.gamma)
@@ -232,7 +252,9 @@ class _Game:
                 self._critic_rows(critic[side.name], view, view.features),
                 view.sequences,
                 anchor=side.anchor,
-                student=self.student(params, view.sequences),
+                student=student_rows(
+                    self.model, params, view.sequences, temperature=self.temperature
+                ),
                 teacher=self.teacher(frozen, view.teacher),
             )
             values = step.loss(moments, mask, self.credit)

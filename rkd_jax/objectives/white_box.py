@@ -8,16 +8,17 @@ the sides it plays on. The student's steps against a critic are in `STEPS`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Literal, NamedTuple
 
 import jax
 
 from rkd_jax.losses import discount_weights, reinforce, reward_to_go, trajectory_return
 from rkd_jax.masking import sequence_mean
-from rkd_jax.objectives.action_values import Moments, Player
+from rkd_jax.models.api import CausalLM, response_hidden
+from rkd_jax.objectives.action_values import Moments, Player, Rows, policy_rows
 from rkd_jax.objectives.game import prompt_mean
-from rkd_jax.types import GameBatch, Mean, Sequences, WhiteBoxSignal
+from rkd_jax.types import GameBatch, Mean, Params, Sequences, WhiteBoxSignal
 
 StudentStep = Literal["reinforce", "one_step", "one_step_plus_long"]
 
@@ -30,17 +31,65 @@ class View(NamedTuple):
     features: jax.Array | None  # float[*batch, T, D]
 
 
+class Observed(NamedTuple):
+    """A signal, and the student's states before the targets of some of the responses.
+
+    Computed once, it is what every step of a critic is given for a signal
+    (`rkd_jax.types.Objective`): the student stands still meanwhile.
+    """
+
+    signal: WhiteBoxSignal
+    states: dict[str, jax.Array]  # by field of the batch, [*batch, T, D]
+
+    def policies(
+        self, model: CausalLM, params: Params, temperature: float
+    ) -> dict[str, Rows]:
+        """The student's log-probs there; gradient flows to nothing."""
+        params = jax.lax.stop_gradient(params)
+        return {
+            name: policy_rows(model, params, states, temperature=temperature)
+            for name, states in self.states.items()
+        }
+
+
+def observe(
+    model: CausalLM,
+    params: Params,
+    batch: GameBatch,
+    signal: WhiteBoxSignal | Observed,
+    responses: Iterable[str],
+) -> Observed:
+    """The student's states on the named responses; nothing if they are there already.
+
+    Gradient: none.
+    """
+    if isinstance(signal, Observed):
+        return jax.lax.stop_gradient(signal)
+    sequences = {
+        "rollouts": lambda: batch.rollouts,
+        "demonstrations": lambda: batch.demonstrations.sequences,
+        "preferences": lambda: batch.preferences.sequences,
+    }
+    states = {
+        name: response_hidden(model, params, sequences[name]())
+        for name in sorted(set(responses))
+    }
+    return jax.lax.stop_gradient(Observed(signal, states))
+
+
 @dataclasses.dataclass(frozen=True)
 class Side:
     """Whose responses moments are taken on, and whose policy anchors the critic."""
 
     name: str
+    responses: str  # field of the batch
     view: Callable[[GameBatch, WhiteBoxSignal], View]
     anchor: Player
 
 
 ON = Side(
     "on",
+    "rollouts",
     lambda batch, signal: View(
         batch.rollouts, signal.rollouts, signal.rollout_features
     ),
@@ -48,6 +97,7 @@ ON = Side(
 )
 OFF = Side(
     "off",
+    "demonstrations",
     lambda batch, signal: View(
         batch.demonstrations.sequences,
         signal.demonstrations,

@@ -159,6 +159,7 @@ def _critic_phase(game: _Game, state: TrainState, frozen, parts, rng):
     if game.objective.critic_loss is None:
         return state.critic, state.dual, {}, jnp.int32(0)
     theta = jax.lax.stop_gradient(state.student.params)
+    parts = _critic_parts(game, theta, frozen, parts)
 
     def loss(phi, batch, signal, rng):
         return game.objective.critic_loss(
@@ -178,6 +179,19 @@ def _critic_phase(game: _Game, state: TrainState, frozen, parts, rng):
     refused = jnp.sum(~taken, dtype=jnp.int32)
     metrics |= {"critic/param_norm": _norm(critic.params)} | _dual_metrics(dual)
     return critic, dual, metrics, refused
+
+
+def _critic_parts(game: _Game, theta, frozen, parts):
+    """The micro-batches, with what every step of the critic would compute again."""
+    read = game.objective.critic_signal
+    if read is None or game.critic_steps == 1:
+        return parts
+
+    def part(inputs):
+        batch, signal = inputs
+        return batch, read(theta, frozen, batch, signal)
+
+    return jax.lax.map(part, parts)
 
 
 def _student_phase(game: _Game, student: Player, critic, frozen, parts, rng):

@@ -147,6 +147,27 @@ def test_products_are_counted_as_often_as_they_are_made():
     assert count(until, w, x, unknown=9) == 9 * one
 
 
+def test_products_inside_of_some_axes_are_cut_over_the_others():
+    """What `jax.shard_map` says of some axes leaves the rest to the partitioner."""
+    both = make_mesh(MeshConfig(fsdp=4, tensor=2))
+    x, w = jnp.ones((ROWS, WIDTH)), jnp.ones((WIDTH, WIDTH))
+
+    def over(names):
+        product = jax.shard_map(
+            jnp.matmul,
+            in_specs=(PartitionSpec("fsdp"), PartitionSpec()),
+            out_specs=PartitionSpec("fsdp"),
+            axis_names=names,
+        )
+        with jax.set_mesh(both):
+            jaxpr = jax.make_jaxpr(product)(x, w).jaxpr
+        return matmul_flops(jaxpr, devices=8)
+
+    all_rows = 2 * ROWS * WIDTH * WIDTH
+    assert over({"fsdp"}) == all_rows / 8
+    assert over({"fsdp", "tensor"}) == all_rows / 4  # every column on both devices
+
+
 def test_parameters_without_axes_are_cut_where_it_matters(mesh):
     params = {
         "wide": jax.ShapeDtypeStruct((12, 2**17), np.float32),

@@ -198,6 +198,31 @@ def test_bytes_of_hbm():
     assert hbm_bytes(parse(STEP)) == expected
 
 
+def test_a_collective_spread_over_fusions_is_read_and_written_once():
+    """Each of them also adds eight numbers; the rest it only hands on."""
+    part = """%async_collective_fusion.{n} (s: f32[1,256], t: f32[8,256], y: f32[8]) -> (f32[8], f32[1,256], f32[8,256], f32[8,256]) {{
+  %s = f32[1,256]{{1,0}} parameter(0)
+  %t = f32[8,256]{{1,0}} parameter(1)
+  %y = f32[8]{{0}} parameter(2)
+  %z = f32[8]{{0}} add(%y, %y)
+  %g = f32[8,256]{{1,0}} all-gather(%s), channel_id=9, replica_groups={{}}, dimensions={{0}}
+  ROOT %all = (f32[8]{{0}}, f32[1,256]{{1,0}}, f32[8,256]{{1,0}}, f32[8,256]{{1,0}}) tuple(%z, %s, %t, %g)
+}}
+
+"""  # noqa: E501 - lines as the compiler writes them
+    parts = "".join(part.format(n=n) for n in (1, 2))
+    call = """  %mine.{n}1 = f32[1,256]{{1,0}} constant({{...}})
+  %room.{n}1 = f32[8,256]{{1,0}} constant({{...}})
+  %eight.{n}1 = f32[8]{{0}} constant({{...}})
+  %spread.{n} = (f32[8]{{0}}, f32[1,256]{{1,0}}, f32[8,256]{{1,0}}, f32[8,256]{{1,0}}) fusion(%mine.{n}1, %room.{n}1, %eight.{n}1), kind=kOutput, calls=%async_collective_fusion.{n}
+"""  # noqa: E501
+    calls = "".join(call.format(n=n) for n in (1, 2))
+    text = STEP.replace("ENTRY", parts + "ENTRY")
+    text = text.replace("  %start = s32", calls + "  %start = s32")
+    added = hbm_bytes(parse(text)) - hbm_bytes(parse(STEP))
+    assert added == (256 + 8 * 256) * 4 + 2 * (8 + 8) * 4
+
+
 def test_of_a_condition_the_shortest_branch_is_run():
     text = """
 %long (a: f32[8]) -> f32[8] {
