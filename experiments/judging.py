@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -36,9 +35,10 @@ from rkd_jax.evaluation.likelihood import sequence_divergences, teacher_nll
 from rkd_jax.evaluation.rewards import gap_closed, win_rate
 from rkd_jax.signals.oracles import score
 from rkd_jax.signals.retrying_oracle import stopping
-from rkd_jax.training.run import write_json
+from rkd_jax.training.run import RunMismatch, write_json
 from rkd_jax.training.together import once
 from rkd_jax.types import Params, Sequences
+from rkd_jax.untrusted import read_object, refused
 
 TEACHER, START = "teacher (steered)", "warm start"
 
@@ -64,10 +64,19 @@ class Judged:
 
     @classmethod
     def load(cls, path: Path) -> Judged:
-        """What `save` wrote."""
-        found = json.loads(path.read_text("utf-8"))
-        policy = policy_from_json(found["policy"])
-        return cls(policy, found["texts"], np.array(found["rewards"]))
+        """What `save` wrote.
+
+        Raises:
+            RunMismatch: it is damaged.
+        """
+        hint = f"{path} is damaged; remove it and the same command judges again"
+        found = read_object(path, RunMismatch)
+        with refused(hint, RunMismatch):
+            policy, texts = policy_from_json(found["policy"]), list(found["texts"])
+            rewards = np.array(found["rewards"], np.float64)
+            if rewards.shape != (len(texts),):
+                raise ValueError(f"{len(texts)} texts, rewards {rewards.shape}")
+            return cls(policy, texts, rewards)
 
 
 class Judge:

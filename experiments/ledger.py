@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 
 from experiments.lab import Lab, teacher_path
@@ -14,7 +13,8 @@ from rkd_jax.data.tokenize import TokenizeReport, survey
 from rkd_jax.evaluation.content import DataSource, GameCurves, Incident, Phase, Series
 from rkd_jax.training.metrics import read_metrics
 from rkd_jax.training.provenance import versions
-from rkd_jax.training.run import RunFolder
+from rkd_jax.training.run import RunFolder, RunMismatch
+from rkd_jax.untrusted import read_object, refused
 
 
 def phases(pairs: PairsConfig) -> list[str]:
@@ -158,7 +158,8 @@ def costs(run: RunFolder, stage: str) -> dict[str, float]:
     path = run.stage(stage).path / "cost.json"
     if not path.exists():
         return {}
-    found = json.loads(path.read_text("utf-8"))
-    peak = found["peak_bytes"]
-    memory = {} if peak is None else {"peak_gib": peak / 2**30}
-    return {"seconds_per_step": found["seconds_per_step"]} | memory
+    found = read_object(path, RunMismatch)
+    with refused(f"{path} is damaged; remove it, and the report lacks it", RunMismatch):
+        peak = found["peak_bytes"]
+        memory = {} if peak is None else {"peak_gib": peak / 2**30}
+        return {"seconds_per_step": float(found["seconds_per_step"])} | memory

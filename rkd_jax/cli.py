@@ -201,7 +201,10 @@ class CacheCommand:
         template = self.chat_template
         if template is not None:
             chatml = template == "chatml"
-            text = CHATML if chatml else Path(template).read_text("utf-8")
+            try:
+                text = CHATML if chatml else Path(template).read_text("utf-8")
+            except UnicodeDecodeError as error:
+                raise UsageError(f"{template}: a template is UTF-8: {error}") from error
             tokenizer = tokenizer.with_chat_template(text)
         return Source(model, params), tokenizer
 

@@ -187,6 +187,7 @@ def test_lines_that_cannot_be_used_stop_it_or_are_counted(files, tmp_path, capsy
         (["--rows.max-prompt", "60"], "rows of up to 68 tokens exceed the teacher's"),
         (["--dtype", "int4"], "dtype='int4' is not one of"),
         (["--chat-template", "nowhere.jinja"], "nowhere.jinja"),
+        (["--chat-template", sys.executable], f"{sys.executable}: a template is UTF-8"),
         (["--shaping.keep", "--shaping.power", "1"], "power = 1 on normalised"),
     ],
 )
