@@ -120,7 +120,7 @@ def _is_spread(fused: Computation, one: Instruction) -> bool:
 
 def _written_by(fused: Computation, one: Instruction) -> float:
     """Bytes that a fusion writes: of an update in place, the update."""
-    if not one.root and _is_spread(fused, one):
+    if one.opcode != "tuple" and _is_spread(fused, one):
         return 0.0
     if one.opcode in _VIEWS and one.operands:
         return _written_by(fused, fused.instructions[one.operands[0]])

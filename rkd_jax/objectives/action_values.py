@@ -58,8 +58,8 @@ class Rows:
 
     Padding of the states may hold anything.
 
-    Example: ``Rows(log_probs)`` are numbers that are there; ``Rows(hidden, jnp.dot)``
-    with ``weights`` those of a head.
+    Example: ``Rows(log_probs)`` are numbers that are there; ``Rows(hidden, lambda head,
+    x: x @ head, head)`` those of a head.
     """
 
     states: jax.Array  # [*batch, T, D]
