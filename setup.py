@@ -54,7 +54,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["rkd_jax", "rkd_jax.*", "experiments"]),
-    install_requires=["jax>=0.6", "chex>=0.1.88", "optax>=0.2.4", "flax>=0.10"],
+    install_requires=["jax>=0.9", "chex>=0.1.88", "optax>=0.2.4", "flax>=0.10"],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["rkd = rkd_jax.cli:main"]},
 )
