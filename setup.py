@@ -32,9 +32,10 @@ EXTRAS = {
     # importlib_resources is used by tensorflow-datasets but not declared by it.
     "tfds": ["tensorflow-datasets>=4.9.7", "importlib_resources"],
     # The TPU compiler: 0.0.51 with jax 0.10.2; a newer jax may want a newer one.
-    "aot": ["libtpu>=0.0.42"],
+    "aot": ["libtpu>=0.0.42", "jax>=0.10"],
     "eval": ["vaderSentiment==3.3.2", "reasoning-gym==0.1.25"],
     "test": [
+        "jax>=0.10",  # for tests of the TPU compiler's programs
         "pytest>=8",
         "pytest-xdist>=3.5",
         "hypothesis>=6.100",
