@@ -37,8 +37,9 @@ lint: $(VENV)/test.stamp
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q $(ARGS)
 
-# Twenty kills, 2,000 cycles in one process, checkpoints of two processes damaged, and
-# every objective on the meshes that the suite leaves out.
+# Twenty kills of a training and of a whole experiment, 2,000 cycles in one process,
+# checkpoints of two processes damaged, and every objective on the meshes that the suite
+# leaves out. Ten to twenty minutes on two cores.
 test-long: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -m long -q -s tests/faults tests/objectives $(ARGS)
 
