@@ -23,7 +23,7 @@ position. Targets are shifted once, here: `Sequences.targets` are the last T col
 and states are read one column earlier (`rkd_jax.models.api.response_hidden`). Nothing
 else shifts. A packed row is the same layout at P = 1 (`rkd_jax.packed`).
 
-All of it are frozen dataclasses registered as pytrees, which cross `jax.jit` as such.
+Records are frozen dataclasses registered as pytrees: they cross `jax.jit` as they are.
 """
 
 from __future__ import annotations

@@ -93,19 +93,25 @@ def compile_step(
 
 
 def text_of(lowered: jax.stages.Lowered, compiled: jax.stages.Compiled) -> str:
-    """The optimised program.
+    """The optimised program, for `rkd_jax.aot.hlo.parse`.
 
     jax 0.10.2 cannot read back what libtpu 0.0.51 compiles for TPU7x. What the compiler
     writes down itself is the same text, for compiling a second time.
+
+    Raises:
+        jax.errors.JaxRuntimeError: jax cannot read it and the compiler wrote no such
+            file, or several.
     """
     try:
         return compiled.as_text()
-    except jax.errors.JaxRuntimeError:
+    except jax.errors.JaxRuntimeError as error:
         with tempfile.TemporaryDirectory() as folder:
             options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
             lowered.compile(compiler_options=options)
-            (written,) = Path(folder).glob("*.jit_*.after_optimizations.txt")
-            return written.read_text(encoding="utf-8")
+            written = list(Path(folder).glob("*.jit_*.after_optimizations.txt"))
+            if len(written) != 1:
+                raise error
+            return written[0].read_text(encoding="utf-8")
 
 
 def placed(tree: Any, shardings: Any) -> Any:

@@ -51,7 +51,8 @@ def _count(jaxpr: Jaxpr, share: float, unknown: int, *, kernel: bool = False) ->
             inner *= _turns(eqn.params["body_jaxpr"].jaxpr, unknown)
         elif name == "shard_map":
             mesh = eqn.params["mesh"]
-            manual = eqn.params["newly_manual_axes"]
+            new = "newly_manual_axes"  # in jax 0.10.0 "manual_axes"
+            manual = eqn.params[new if new in eqn.params else "manual_axes"]
             inner *= math.prod(mesh.shape[axis] for axis in manual)
         elif name == "pallas_call":
             grid = eqn.params["grid_mapping"].grid

@@ -85,7 +85,8 @@ def policy_rows(
 def _log_probs(weights, states, *, softcap: float | None, temperature: float):
     head, bias = weights
     logits = project(states, head, 1, accumulator(states))
-    logits = logits if bias is None else logits + bias.astype(logits.dtype)
+    if bias is not None:
+        logits += jnp.expand_dims(bias.astype(logits.dtype), range(logits.ndim - 1))
     logits = logits if softcap is None else softcap * jnp.tanh(logits / softcap)
     return tempered_log_softmax(logits, temperature)
 

@@ -65,15 +65,11 @@ def observe(
     """
     if isinstance(signal, Observed):
         return jax.lax.stop_gradient(signal)
-    sequences = {
-        "rollouts": lambda: batch.rollouts,
-        "demonstrations": lambda: batch.demonstrations.sequences,
-        "preferences": lambda: batch.preferences.sequences,
-    }
-    states = {
-        name: response_hidden(model, params, sequences[name]())
-        for name in sorted(set(responses))
-    }
+    states = {}
+    for name in responses:
+        found = getattr(batch, name)
+        sequences = found if isinstance(found, Sequences) else found.sequences
+        states[name] = response_hidden(model, params, sequences)
     return jax.lax.stop_gradient(Observed(signal, states))
 
 

@@ -19,6 +19,7 @@ from rkd_jax.objectives.action_values import (
     QFunction,
     Rows,
     action_moments,
+    policy_rows,
     student_rows,
 )
 from rkd_jax.objectives.mm_pbkd import make_mm_pbkd
@@ -33,7 +34,7 @@ from tests.objectives.game_batch import (
     ROLLOUTS,
     game_batch,
 )
-from tests.tabular.bed import BED_E, STUDENT, TEACHER
+from tests.tabular.bed import BED_E, STUDENT, TEACHER, TabularConfig
 from tests.tabular.white_box import log_prob_rows
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -163,6 +164,35 @@ def test_slices_of_states_say_what_whole_arrays_say(anchor, slices):
     jax.tree.map(close, found, expected)
     for gradient in jax.tree.leaves(found[0]):
         assert np.abs(gradient).max() > 1e-3
+
+
+class Capped:
+    """A head alone, with a bias and a soft cap."""
+
+    config = TabularConfig(logit_softcap=1.5)
+
+    def head(self, params):
+        return params["head"]
+
+    def head_bias(self, params):
+        return params["bias"]
+
+
+def test_a_policy_is_read_with_its_bias_and_its_soft_cap():
+    generator = np.random.default_rng(4)
+    params = {"head": generator.normal(size=(4, 6)), "bias": generator.normal(size=6)}
+    states = generator.normal(size=(2, 3, 4))
+    rows = policy_rows(
+        Capped(),
+        jax.tree.map(jnp.asarray, params),
+        jnp.asarray(states),
+        temperature=0.5,
+    )
+    logits = 1.5 * np.tanh((states @ params["head"] + params["bias"]) / 1.5) / 0.5
+    expected = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    found = rows.read(rows.weights, rows.states)
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    assert rows.vocabulary == 6
 
 
 def test_no_array_over_the_vocabulary_exists_as_a_whole():
