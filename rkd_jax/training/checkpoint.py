@@ -331,7 +331,7 @@ class Checkpoints:
     def _one_line(self, verb: str):
         try:
             yield
-        except CheckpointError:
+        except (CheckpointError, PeerLost):
             raise
         # orbax and tensorstore report a full disk as OSError, ValueError and others.
         except Exception as error:

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from rkd_jax.training.interrupt import PeerLost
+from rkd_jax.training.interrupt import PeerLost, blaming_peers
 from rkd_jax.training.provenance import summary
 
 
@@ -142,8 +142,9 @@ def _from_each(mine: Any) -> list[Any]:
     if jax.process_count() == 1:
         return [mine]
     text = json.dumps(mine).encode()
-    sizes = multihost_utils.process_allgather(np.int32(len(text)))
-    texts = multihost_utils.process_allgather(_padded(text, int(sizes.max())))
+    with blaming_peers():
+        sizes = multihost_utils.process_allgather(np.int32(len(text)))
+        texts = multihost_utils.process_allgather(_padded(text, int(sizes.max())))
     return [json.loads(row.tobytes()) for row in texts]
 
 
