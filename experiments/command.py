@@ -13,14 +13,14 @@ import tyro
 from experiments.compiled_programs import keep_compiled_programs
 from experiments.host_memory import keep_freed_memory
 from experiments.settings import SettingsError
-from experiments.several_processes import meet
+from experiments.several_processes import leave, leave_soon, meet
 from rkd_jax.data.records import RecordError
 from rkd_jax.data.tokenizer import VocabularyMismatch
 from rkd_jax.interop import UnsupportedConfigError, WeightsError
 from rkd_jax.sharding import ShardingError
 from rkd_jax.signals.oracles import OracleError
 from rkd_jax.training.checkpoint import CheckpointError
-from rkd_jax.training.interrupt import Interrupted, PeerLost
+from rkd_jax.training.interrupt import Interrupted, PeerLost, blaming_peers
 from rkd_jax.training.loop import Diverged
 from rkd_jax.training.run import RunMismatch
 
@@ -60,7 +60,8 @@ def run_command(
 
     Exit codes: 0 done; 1 a fault of ours, with its traceback; 2 something the user can
     mend, in one line; 130 Ctrl-C and 143 SIGTERM (128 + the signal), after the step was
-    finished and saved, so that the same command resumes.
+    finished and saved, so that the same command resumes. What ends one of several
+    processes ends the others too, in seconds (`experiments.several_processes.leave`).
     """
     arguments = sys.argv[1:]
     presets = {f"--{name}": make for name, make in presets.items()} | {"--tiny": tiny}
@@ -87,18 +88,22 @@ def run_command(
     try:
         if distributed:
             meet()
-        report = run(options)
+        with blaming_peers():
+            report = run(options)
     except Interrupted as stop:
         print(f"\n{stop}", file=sys.stderr)
-        sys.exit(stop.exit_code)
+        leave(stop.exit_code)
     except KeyboardInterrupt:
         print(
             "\ninterrupted between checkpoints; the same command goes on from the last "
             "finished stage",
             file=sys.stderr,
         )
-        sys.exit(130)
+        leave(130)
     except MENDABLE as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        leave(2)
+    except Exception:
+        leave_soon(1)
+        raise
     print(f"report: {report}")

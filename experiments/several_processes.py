@@ -8,7 +8,10 @@ is on the host each of them computes alike, and files are process 0's
 from __future__ import annotations
 
 import os
+import sys
+import threading
 from collections.abc import Sequence
+from typing import NoReturn
 
 import jax
 import numpy as np
@@ -38,6 +41,27 @@ def meet() -> None:
             f"--distributed: {(str(error).splitlines() or [''])[0]}; set "
             f"JAX_COORDINATOR_ADDRESS, {' and '.join(names.values())}"
         ) from error
+
+
+def leave(status: int) -> NoReturn:
+    """`sys.exit`, within ten seconds however many processes there are.
+
+    See `leave_soon`.
+    """
+    leave_soon(status)
+    sys.exit(status)
+
+
+def leave_soon(status: int, patience: float = 10.0) -> None:
+    """End this process with a status, unless it has ended by itself in some seconds.
+
+    At its end a process waits minutes for all others, and those that wait in a
+    collective for what this one would have computed notice only that it is gone.
+    """
+    if jax.distributed.is_initialized():
+        end = threading.Timer(patience, os._exit, [status])
+        end.daemon = True
+        end.start()
 
 
 class AskedOnce(RetryingOracle):

@@ -7,13 +7,13 @@ noticed before anything is restored from it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import json
 import logging
 import os
 import re
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,14 @@ import jax
 import orbax.checkpoint as ocp
 
 from rkd_jax.training.checksums import first_damage, has_checksums, write_checksums
-from rkd_jax.training.interrupt import PeerLost
+from rkd_jax.training.interrupt import PeerLost, blaming_peers
 from rkd_jax.training.provenance import differences, plain, summary, versions
 from rkd_jax.training.state import TrainState
 from rkd_jax.training.together import (
     Disagreement,
     check_folder,
     check_writable,
+    in_touch,
     once,
     unanimous,
 )
@@ -136,7 +137,7 @@ class Checkpoints:
         )
         with self._one_line("write"):
             # The checksums of the one before are written under its own step.
-            self._manager.wait_until_finished()
+            in_touch(self._manager.wait_until_finished)
             if not self._remote:
                 # At once: after a failed start orbax keeps the process from ending.
                 unanimous(functools.partial(check_writable, self.folder))
@@ -194,31 +195,37 @@ class Checkpoints:
             CheckpointError: something could not be written.
         """
         with self._one_line("write"):
-            self._manager.wait_until_finished()
+            in_touch(self._manager.wait_until_finished)
 
     def close(self) -> None:
         """Wait, then release the folder."""
         try:
             self.wait()
-        finally:
-            self._manager.close()
-            self._reader.close()
-            logging.getLogger("absl").removeFilter(self._quiet)
+        except CheckpointError:
+            self._release()
+            raise
+        self._release()
 
     def __enter__(self) -> Checkpoints:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
+        if error is None:
+            self.close()
+            return
         if isinstance(error, PeerLost):
             # A save in the background waits for the dead process, too: whoever waits
             # for it is ended by the runtime before he can say what happened.
             return
-        try:
-            self.close()
-        except CheckpointError:
-            # The first failure is on its way up already.
-            if error is None:
-                raise
+        # The first failure is on its way up already, and perhaps here alone.
+        with contextlib.suppress(CheckpointError), self._one_line("write"):
+            self._manager.wait_until_finished()
+        self._release()
+
+    def _release(self) -> None:
+        self._manager.close()
+        self._reader.close()
+        logging.getLogger("absl").removeFilter(self._quiet)
 
     def _seal(self) -> None:
         """Write the checksums; orbax calls this before a checkpoint gets its name."""
@@ -327,10 +334,11 @@ class Checkpoints:
                 f"{summary(different)}; restore these fields, or use another folder"
             )
 
-    @contextmanager
+    @contextlib.contextmanager
     def _one_line(self, verb: str):
         try:
-            yield
+            with blaming_peers():  # orbax's barriers before a save are the devices'
+                yield
         except (CheckpointError, PeerLost):
             raise
         # orbax and tensorstore report a full disk as OSError, ValueError and others.

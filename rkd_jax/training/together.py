@@ -7,10 +7,12 @@ they tell one another, so that they come to one conclusion.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -88,6 +90,34 @@ def unanimous(work: Callable[[], Any]) -> Any:
     if error is not None:
         raise error
     return found
+
+
+def in_touch(wait: Callable[[], None]) -> None:
+    """Let every process wait for its own part, and none for a process that is gone.
+
+    What waits at a barrier outside of the devices learns of a death from the runtime's
+    time-out alone, which ends the process before it can say anything. Meanwhile the
+    devices hear of it at once. All processes have to call it, in the same order.
+
+    Args:
+        wait: may be called twice, in another thread first; what it raises it raises
+            both times.
+
+    Raises:
+        PeerLost: another process is gone.
+    """
+    if jax.process_count() > 1:
+        done = threading.Event()
+
+        def work() -> None:
+            with contextlib.suppress(Exception):  # below it is raised
+                wait()
+            done.set()
+
+        threading.Thread(target=work, daemon=True).start()
+        while not all(_from_each(done.wait(timeout=0.1))):
+            pass
+    wait()
 
 
 def check_folder(folder: str, *, patience: float = 10.0) -> None:

@@ -4,22 +4,25 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 
 
-def run_two(folder: Path, *arguments: str) -> list[tuple[int, str, str]]:
+def run_two(module: str, *arguments: str) -> list[tuple[int, str, str]]:
     """(exit status, output, errors) of two processes with two devices each."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         address = f"localhost:{probe.getsockname()[1]}"
     flags = "--xla_force_host_platform_device_count=2"
     shared = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
-    command = [sys.executable, "-m", "experiments.tvkd", "--tiny", "--distributed"]
+    command = [sys.executable, "-m", module, "--distributed", *arguments]
     both = [
         subprocess.Popen(
-            [*command, "--out", str(folder), *arguments],
+            command,
             cwd=ROOT,
             env=os.environ | shared | {"JAX_PROCESS_ID": index, "XLA_FLAGS": flags},
             stdout=subprocess.PIPE,
@@ -36,6 +39,11 @@ def run_two(folder: Path, *arguments: str) -> list[tuple[int, str, str]]:
     return [(p.returncode, *end) for p, end in zip(both, ends, strict=True)]
 
 
+def run_toy(folder: Path, *arguments: str) -> list[tuple[int, str, str]]:
+    """A whole experiment."""
+    return run_two("experiments.tvkd", "--tiny", "--out", str(folder), *arguments)
+
+
 def last_line(errors: str) -> str:
     """The error that a user is shown."""
     (line,) = [line for line in errors.splitlines() if line.startswith("error:")]
@@ -44,7 +52,7 @@ def last_line(errors: str) -> str:
 
 def test_an_error_of_process_0_ends_both_in_one_line(tmp_path):
     (tmp_path / "foreign.txt").write_text("of nobody's run")
-    ends = run_two(tmp_path, "--mesh.data", "-1")
+    ends = run_toy(tmp_path, "--mesh.data", "-1")
     assert [status for status, _, _ in ends] == [2, 2], ends
     assert "holds no run (foreign.txt)" in last_line(ends[0][2])
     assert "process 0 stopped with RunMismatch" in last_line(ends[1][2])
@@ -52,7 +60,30 @@ def test_an_error_of_process_0_ends_both_in_one_line(tmp_path):
 
 
 def test_a_mesh_that_leaves_a_process_without_work_is_refused(tmp_path):
-    for status, _, errors in run_two(tmp_path / "run"):
+    for status, _, errors in run_toy(tmp_path / "run"):
         assert status == 2
         assert "it must take all of them; set one axis to -1" in last_line(errors)
     assert (tmp_path / "run" / "run.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("failure", "status", "message"),
+    [
+        ("disk", 2, "error: the disk of this process is full"),
+        ("fault", 1, "ZeroDivisionError: a fault of ours"),
+    ],
+)
+def test_an_error_of_one_process_alone_ends_the_other_soon(failure, status, message):
+    """And not after the minutes for which a process waits for all others at its end."""
+    start = time.monotonic()
+    other, failed = run_two("tests.experiments.failing_process", "--failure", failure)
+    assert time.monotonic() - start < 100.0
+    assert failed[0] == status, failed
+    assert message in failed[2].splitlines()
+    assert other[0] == 2, other
+    assert "a step failed in process 0 of 2" in last_line(other[2])
+
+
+def test_processes_that_do_not_fail_end_as_they_should():
+    ends = run_two("tests.experiments.failing_process")
+    assert [status for status, _, _ in ends] == [0, 0], ends

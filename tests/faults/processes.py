@@ -58,12 +58,10 @@ def start_together(start, folders, steps, *arguments, **kind):
     ]
 
 
-def start_two(start, folder, steps, *arguments):
+def start_two(start, folder, steps, *arguments, **environment):
     """Two processes of `tests.training.two_processes` that train together."""
-    folders = [folder, folder]
-    return start_together(
-        start, folders, steps, *arguments, module="two_processes", devices=2
-    )
+    kind = {"module": "two_processes", "devices": 2} | environment
+    return start_together(start, [folder, folder], steps, *arguments, **kind)
 
 
 def wait_until_ready(process):

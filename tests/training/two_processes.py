@@ -1,10 +1,10 @@
 """One of two processes that train the tiny game together on four devices.
 
 ``python -m tests.training.two_processes FOLDER STEPS PORT INDEX [EVERY]`` says "ready"
-at step 1 and from then on takes its time, so that a signal finds it at work. It saves
-every EVERY steps, half of each large array by either process, and takes a silent
-process for dead after ten seconds. At the end each writes the players as it has them to
-``FOLDER/final-INDEX.npz``.
+at step 1 and "between steps" at every other, and takes its time there, so that a
+signal finds it. It saves every EVERY steps, half of each large array by either process,
+and takes a silent process for dead after ten seconds. At the end each writes the
+players as it has them to ``FOLDER/final-INDEX.npz``.
 """
 
 import sys
@@ -26,7 +26,7 @@ from rkd_jax.training import Interrupted, MetricsWriter, fit
 from rkd_jax.training.checkpoint import CheckpointError, Checkpoints
 from rkd_jax.training.interrupt import PeerLost
 from rkd_jax.training.state import state_shardings
-from tests.faults.damage import accept_views
+from tests.faults.damage import accept_views, be_slow
 from tests.training import tiny_game
 
 WIDTH = 512
@@ -34,6 +34,7 @@ WIDTH = 512
 
 def _main(folder: str, steps: str, port: str, index: str, every: str = "500") -> None:
     accept_views()
+    be_slow()
     jax.distributed.initialize(
         f"localhost:{port}", 2, int(index), heartbeat_timeout_seconds=10
     )
@@ -49,8 +50,7 @@ def _main(folder: str, steps: str, port: str, index: str, every: str = "500") ->
     )
 
     def prepare(state, batch):
-        if int(state.step) == 1:
-            print("ready", flush=True)
+        print("ready" if int(state.step) == 1 else "between steps", flush=True)
         time.sleep(0.1)
         mine = slice(8 * int(index), 8 * int(index) + 8)
         batch = {name: rows[mine] for name, rows in batch.items()}
