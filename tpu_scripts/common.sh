@@ -19,7 +19,8 @@ environment variable:
   --project ID     RKD_TPU_PROJECT   Google Cloud project
   --zone ZONE      RKD_TPU_ZONE      such as us-west4-a
   --name NAME      RKD_TPU_NAME      of the queued resource and of its TPU VM
-  --type TYPE      RKD_TPU_TYPE      such as v5litepod-1, v5p-8, v6e-8
+  --type TYPE      RKD_TPU_TYPE      such as v5litepod-1, v6e-8, v5p-64; for a slice of
+                                     several hosts every script needs it
   --runtime NAME   RKD_TPU_RUNTIME   software of the TPU VM; by default the one for TYPE
   --capacity KIND  RKD_TPU_CAPACITY  spot (cheap, may be taken away) or on-demand
   --bucket gs://.. RKD_TPU_BUCKET    where runs/ is kept while an experiment runs; without
@@ -30,7 +31,8 @@ environment variable:
 
 RKD_TPU_POLL: seconds between two looks at a queued resource, 30 by default."
 
-say() { printf '%s\n' "$*"; }
+WHO='' # put before every message: which worker speaks, where there are several
+say() { printf '%s\n' "$WHO$*"; }
 
 die() { # die [STATUS] MESSAGE
   local status=1
@@ -38,7 +40,7 @@ die() { # die [STATUS] MESSAGE
     status=$1
     shift
   fi
-  printf 'error: %s\n' "$1" >&2
+  printf 'error: %s\n' "$WHO$1" >&2
   exit "$status"
 }
 
@@ -74,7 +76,7 @@ $SETTINGS"
 read_settings() {
   PROJECT=${RKD_TPU_PROJECT:-} ZONE=${RKD_TPU_ZONE:-} NAME=${RKD_TPU_NAME:-}
   TYPE=${RKD_TPU_TYPE:-} RUNTIME=${RKD_TPU_RUNTIME:-} BUCKET=${RKD_TPU_BUCKET:-}
-  CAPACITY=${RKD_TPU_CAPACITY:-} JAX=${RKD_TPU_JAX:-} DRY_RUN=0
+  CAPACITY=${RKD_TPU_CAPACITY:-} JAX=${RKD_TPU_JAX:-} DRY_RUN=0 HOSTS=1
   local flag
   while (($#)); do
     flag=${1%%=*}
@@ -128,21 +130,33 @@ no_more_arguments() {
   ((${#ARGUMENTS[@]} == 0)) || die 2 "unexpected argument ${ARGUMENTS[0]}; see --help"
 }
 
-# Refuses what no experiment can use; finds CHIPS, and RUNTIME if none was named.
+# Refuses what does not exist; finds HOSTS, CHIPS, and RUNTIME if none was named. The
+# number counts cores for v4 and v5p, two to a chip, and chips for v5e and v6e. A host has
+# four chips, but a v5e or v6e host alone may have one or eight.
 read_type() {
-  local runtime
-  # The number counts chips for v5e and v6e, and cores, two to a chip, for v4 and v5p. Up
-  # to eight of either are on one host.
-  [[ $TYPE =~ ^(v4|v5litepod|v5p|v6e)-([1-9][0-9]*)$ && ${BASH_REMATCH[2]} -gt 8 ]] &&
-    die 2 "--type $TYPE is a slice of several hosts, and these scripts start one process \
-on one host (docs/scaling.md); choose ${BASH_REMATCH[1]}-8 or smaller"
-  case $TYPE in
-    v4-8) runtime=tpu-ubuntu2204-base CHIPS=4 ;;
-    v5p-8) runtime=v2-alpha-tpuv5 CHIPS=4 ;;
-    v5litepod-[148]) runtime=v2-alpha-tpuv5-lite CHIPS=${TYPE#*-} ;;
-    v6e-[148]) runtime=v2-alpha-tpuv6e CHIPS=${TYPE#*-} ;;
-    *) die 2 "--type $TYPE: known are v4-8, v5p-8, v5litepod-1, -4, -8 and v6e-1, -4, -8" ;;
+  local kind=${TYPE%-*} number=${TYPE##*-} runtime='' cores=0
+  case $kind in
+    v4) runtime=tpu-ubuntu2204-base cores=8192 ;;
+    v5p) runtime=v2-alpha-tpuv5 cores=12288 ;;
+    v5litepod) runtime=v2-alpha-tpuv5-lite ;;
+    v6e) runtime=v2-alpha-tpuv6e ;;
   esac
+  CHIPS=0
+  [[ $number =~ ^[1-9][0-9]{0,4}$ ]] || runtime=
+  if [[ -n $runtime ]] && ((cores)); then
+    case $number in
+      8 | 16 | 32 | 64) CHIPS=$((number / 2)) ;;
+      *) ((number % 128 || number > cores)) || CHIPS=$((number / 2)) ;;
+    esac
+  elif [[ -n $runtime ]]; then
+    case $number in
+      1 | 4 | 8 | 16 | 32 | 64 | 128 | 256) CHIPS=$number ;;
+    esac
+  fi
+  ((CHIPS)) || die 2 "--type $TYPE: known are v4-8, -16, -32, -64 and multiples of 128 \
+up to v4-8192; v5p the same up to v5p-12288; v5litepod-1, -4, -8, -16, -32, -64, -128, \
+-256; v6e the same"
+  HOSTS=$((CHIPS <= 8 && !cores || CHIPS == 4 ? 1 : CHIPS / 4))
   RUNTIME=${RUNTIME:-$runtime}
 }
 
@@ -172,8 +186,12 @@ find_state() {
 create() {
   local kind=()
   [[ $CAPACITY == on-demand ]] || kind=("--$CAPACITY")
-  ((CHIPS == 1)) ||
+  if ((HOSTS > 1)); then
+    say "# an experiment computes on all $CHIPS chips of $TYPE, in a process on each of its \
+$HOSTS hosts (docs/scaling.md)"
+  elif ((CHIPS > 1)); then
     say "# an experiment computes on one of the $CHIPS chips of $TYPE (docs/scaling.md)"
+  fi
   execute gcloud compute tpus queued-resources create "$NAME" "--node-id=$NAME" \
     "${WHERE[@]}" "--accelerator-type=$TYPE" "--runtime-version=$RUNTIME" "${kind[@]}"
 }
@@ -198,12 +216,15 @@ wait_until_active() {
   say "# $NAME is ACTIVE"
 }
 
-# on_workers COMMAND: on every host of the slice, through the login shell.
+# on_workers COMMAND [WORKER]: on every host of the slice, or one, through the login shell.
+# gcloud returns when all have ended, with the first status that is not 0. Where a
+# connection breaks it executes the command again.
 on_workers() {
-  execute gcloud compute tpus tpu-vm ssh "$NAME" "${WHERE[@]}" --worker=all "--command=$1"
+  execute gcloud compute tpus tpu-vm ssh "$NAME" "${WHERE[@]}" "--worker=${2:-all}" \
+    "--command=$1"
 }
 
-# worker WORD...: a step of worker.sh on the TPU VM.
+# worker WORD...: a step of worker.sh on every host.
 worker() {
   on_workers "$(quote bash "$FOLDER/tpu_scripts/worker.sh" "$@")"
 }
@@ -211,17 +232,28 @@ worker() {
 # set_up ARCHIVE: the project on the TPU VM, in place of what was there except runs/ and
 # the environment. Status $BUSY, and nothing changed, while an experiment runs.
 set_up() {
-  local requirement="jax[tpu]${JAX:+==$JAX}" command
+  local install=(install "jax[tpu]${JAX:+==$JAX}") command
+  if ((HOSTS > 1)); then
+    # None may be changed while one is busy, so all are asked before.
+    command="test ! -e $FOLDER/.lock || flock -n $FOLDER/.lock true || exit $BUSY"
+    on_workers "$command" || return
+    install+=("$HOSTS")
+  fi
   command="mkdir -p $FOLDER && cd $FOLDER && { flock -n .lock true || exit $BUSY; } &&"
   command+=' find . -mindepth 1 -maxdepth 1 ! -name runs ! -name .venv ! -name .lock'
   command+=" -exec rm -rf {} + && tar -xzf ../$FOLDER.tar.gz &&"
-  command+=" $(quote bash tpu_scripts/worker.sh install "$requirement")"
+  command+=" $(quote bash tpu_scripts/worker.sh "${install[@]}")"
   execute gcloud compute tpus tpu-vm scp "$1" "$NAME:$FOLDER.tar.gz" "${WHERE[@]}" \
-    --worker=all && on_workers "$command"
+    --worker=all && on_workers "$command" || return
+  ((HOSTS == 1)) || worker devices "$HOSTS"
 }
 
 # launch SNAPSHOT EXPERIMENT [OVERRIDE...]: a no-op if it runs there already, or is done.
 launch() {
   [[ -n $1 ]] || say "# no bucket: a preemption loses the run"
+  if ((HOSTS > 1)); then
+    worker share "$HOSTS" "$1" # worker 0, before the others mount what it shares
+    worker join "$HOSTS"       # all, before any starts: each tells the rest how it stands
+  fi
   worker start "$@"
 }

@@ -3,10 +3,11 @@
 #
 #   setup_vm.sh [SETTINGS] [PATH...]
 #
-# Needs project, zone and name. What is copied: every file git tracks, as it is in the
-# working tree now, and the PATHs, for instance the data of an experiment. A copy stays
-# in runs/tpu/NAME, so that resume.sh sets up the same. Run again, it replaces all of it
-# on the TPU VM except runs/; while an experiment runs there it changes nothing.
+# Needs project, zone and name, and the type where it is a slice of several hosts. What is
+# copied: every file git tracks, as it is in the working tree now, and the PATHs, for
+# instance the data of an experiment. A copy stays in runs/tpu/NAME, so that resume.sh sets
+# up the same. Run again, it replaces all of it on the TPU VM except runs/; while an
+# experiment runs there it changes nothing.
 
 # shellcheck source=tpu_scripts/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"

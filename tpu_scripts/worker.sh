@@ -1,7 +1,10 @@
 #!/usr/bin/env bash
 # What the other scripts do on the TPU VM; they call it there.
 #
-#   worker.sh install REQUIREMENT            python, this project, jax for TPU
+#   worker.sh install REQUIREMENT [HOSTS]    python, this project, jax for TPU
+#   worker.sh devices HOSTS                  all of the slice, once all hosts are installed
+#   worker.sh share HOSTS SNAPSHOT           of several hosts: runs/ of worker 0 ...
+#   worker.sh join HOSTS                     ... becomes that of the others (shared_runs.sh)
 #   worker.sh start SNAPSHOT EXPERIMENT ...  in the background, unless it runs or is done
 #   worker.sh run SNAPSHOT EXPERIMENT ...    in the foreground; start calls it
 #   worker.sh logs LINES
@@ -12,13 +15,20 @@
 
 # shellcheck source=tpu_scripts/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+# shellcheck source=tpu_scripts/shared_runs.sh
+source "$(dirname "${BASH_SOURCE[0]}")/shared_runs.sh"
 cd "$ROOT"
 
 JOB=runs/.launch # command, pid, log and exit status of the experiment
+remember_worker
 # An experiment whose backend is missing fails; it does not go on, slowly, on the CPU.
 export JAX_PLATFORMS=${JAX_PLATFORMS:-tpu,cpu} PYTHONUNBUFFERED=1
 
 install() {
+  if (($# > 1)); then
+    find_worker "$2"
+    install_nfs
+  fi
   PATH=$HOME/.local/bin:$PATH
   command -v make >/dev/null || sudo apt-get install --yes make
   command -v uv >/dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh
@@ -26,7 +36,8 @@ install() {
   uv python install --managed-python 3.12
   make PYTHON="$(uv python find --managed-python --no-project 3.12)" .venv/run.stamp
   .venv/bin/pip install --quiet "$1"
-  .venv/bin/python -c 'import jax; print("devices:", jax.devices())'
+  # One of several hosts sees no devices unless all look at the same time.
+  [[ -n $WORKER ]] || .venv/bin/python -c 'import jax; print("devices:", jax.devices())'
 }
 
 # Whoever lives of the experiment's processes holds the lock through descriptor 9.
@@ -35,6 +46,10 @@ start() {
   shift
   mkdir -p "$JOB"
   command=$(quote "$@")
+  if [[ -n $WORKER ]]; then
+    start_together "$snapshot" "$@"
+    return
+  fi
   exec 9>.lock
   if ! flock -n 9; then
     [[ $(<"$JOB/command") == "$command" ]] ||
@@ -50,7 +65,15 @@ start() {
     say "it has finished: $command"
     return
   fi
-  rm -f "$JOB/status"
+  begin "$snapshot" "$@"
+}
+
+# begin SNAPSHOT EXPERIMENT ...: what start has found to be due; it holds the lock.
+begin() {
+  local snapshot=$1 command
+  shift
+  command=$(quote "$@")
+  rm -f "$JOB/status" "$JOB/asked"
   printf '%s\n' "$command" >"$JOB/command"
   nohup setsid bash "$ROOT/tpu_scripts/worker.sh" run "$snapshot" "$@" \
     </dev/null >>"$JOB/log" 2>&1 &
@@ -61,6 +84,7 @@ start() {
 run() {
   local snapshot=$1 status=0 keeper=
   shift
+  WHO='' # logs.sh says whose log it is
   # The experiment is told to stop as well, and saves; the last snapshot comes after it.
   trap : TERM
   if [[ -n $snapshot ]]; then
@@ -110,19 +134,25 @@ restore() {
 
 logs() {
   [[ -e $JOB/log ]] || die "nothing was launched here"
-  exec tail -n "$1" -F "$JOB/log"
+  [[ -n $WORKER ]] || exec tail -n "$1" -F "$JOB/log"
+  tail -n "$1" -F "$JOB/log" | sed -u "s/^/$WHO/"
 }
 
 stop() {
   if flock -n .lock true; then
     say "nothing runs"
+  elif [[ -n $WORKER && -e $JOB/status ]]; then
+    say "it has ended and is copied to the bucket" # another one may be why stop.sh is called
+  elif [[ -n $WORKER && -e $JOB/asked ]]; then
+    kill_what_hangs
   else
+    [[ -z $WORKER ]] || touch "$JOB/asked"
     kill -TERM -- "-$(<"$JOB/pid")"
     say "asked to stop: it saves and ends, logs.sh shows when"
   fi
 }
 
 case ${1:-} in
-  install | start | run | logs | stop) "$@" ;;
+  install | devices | share | join | start | run | logs | stop) "$@" ;;
   *) die 2 "worker.sh is called by the other scripts" ;;
 esac

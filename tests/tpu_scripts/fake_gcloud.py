@@ -1,7 +1,8 @@
 """Stands in for Google Cloud: ``gcloud`` of the tests, the one thing not real there.
 
 It records every call, answers ``describe`` from a list of states, and keeps a TPU VM
-and its buckets as folders: what it is asked to execute there, a real shell executes.
+and its buckets as folders: what it is asked to execute there, a real shell executes, on
+all workers of a slice at the same time.
 """
 
 import json
@@ -9,10 +10,22 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 CLOUD = Path(os.environ["FAKE_CLOUD"])
-VM = CLOUD / "vm"  # the home folder there
+HOSTS = int(os.environ.get("FAKE_HOSTS", "1"))
+
+
+def home(worker: int) -> Path:
+    """The home folder on one of the hosts."""
+    return CLOUD / (f"vm-{worker}" if worker else "vm")
+
+
+def chosen(options: dict[str, str]) -> list[int]:
+    """The workers that are meant."""
+    which = options["--worker"]
+    return list(range(HOSTS)) if which == "all" else [int(which)]
 
 
 def local(url: str) -> Path:
@@ -36,14 +49,28 @@ def describe() -> int:
 
 
 def execute(options: dict[str, str]) -> int:
-    """One command on the VM."""
-    environment = os.environ | {"HOME": str(VM)}
+    """One command on the hosts; the first status that is not 0, as gcloud does it."""
     command = ["bash", "-c", options["--command"]]
-    return subprocess.run(command, cwd=VM, env=environment, check=False).returncode
+    processes = {}
+    for worker in chosen(options):
+        own = {"HOME": str(home(worker)), "FAKE_WORKER": str(worker)}
+        if HOSTS > 1:  # what apt-get installs there
+            own["PATH"] = f"{home(worker)}/sbin:{os.environ['PATH']}"
+        processes[worker] = subprocess.Popen(
+            command, cwd=home(worker), env=os.environ | own
+        )
+    ends = {worker: process.wait() for worker, process in processes.items()}
+    for worker, status in ends.items():
+        if status and len(ends) > 1:
+            said = f"execution on worker {worker} failed with exit status {status}"
+            print(f"##### Command {said}. Continuing.", file=sys.stderr)
+    return next((status for status in ends.values() if status), 0)
 
 
 def copy(source: str, target: str) -> int:
     """To or from a bucket."""
+    while (CLOUD / "slow-bucket").exists():
+        time.sleep(0.02)
     if not source.startswith("gs://"):
         local(target).parent.mkdir(parents=True, exist_ok=True)
         partial = local(target).with_suffix(".partial")
@@ -69,7 +96,8 @@ def main(arguments: list[str]) -> int:
         case ["compute", "tpus", "tpu-vm", "ssh", _]:
             return execute(options)
         case ["compute", "tpus", "tpu-vm", "scp", source, target]:
-            shutil.copyfile(source, VM / target.split(":", 1)[1])
+            for worker in chosen(options):
+                shutil.copyfile(source, home(worker) / target.split(":", 1)[1])
             return 0
         case ["storage", "ls", url]:
             if local(url).exists():

@@ -1,12 +1,8 @@
 """The scripts as a user calls them; only Google Cloud itself is replaced."""
 
-import contextlib
-import json
-import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -14,67 +10,14 @@ from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
+from tests.tpu_scripts.cloud import DESCRIBE, ON, ROOT, WHERE, call, needs_linux
+
 SCRIPTS = sorted((ROOT / "tpu_scripts").glob("*.sh"))
 CALLED = sorted(
-    p.name for p in SCRIPTS if p.name not in ("common.sh", "worker.sh")
+    p.name
+    for p in SCRIPTS
+    if p.name not in ("common.sh", "worker.sh", "shared_runs.sh")
 )  # by users
-WHERE = {
-    "RKD_TPU_PROJECT": "my-project",
-    "RKD_TPU_ZONE": "us-west4-a",
-    "RKD_TPU_NAME": "distil",
-}
-ON = "--project=my-project --zone=us-west4-a"
-DESCRIBE = (
-    f"gcloud compute tpus queued-resources describe distil {ON} "
-    "'--format=value(state.state)'"
-)
-needs_linux = pytest.mark.skipif(
-    not all(map(shutil.which, ("bash", "git", "flock", "setsid", "make"))),
-    reason="a TPU VM has bash, git, flock, setsid and make; this machine does not",
-)
-
-
-def call(script: Path, *arguments: str, **environment: str):
-    """The finished process of one script."""
-    own = {k: v for k, v in os.environ.items() if not k.startswith("RKD_")}
-    return subprocess.run(
-        ["bash", str(script), *arguments],
-        env=own | environment,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-
-
-@pytest.fixture(scope="module")
-def no_cloud(tmp_path_factory) -> str:
-    """A PATH whose ``gcloud`` refuses to be called."""
-    folder = tmp_path_factory.mktemp("no-cloud")
-    (folder / "gcloud").write_text("#!/bin/sh\necho it was called >&2\nexit 99\n")
-    (folder / "gcloud").chmod(0o755)
-    return f"{folder}:{os.environ['PATH']}"
-
-
-@pytest.fixture(scope="module")
-def dry(no_cloud):
-    """The lines that a dry run of a script prints."""
-
-    def lines(script: str, *arguments: str, **environment: str) -> list[str]:
-        process = call(
-            ROOT / "tpu_scripts" / script,
-            "--dry-run",
-            *arguments,
-            **WHERE | environment,
-            PATH=no_cloud,
-        )
-        assert process.returncode == 0, process.stderr
-        assert process.stderr == ""
-        return process.stdout.splitlines()
-
-    return lines
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
@@ -276,18 +219,14 @@ def test_overrides_survive_two_shells(dry):
             ["--type=v6e-1", "--bucket=my-bucket", "experiments.quickstart"],
             "--bucket 'my-bucket' is malformed",
         ),
-        (
-            "create_vm.sh",
-            ["--type", "v5litepod-16", "--capacity", "spot"],
-            "v5litepod-16 is a slice of several hosts",
-        ),
-        (
-            "launch.sh",
-            ["--type", "v5p-16", "experiments.quickstart"],
-            "v5p-16 is a slice of several hosts",
-        ),
         ("create_vm.sh", ["--type", "v99-8", "--capacity", "spot"], "known are v4-8"),
         ("create_vm.sh", ["--type", "v5p-4", "--capacity", "spot"], "known are v4-8"),
+        ("create_vm.sh", ["--type", "v5p-24", "--capacity", "spot"], "known are v4-8"),
+        ("create_vm.sh", ["--type", "v4-8320", "--capacity", "spot"], "v4-8192;"),
+        ("create_vm.sh", ["--type", "v6e-2", "--capacity", "spot"], "v6e the same"),
+        ("create_vm.sh", ["--type", "v6e-12", "--capacity", "spot"], "v6e the same"),
+        ("logs.sh", ["1", "some"], "WORKER 'some' is malformed"),
+        ("logs.sh", ["1", "all", "2"], "unexpected argument 2"),
         (
             "create_vm.sh",
             ["--type", "v6e-1", "--capacity", "cheap"],
@@ -302,117 +241,6 @@ def test_bad_input_is_one_line_and_exit_code_2(no_cloud, script, arguments, mess
     assert process.stderr.startswith("error: ")
     assert len(process.stderr.splitlines()) == 1
     assert message in process.stderr
-
-
-class Cloud:
-    """A small project in a git repository, and a cloud that is a folder."""
-
-    def __init__(self, folder: Path):
-        self.folder, self.project = folder, folder / "project"
-        self.vm = folder / "vm" / "rkd_jax"
-        self.vm.parent.mkdir()
-        shutil.copytree(ROOT / "tpu_scripts", self.project / "tpu_scripts")
-        (self.project / "experiments").mkdir()
-        (self.project / "experiments" / "__init__.py").touch()
-        toy = (HERE / "toy_experiment.py").read_text()
-        (self.project / "experiments" / "toy.py").write_text(toy)
-        (self.project / "Makefile").write_text(MAKEFILE)
-        (self.project / "note.txt").write_text("untracked")
-        tools = folder / "bin"
-        tools.mkdir()
-        run = f'#!/bin/sh\nexec {sys.executable} -S {HERE / "fake_gcloud.py"} "$@"\n'
-        (tools / "gcloud").write_text(run)
-        (tools / "uv").write_text(f"#!/bin/sh\necho {sys.executable}\n")
-        for tool in tools.iterdir():
-            tool.chmod(0o755)
-        self.environment = WHERE | {
-            "RKD_TPU_TYPE": "v6e-1",
-            "RKD_TPU_CAPACITY": "spot",
-            "RKD_TPU_BUCKET": "gs://my-bucket",
-            "RKD_TPU_POLL": "0.01",
-            "RKD_TPU_SNAPSHOT_EVERY": "0.1",
-            "FAKE_CLOUD": str(folder),
-            "JAX_PLATFORMS": "cpu",
-            "PATH": f"{tools}:{os.environ['PATH']}",
-        }
-        git = ["git", "-C", str(self.project)]
-        subprocess.run([*git, "init", "--quiet"], check=True)
-        tracked = ["tpu_scripts", "experiments", "Makefile"]
-        subprocess.run([*git, "add", *tracked], check=True)
-
-    def states(self, *names: str) -> None:
-        """What the next looks at the queued resource find."""
-        (self.folder / "states").write_text("\n".join(names))
-
-    def __call__(self, script: str, *arguments: str, status: int = 0) -> str:
-        """What one script prints, both streams."""
-        script = self.project / "tpu_scripts" / script
-        process = call(script, *arguments, **self.environment)
-        text = process.stdout + process.stderr
-        assert process.returncode == status, text
-        return text
-
-    def calls(self) -> list[str]:
-        """The kinds of all calls since the last question, such as "tpu-vm ssh"."""
-        record = self.folder / "calls"
-        lines = record.read_text().splitlines() if record.exists() else []
-        record.write_text("")
-        kinds = [" ".join(json.loads(line)[2:4]) for line in lines]
-        return [kind for kind in kinds if not kind.startswith(("gs:", "--", "/", "."))]
-
-    def go(self, *steps: int) -> None:
-        """Let the toy experiment take these steps."""
-        for step in steps:
-            (self.vm.parent / f"go-{step}").touch()
-
-    def wait_for(self, path: Path, text: str = "") -> None:
-        deadline = time.monotonic() + 20
-        while not (path.exists() and text in path.read_text(errors="replace")):
-            log = self.vm / "runs/.launch/log"
-            said = log.read_text() if log.exists() else "nothing"
-            assert time.monotonic() < deadline, f"no {text!r} in {path}; {said}"
-            time.sleep(0.02)
-
-    def wait_for_end(self) -> None:
-        """Until nothing of the launch is left, its last snapshot included."""
-        deadline = time.monotonic() + 20
-        free = ["flock", "-n", str(self.vm / ".lock"), "true"]
-        while subprocess.run(free, check=False).returncode:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-
-    def arguments(self) -> list[list[str]]:
-        """Of every start of the toy experiment."""
-        lines = (self.vm / "runs/toy/argv").read_text().splitlines()
-        return [json.loads(line) for line in lines]
-
-    def preempt(self) -> None:
-        """The machine is gone, with all that ran and lay there."""
-        pid = self.vm / "runs/.launch/pid"
-        if pid.exists():
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(int(pid.read_text()), signal.SIGKILL)
-            self.wait_for_end()
-        shutil.rmtree(self.vm.parent)
-        self.vm.parent.mkdir()
-
-
-# The environment of the toy project: a python that has jax, and a pip that takes notes.
-MAKEFILE = """
-.venv/run.stamp:
-\tmkdir -p .venv/bin
-\tprintf '#!/bin/sh\\nexec $(PYTHON) "$$@"\\n' > .venv/bin/python
-\tprintf '#!/bin/sh\\necho "$$@" >> .venv/installed\\n' > .venv/bin/pip
-\tchmod +x .venv/bin/*
-\ttouch $@
-"""
-
-
-@pytest.fixture
-def cloud(tmp_path):
-    cloud = Cloud(tmp_path)
-    yield cloud
-    cloud.preempt()
 
 
 @needs_linux
