@@ -146,6 +146,11 @@ def _trained(
     """Of a method that a `Trainer` trains; ``data`` and ``signal`` are of B."""
     trainer = method.trainer
     lab = trainer.lab
+    if trainer.options.row_length:
+        raise SettingsError(
+            f"{trainer.objective.name}: row_length {trainer.options.row_length}, but "
+            "shapes are those of a row for each record; set it to 0"
+        )
     size = batch or trainer.options.batch_size
     params = lab.student_params if params is None else params
     found = data(size)

@@ -84,6 +84,8 @@ class WarmStartConfig:
     batch_size: int = 16
     learning_rate: float = 2e-4
     warmup_steps: int = 4
+    row_length: int = 0
+    """As in `FitConfig`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,9 +156,12 @@ class FitConfig:
 
     learning_rate: float = 1e-5
     batch_size: int = 16
-    """Records per update."""
+    """Records per update; packed rows where there is a `row_length`."""
     accumulation: int = 4
     """Micro-batches per update: less memory, the same numbers."""
+    row_length: int = 0
+    """Columns of a packed row, which holds as many records as fit; 0 for a row to each
+    record. SFT, SeqKD, KD and DPO read packed rows."""
 
 
 @dataclasses.dataclass(frozen=True)

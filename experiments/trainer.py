@@ -14,8 +14,9 @@ from jax.sharding import Mesh
 from experiments.lab import Lab
 from experiments.settings import FitConfig, SettingsError
 from experiments.stages import Desk, train, training_key
-from rkd_jax.data.pipeline import make_batches
+from rkd_jax.data.pipeline import BatchIterator, make_batches
 from rkd_jax.data.records import DemonstrationRecord, PreferenceRecord
+from rkd_jax.data.windows import make_packed_batches
 from rkd_jax.sharding import batch_sharding, mesh_of, parameter_shardings
 from rkd_jax.training.loop import Update
 from rkd_jax.training.optim import OptimConfig, make_optimizer
@@ -131,6 +132,58 @@ class _UpdateOnMesh:
         return self._update
 
 
+def record_batches(
+    what: str,
+    lab: Lab,
+    records: Sequence[Record],
+    *,
+    batch_size: int,
+    row_length: int,
+    seed: int,
+) -> BatchIterator:
+    """Shuffled batches of records, for ever: a row for each, or packed rows.
+
+    Args:
+        what: needs them, for messages.
+        lab: its tokenizer and limits.
+        records: demonstrations or pairs, one kind.
+        batch_size: rows.
+        row_length: columns of a packed row; 0 for a row to each record.
+        seed: of their order.
+
+    Raises:
+        SettingsError: fewer records than one batch, or a packed row that is longer than
+            the models' context or need not hold a record.
+    """
+    if not row_length:
+        if len(records) < batch_size:
+            raise SettingsError(
+                f"{what}: {len(records)} records for batches of {batch_size}; lower "
+                "the batch size or give more data"
+            )
+        return make_batches(
+            records, lab.tokenizer, lab.rows, batch_size=batch_size, seed=seed
+        )
+    members = 2 if isinstance(records[0], PreferenceRecord) else 1
+    limits = lab.rows
+    prompt = max(limits.max_prompt, limits.max_teacher_prompt or 0)
+    least = members * (prompt + limits.max_response)
+    contexts = (lab.student.config.max_length, lab.teacher.config.max_length)
+    if not least <= row_length <= min(contexts):
+        raise SettingsError(
+            f"{what}: row_length {row_length}; the longest record that --policy allows "
+            f"takes {least} columns, the models' context has {min(contexts)}"
+        )
+    return make_packed_batches(
+        records,
+        lab.tokenizer,
+        limits,
+        row_length=row_length,
+        batch_size=batch_size,
+        seed=seed,
+    )
+
+
 class Trainer:
     """An objective with its optimiser, compiled once for any number of runs.
 
@@ -145,24 +198,28 @@ class Trainer:
         self.optimizer = constant_rate(options.learning_rate)
         self.step = Step(objective, self.optimizer, accumulation=options.accumulation)
         lab.check_rows(objective.name, options.batch_size, options.accumulation)
-        self.update = self.step.update_on(lab.mesh, max_traces=lab.widths)
+        packed = options.row_length > 0
+        if packed and not objective.packed:
+            raise SettingsError(
+                f"{objective.name}: row_length {options.row_length}, but it reads a "
+                "row for each record; set it to 0"
+            )
+        self.update = self.step.update_on(
+            lab.mesh, max_traces=1 if packed else lab.widths
+        )
 
     def batches(self, records: Sequence[Record], seed: int):
         """Shuffled batches of the records, for ever.
 
         Raises:
-            SettingsError: fewer records than one batch.
+            SettingsError: as `record_batches`.
         """
-        if len(records) < self.options.batch_size:
-            raise SettingsError(
-                f"{self.objective.name}: {len(records)} records for batches of "
-                f"{self.options.batch_size}; lower the batch size or give more data"
-            )
-        return make_batches(
+        return record_batches(
+            self.objective.name,
+            self.lab,
             records,
-            self.lab.tokenizer,
-            self.lab.rows,
             batch_size=self.options.batch_size,
+            row_length=self.options.row_length,
             seed=seed,
         )
 

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from experiments.lab import Lab
 from experiments.settings import WarmStartConfig
 from experiments.stages import Desk, train, training_key
-from experiments.trainer import Step
-from rkd_jax.data.pipeline import make_batches
+from experiments.trainer import Step, record_batches
 from rkd_jax.data.records import DemonstrationRecord
 from rkd_jax.objectives.kd import make_kd
 from rkd_jax.training.optim import OptimConfig, make_optimizer
@@ -51,12 +50,13 @@ def warm_start(
         "2 warm start",
         desk.run.stage("2-warm-start").path,
         step.begin(lab.student_params, rng=training_key(seed), mesh=lab.mesh),
-        step.update_on(lab.mesh, max_traces=lab.widths),
-        make_batches(
+        step.update_on(lab.mesh, max_traces=1 if config.row_length else lab.widths),
+        record_batches(
+            "--warm-start",
+            lab,
             demonstrations,
-            lab.tokenizer,
-            lab.rows,
             batch_size=config.batch_size,
+            row_length=config.row_length,
             seed=seed,
         ),
         steps=config.steps,
