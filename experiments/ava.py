@@ -239,7 +239,7 @@ def run(config: AvaExperiment) -> Path:
         config,
         "ava",
         "AVA: policy and dense reward inferred together",
-        lambda lab: table(lab, config),
+        table,
     )
 
 

@@ -200,7 +200,7 @@ def run(config: DrdoExperiment) -> Path:
         config,
         "drdo",
         "DRDO: rewards distilled and preferences learnt at once",
-        lambda lab: table(lab, config),
+        table,
     )
 
 

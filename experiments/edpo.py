@@ -250,7 +250,7 @@ def run(config: EdpoExperiment) -> Path:
         config,
         "edpo",
         "e-DPO: rewards distilled into a policy, with pessimism",
-        lambda lab: table(lab, config),
+        table,
     )
 
 

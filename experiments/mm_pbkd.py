@@ -117,7 +117,7 @@ def run(config: MmPbkdExperiment) -> Path:
         config,
         "mm_pbkd",
         "MM-PbKD: a game on action values",
-        lambda lab: table(lab, config),
+        table,
     )
 
 

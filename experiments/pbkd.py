@@ -210,7 +210,7 @@ def run(config: PbkdExperiment) -> Path:
         config,
         "pbkd",
         "PbKD: distillation as a game with a reward player",
-        lambda lab: table(lab, config),
+        table,
     )
 
 

@@ -73,7 +73,7 @@ def run_system(
     config: SystemConfig,
     name: str,
     title: str,
-    methods: Callable[[Lab], Mapping[str, Method]],
+    methods: Callable[[Lab, SystemConfig], Mapping[str, Method]],
 ) -> Path:
     """Train and report every method; the last one is the system itself.
 
@@ -81,7 +81,7 @@ def run_system(
         config: the options.
         name: of the experiment, ``python -m experiments.<name>``.
         title: of the report.
-        methods: compiles the methods, by the name they have in the report.
+        methods: ``(lab, config)`` -> all of them by name, compiled.
 
     Returns:
         The path of the report. The system's student is exported beside it.
@@ -95,7 +95,9 @@ def run_system(
         if not final.done:
             started = time.monotonic()
             lab = open_lab(config)
-            table = methods(lab)  # before anything is sampled: options may not fit
+            table = methods(
+                lab, config
+            )  # before anything is sampled: options may not fit
             prompts, held_out, data = load_prompts(config.task, lab)
             course = take_course(lab, desk, config, prompts, seed=config.seed)
             judge = open_judge(lab, desk, course, held_out, seed=config.seed)

@@ -162,7 +162,7 @@ def run(config: TvkdExperiment) -> Path:
         config,
         "tvkd",
         "TVKD: the teacher's values as shaping in DPO",
-        lambda lab: table(lab, config),
+        table,
     )
 
 

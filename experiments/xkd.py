@@ -259,7 +259,7 @@ def run(config: XkdExperiment) -> Path:
         config,
         "xkd",
         "X-KD: distillation with reward inference",
-        lambda lab: table(lab, config),
+        table,
     )
 
 

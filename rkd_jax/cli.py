@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rkd_jax.data.tokenize import TokenizeConfig
     from rkd_jax.data.tokenizer import Tokenizer
     from rkd_jax.signals.cache import CacheSettings, CacheWriter, Manifest, Source
+    from rkd_jax.signals.oracles import Oracle
     from rkd_jax.training.progress import Progress
 
 
@@ -68,6 +69,20 @@ class Shaping:
 
 
 @dataclasses.dataclass(frozen=True)
+class OracleCalls:
+    """How patiently an oracle is asked; one that fails in the end stops the command."""
+
+    timeout: float = 600.0
+    """Seconds that one call may take, about the responses of one batch."""
+    retries: int = 3
+    """Calls after the first one, about those responses that have no reward yet."""
+    backoff: float = 1.0
+    """Seconds before the first of them; each further wait is twice as long."""
+    max_backoff: float = 60.0
+    """Seconds, the longest wait."""
+
+
+@dataclasses.dataclass(frozen=True)
 class CacheCommand:
     """Let a teacher read a data set once and keep what it says, for any training.
 
@@ -95,6 +110,7 @@ class CacheCommand:
     """Model whose log-prob of each response is kept: the student before training."""
     oracle: str | None = None
     """Reward every response by this oracle: vader, or module:attribute."""
+    oracle_calls: OracleCalls = dataclasses.field(default_factory=OracleCalls)
     records: Literal["auto", "demonstrations", "preferences"] = "auto"
     """What a line of the data is; auto looks at the first."""
     on_error: Literal["raise", "skip"] = "raise"
@@ -130,10 +146,8 @@ class CacheCommand:
 
     def _writer(self, progress: Progress) -> CacheWriter:
         from rkd_jax.signals.cache import CacheWriter
-        from rkd_jax.signals.oracles import load_oracle
 
-        settings, rows = self._settings(), self._row_layout()
-        oracle = None if self.oracle is None else load_oracle(self.oracle)
+        settings, rows, oracle = self._settings(), self._row_layout(), self._ask()
         records = self._read(progress)
         teacher, tokenizer = self._load(self.teacher)
         reference = None
@@ -153,6 +167,17 @@ class CacheCommand:
             shard_records=self.shard_records,
             on_error=self.on_error,
         )
+
+    def _ask(self) -> Oracle | None:
+        """The oracle, asked again where it fails."""
+        from rkd_jax.signals.oracles import load_oracle
+        from rkd_jax.signals.retrying_oracle import RetryConfig, RetryingOracle
+
+        with _said_by_options():
+            calls = RetryConfig(**dataclasses.asdict(self.oracle_calls))
+        if self.oracle is None:
+            return None
+        return RetryingOracle(load_oracle(self.oracle), calls)
 
     def _settings(self) -> CacheSettings:
         from rkd_jax.signals.cache import CacheSettings, ShapingSettings

@@ -185,6 +185,7 @@ def test_lines_that_cannot_be_used_stop_it_or_are_counted(files, tmp_path, capsy
         (["--oracle", "nothing"], "write 'vader' or 'module:attribute'"),
         (["--rows.response-buckets", "4"], "response_buckets (4,) must ascend"),
         (["--rows.max-prompt", "60"], "rows of up to 68 tokens exceed the teacher's"),
+        (["--oracle-calls.timeout", "0"], "timeout=0.0 must be positive"),
         (["--dtype", "int4"], "dtype='int4' is not one of"),
         (["--chat-template", "nowhere.jinja"], "nowhere.jinja"),
         (["--chat-template", sys.executable], f"{sys.executable}: a template is UTF-8"),
@@ -207,6 +208,49 @@ def ctrl_c_is_heard():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+MOODY = """
+import os, time
+moods = iter(os.environ["MOODS"].split())
+def oracle(prompts, responses):
+    with open("asked", "a") as log:
+        log.write(f"{len(responses)} ")
+    mood = next(moods)
+    if mood == "hangs":
+        time.sleep(60)
+    if mood == "raises":
+        raise ConnectionError("the line is dead")
+    rewards = [float(len(text)) for text in responses]
+    return rewards[:-1] + [float("nan")] if mood == "abstains" else rewards
+"""
+
+
+def test_an_oracle_that_fails_is_asked_again_and_in_the_end_stops_the_command(
+    files, tmp_path, capsys, monkeypatch
+):
+    (tmp_path / "moody.py").write_text(MOODY)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    in_vain, at_last = "raises " * 3, "hangs raises abstains fine"
+    monkeypatch.setenv("MOODS", f"{in_vain} {at_last}")
+    calls = {"timeout": 1, "backoff": 0}
+    options = ["--top-k", "None", "--oracle", "moody:oracle", "--batch-size", "8"]
+    for name, value in calls.items():
+        options += [f"--oracle-calls.{name}", value]
+    out = tmp_path / "out"
+    status = cache_command(files, out, *options, "--oracle-calls.retries", "2")
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if "error: " in x]
+    assert status == 2
+    assert "the line is dead" in line
+    assert cache_command(files, out, *options) == 0
+    del sys.modules["moody"]
+    assert (tmp_path / "asked").read_text() == "6 6 6 " + "6 6 6 1 "
+    tokenizer = byte_tokenizer()
+    rows = [tokenize_record(r, tokenizer, ROWS, i) for i, r in enumerate(PAIRS)]
+    cache = TeacherCache(out, tokenizer=tokenizer, rows=ROWS)
+    expected = [[len(pair.chosen), len(pair.rejected)] for pair in PAIRS]
+    np.testing.assert_array_equal(cache.rewards(collate(rows, ROWS)), expected)
 
 
 @pytest.mark.usefixtures("ctrl_c_is_heard")

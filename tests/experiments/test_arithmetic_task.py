@@ -237,7 +237,7 @@ def test_any_system_runs_on_the_task(task, tmp_path):
         config,
         "arithmetic",
         "DPO on arithmetic",
-        lambda lab: {"DPO": Dpo(lab, DpoConfig(TOY_FIT))},
+        lambda lab, config: {"DPO": Dpo(lab, DpoConfig(TOY_FIT))},
     )
     report = json.loads((tmp_path / "run" / "report" / "report.json").read_text())
     names = [policy["name"] for policy in report["policies"]]
