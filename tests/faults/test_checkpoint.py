@@ -309,8 +309,10 @@ def test_a_read_only_folder_is_one_line_and_costs_no_checkpoint(folder, state):
             checkpoints.save(at, None)
         folder.chmod(0o755)
     # Nobody is left waiting for the folder, which would keep the process from ending.
-    left = set(threading.enumerate()) - before
-    assert not [thread for thread in left if not thread.daemon]
+    left = [t for t in set(threading.enumerate()) - before if not t.daemon]
+    for thread in left:
+        thread.join(timeout=20.0)
+    assert not [thread for thread in left if thread.is_alive()]
     assert position(folder, state) == ({"position": 15}, [])
 
 
