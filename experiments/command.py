@@ -61,7 +61,8 @@ def run_command(
     Exit codes: 0 done; 1 a fault of ours, with its traceback; 2 something the user can
     mend, in one line; 130 Ctrl-C and 143 SIGTERM (128 + the signal), after the step was
     finished and saved, so that the same command resumes. What ends one of several
-    processes ends the others too, in seconds (`experiments.several_processes.leave`).
+    processes ends the others too (`experiments.several_processes.leave`); a failure of
+    the runtime is then one line and 2, for most often it means that a peer is gone.
     """
     arguments = sys.argv[1:]
     presets = {f"--{name}": make for name, make in presets.items()} | {"--tiny": tiny}

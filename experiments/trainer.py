@@ -147,20 +147,21 @@ def record_batches(
         what: needs them, for messages.
         lab: its tokenizer and limits.
         records: demonstrations or pairs, one kind.
-        batch_size: rows.
+        batch_size: rows. Packed ones may be fewer in an epoch; then a batch holds rows
+            of several.
         row_length: columns of a packed row; 0 for a row to each record.
         seed: of their order.
 
     Raises:
-        SettingsError: fewer records than one batch, or a packed row that is longer than
-            the models' context or need not hold a record.
+        SettingsError: fewer records than rows of a batch, or a packed row that is
+            longer than the models' context or need not hold a record.
     """
+    if len(records) < batch_size:
+        raise SettingsError(
+            f"{what}: {len(records)} records for batches of {batch_size}; lower the "
+            "batch size or give more data"
+        )
     if not row_length:
-        if len(records) < batch_size:
-            raise SettingsError(
-                f"{what}: {len(records)} records for batches of {batch_size}; lower "
-                "the batch size or give more data"
-            )
         return make_batches(
             records, lab.tokenizer, lab.rows, batch_size=batch_size, seed=seed
         )

@@ -13,7 +13,6 @@ import itertools
 import json
 import logging
 import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ import orbax.checkpoint as ocp
 
 from rkd_jax.training.checksums import first_damage, has_checksums, write_checksums
 from rkd_jax.training.interrupt import PeerLost, blaming_peers
+from rkd_jax.training.orbax_failures import Raised, reason_of
 from rkd_jax.training.provenance import differences, plain, summary, versions
 from rkd_jax.training.state import TrainState
 from rkd_jax.training.together import (
@@ -105,7 +105,7 @@ class Checkpoints:
                 primary_host=me, active_processes={me}
             ),
         )
-        self._quiet = _Raised()
+        self._quiet = Raised()
         logging.getLogger("absl").addFilter(self._quiet)
 
     def latest(self) -> int | None:
@@ -137,11 +137,11 @@ class Checkpoints:
         )
         with self._one_line("write"):
             # The checksums of the one before are written under its own step.
-            in_touch(self._manager.wait_until_finished)
+            self._settle()
             if not self._remote:
                 # At once: after a failed start orbax keeps the process from ending.
                 unanimous(functools.partial(check_writable, self.folder))
-            self._saving = step
+            self._saving, self._quiet.failure = step, None
             self._manager.save(step, args=items)
 
     def restore(self, state: TrainState) -> tuple[TrainState, Any]:
@@ -195,14 +195,14 @@ class Checkpoints:
             CheckpointError: something could not be written.
         """
         with self._one_line("write"):
-            in_touch(self._manager.wait_until_finished)
+            self._settle()
 
     def close(self) -> None:
         """Wait, then release the folder."""
         try:
             self.wait()
-        except CheckpointError:
-            self._release()
+        except BaseException as error:
+            self._abandon(error)
             raise
         self._release()
 
@@ -212,15 +212,33 @@ class Checkpoints:
     def __exit__(self, kind, error, trace) -> None:
         if error is None:
             self.close()
+        else:
+            self._abandon(error)
+
+    def _abandon(self, error: BaseException) -> None:
+        """Release the folder after a failure, which is on its way up already.
+
+        Perhaps it is this process's alone, so nothing is said to the others.
+        """
+        if isinstance(error, PeerLost) or (
+            isinstance(error, CheckpointError) and jax.process_count() > 1
+        ):
+            # A save in the background waits for processes that are dead or have given
+            # up: whoever waits for it does so for many minutes, or is ended by the
+            # runtime before he can say what happened.
             return
-        if isinstance(error, PeerLost):
-            # A save in the background waits for the dead process, too: whoever waits
-            # for it is ended by the runtime before he can say what happened.
+        try:
+            with self._one_line("write"):
+                self._manager.wait_until_finished()
+        except PeerLost:
             return
-        # The first failure is on its way up already, and perhaps here alone.
-        with contextlib.suppress(CheckpointError), self._one_line("write"):
-            self._manager.wait_until_finished()
+        except CheckpointError:
+            pass
         self._release()
+
+    def _settle(self) -> None:
+        """The last save is on disk, for all processes."""
+        in_touch(self._manager.wait_until_finished, lambda: self._quiet.failure)
 
     def _release(self) -> None:
         self._manager.close()
@@ -286,7 +304,7 @@ class Checkpoints:
             path = self._manager.directory / str(step)
             return self._reader.restore(path, args=ocp.args.Composite(**items))
         except Exception as error:
-            raise self._unreadable(step, whole, _reason(error)) from error
+            raise self._unreadable(step, whole, reason_of(error)) from error
 
     def _unreadable(self, step: int, whole: bool, why: str) -> Exception:
         """What to raise about a checkpoint that orbax could not read."""
@@ -350,7 +368,7 @@ class Checkpoints:
                 f"{kept} are intact and the same command goes on from the newest",
                 "read": "check the disk and its permissions",
             }[verb]
-            message = f"cannot {verb} checkpoints in {self.folder}: {_reason(error)}"
+            message = f"cannot {verb} checkpoints in {self.folder}: {reason_of(error)}"
             raise CheckpointError(f"{message}; {remedy}") from error
 
     def _kept(self) -> list[int]:
@@ -375,23 +393,3 @@ def _layout(state: TrainState) -> dict[str, str]:
         jax.tree_util.keystr(path).lstrip("."): f"{leaf.dtype}{tuple(leaf.shape)}"
         for path, leaf in jax.tree_util.tree_leaves_with_path(state)
     }
-
-
-def _reason(error: Exception) -> str:
-    """The operating system's words if they are in there, else the first line."""
-    text = str(error)
-    if isinstance(error, Disagreement):  # names the processes
-        return text
-    known = re.search(
-        r"No space left on device|File too large|Disk quota exceeded"
-        r"|Permission denied|Read-only file system|Not a directory|File exists",
-        text,
-    )
-    return known.group() if known else (text.splitlines() or [repr(error)])[0][:200]
-
-
-class _Raised(logging.Filter):
-    """Drops the tracebacks orbax logs for failures that it also raises to us."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return not (record.levelno >= logging.ERROR and "orbax" in record.pathname)

@@ -7,7 +7,6 @@ they tell one another, so that they come to one conclusion.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import os
@@ -92,32 +91,50 @@ def unanimous(work: Callable[[], Any]) -> Any:
     return found
 
 
-def in_touch(wait: Callable[[], None]) -> None:
-    """Let every process wait for its own part, and none for a process that is gone.
+def in_touch(
+    wait: Callable[[], None], failed: Callable[[], BaseException | None]
+) -> None:
+    """Let every process wait for its own part, and none for one that is gone or failed.
 
     What waits at a barrier outside of the devices learns of a death from the runtime's
-    time-out alone, which ends the process before it can say anything. Meanwhile the
-    devices hear of it at once. All processes have to call it, in the same order.
+    time-out alone, which ends the process before it can say anything, and of a failure
+    elsewhere not at all. Meanwhile the devices can tell. All processes have to call it,
+    in the same order. In a single one it is ``wait()``.
 
     Args:
-        wait: may be called twice, in another thread first; what it raises it raises
-            both times.
+        wait: called in another thread, which goes on waiting where this raises.
+        failed: asked again and again: what ``wait`` is going to raise, once that is
+            known, although it still waits for others.
 
     Raises:
         PeerLost: another process is gone.
+        Disagreement: it failed in some of the processes, or not in the same way in
+            all. Where it did, in each its own error is raised.
     """
-    if jax.process_count() > 1:
-        done = threading.Event()
+    if jax.process_count() == 1:
+        wait()
+        return
+    done, raised = threading.Event(), []
 
-        def work() -> None:
-            with contextlib.suppress(Exception):  # below it is raised
-                wait()
-            done.set()
+    def work() -> None:
+        try:
+            wait()
+        except Exception as error:
+            raised.append(error)
+        done.set()
 
-        threading.Thread(target=work, daemon=True).start()
-        while not all(_from_each(done.wait(timeout=0.1))):
-            pass
-    wait()
+    threading.Thread(target=work, daemon=True).start()
+    everywhere = False
+    while not everywhere:
+        ended = done.wait(timeout=0.1)
+
+        def found(ended: bool = ended) -> bool:
+            error = raised[0] if raised else failed()
+            if error is not None:
+                raise error
+            return ended
+
+        everywhere = all(_from_each(unanimous(found)))
 
 
 def check_folder(folder: str, *, patience: float = 10.0) -> None:

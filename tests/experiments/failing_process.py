@@ -25,6 +25,7 @@ def run(config: Failure) -> Path:
     """All processes compute; the last one may leave before they do it again."""
     multihost_utils.sync_global_devices("before")
     if jax.process_index() == jax.process_count() - 1:
+        print("about to fail")  # into a buffer, for it is no terminal
         if config.failure == "disk":
             raise OSError("the disk of this process is full")
         if config.failure == "fault":

@@ -82,7 +82,8 @@ def test_packed_rows_give_the_updates_of_single_ones(lab, course, desk, make, re
     assert rows < len(records)
     logs = {}
     for name, row_length, size in (("packed", ROW, rows), ("plain", 0, len(records))):
-        fit = FitConfig(1e-3, size, accumulation=1, row_length=row_length)
+        # A micro-batch for every row, however many records it holds.
+        fit = FitConfig(1e-3, size, accumulation=size, row_length=row_length)
         method = make(lab, DpoConfig(fit) if make is Dpo else fit)
         method.train(desk, name, course, steps=2, seed=0)
         logs[name] = read_metrics(desk.run.path / name)
@@ -112,6 +113,14 @@ def test_a_row_that_need_not_hold_a_record_or_exceeds_the_context(
     message = f"row_length {row_length}.* takes 332 columns.* context has 1024"
     with pytest.raises(SettingsError, match=message):
         method.train(desk, "sft", course, steps=1, seed=0)
+
+
+def test_fewer_records_than_rows_of_a_batch(lab, course, desk):
+    for records, size in ((TEXTS, 9), ([], 1)):
+        method = SeqKd(lab, FitConfig(batch_size=size, row_length=ROW, accumulation=1))
+        few = types.SimpleNamespace(start=course.start, demonstrations=records)
+        with pytest.raises(SettingsError, match=f"{len(records)} records for batches"):
+            method.train(desk, "seqkd", few, steps=1, seed=0)
 
 
 def test_two_responses_need_twice_the_room(lab, course, desk):

@@ -12,12 +12,14 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-def run_two(module: str, *arguments: str) -> list[tuple[int, str, str]]:
-    """(exit status, output, errors) of two processes with two devices each."""
+def run_two(
+    module: str, *arguments: str, devices: int = 2
+) -> list[tuple[int, str, str]]:
+    """(exit status, output, errors) of two processes with some devices each."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         address = f"localhost:{probe.getsockname()[1]}"
-    flags = "--xla_force_host_platform_device_count=2"
+    flags = f"--xla_force_host_platform_device_count={devices}"
     shared = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
     command = [sys.executable, "-m", module, "--distributed", *arguments]
     both = [
@@ -67,17 +69,21 @@ def test_a_mesh_that_leaves_a_process_without_work_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("failure", "status", "message"),
+    ("failure", "status", "message", "devices"),
     [
-        ("disk", 2, "error: the disk of this process is full"),
-        ("fault", 1, "ZeroDivisionError: a fault of ours"),
+        ("disk", 2, "error: the disk of this process is full", 1),
+        ("fault", 1, "ZeroDivisionError: a fault of ours", 2),
     ],
 )
-def test_an_error_of_one_process_alone_ends_the_other_soon(failure, status, message):
+def test_an_error_of_one_process_alone_ends_the_other_soon(
+    failure, status, message, devices
+):
     """And not after the minutes for which a process waits for all others at its end."""
     start = time.monotonic()
-    other, failed = run_two("tests.experiments.failing_process", "--failure", failure)
-    assert time.monotonic() - start < 100.0
+    module = "tests.experiments.failing_process"
+    other, failed = run_two(module, "--failure", failure, devices=devices)
+    assert time.monotonic() - start < 60.0
+    assert "about to fail" in failed[1].splitlines()
     assert failed[0] == status, failed
     assert message in failed[2].splitlines()
     assert other[0] == 2, other

@@ -1,5 +1,6 @@
 """What a bad disk does to one file, or one machine's view of a disk to a folder."""
 
+import errno
 import os
 import shutil
 import time
@@ -12,6 +13,9 @@ VIEWS = {"FOLDERS_ARE_VIEWS": "yes"}
 
 SLOW_DISK = {"DISK_IS_SLOW": "yes"}
 """Environment of processes to which a checkpoint takes fifteen seconds."""
+
+FULL_DISK = {"DISK_IS_FULL": "yes"}
+"""Environment of processes of which the first cannot finish a checkpoint."""
 
 
 def cut(path):
@@ -38,16 +42,18 @@ def accept_views():
         checkpoint.check_folder = lambda folder: None
 
 
-def be_slow():
-    """In such a process: no save is over before a silent peer counts as dead."""
-    if SLOW_DISK.items() <= os.environ.items():
-        write = checkpoint.write_checksums
+def mind_the_disk(index):
+    """In such a process: no save is over soon, or none of process 0 is ever."""
+    write = checkpoint.write_checksums
 
-        def write_slowly(folder):
+    def write_badly(folder):
+        if SLOW_DISK.items() <= os.environ.items():
             time.sleep(15)
-            write(folder)
+        if FULL_DISK.items() <= os.environ.items() and index == "0":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(folder)
 
-        checkpoint.write_checksums = write_slowly
+    checkpoint.write_checksums = write_badly
 
 
 def seen_here_alone(file):

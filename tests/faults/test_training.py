@@ -12,7 +12,7 @@ import pytest
 
 from rkd_jax.training import init_state, make_update
 from rkd_jax.types import LossOutput, Mean, Objective
-from tests.faults.damage import SLOW_DISK
+from tests.faults.damage import FULL_DISK, SLOW_DISK
 from tests.faults.processes import (
     assert_same_outcome,
     finish,
@@ -184,6 +184,9 @@ def test_a_killed_process_ends_the_other_and_both_go_on_together(start, tmp_path
         saved = any(path.name.isdigit() for path in folder.glob("*"))
         if saved and line == "between steps\n":
             break
+    else:
+        pytest.fail("it ended by itself")
+    assert both[0].poll() is None
     both[1].kill()
     killed = time.monotonic()
     finish(both[1])
@@ -212,6 +215,19 @@ def test_nobody_waits_for_one_that_died_while_a_checkpoint_was_written(start, tm
     assert status not in (0, None)
     assert "error: a step failed in process 0 of 2" in errors
     assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 2
+
+
+def test_what_one_process_cannot_finish_in_the_background_all_are_told(start, tmp_path):
+    """orbax waits for minutes, also when the processes end, so they are killed."""
+    both = start_two(start, tmp_path, "500", "1", **FULL_DISK)
+    for process in both:
+        line = next(x for x in process.stderr if x.startswith("error: "))
+        assert line.startswith(
+            f"error: cannot write checkpoints in {tmp_path}/checkpoints: "
+            "process 0 of 2: No space left on device; free some space"
+        )
+        process.kill()
+        finish(process)
 
 
 # T10: what is frozen stays alive and unchanged, what is donated is really gone.

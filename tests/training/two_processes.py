@@ -26,7 +26,7 @@ from rkd_jax.training import Interrupted, MetricsWriter, fit
 from rkd_jax.training.checkpoint import CheckpointError, Checkpoints
 from rkd_jax.training.interrupt import PeerLost
 from rkd_jax.training.state import state_shardings
-from tests.faults.damage import accept_views, be_slow
+from tests.faults.damage import accept_views, mind_the_disk
 from tests.training import tiny_game
 
 WIDTH = 512
@@ -34,7 +34,7 @@ WIDTH = 512
 
 def _main(folder: str, steps: str, port: str, index: str, every: str = "500") -> None:
     accept_views()
-    be_slow()
+    mind_the_disk(index)
     jax.distributed.initialize(
         f"localhost:{port}", 2, int(index), heartbeat_timeout_seconds=10
     )
