@@ -10,7 +10,8 @@
 
 PATH=$PATH:/usr/sbin:/sbin # of exportfs and mount.nfs4
 SLICE=../$FOLDER.worker    # which worker this is, and of how many; setup_vm.sh leaves it
-PATIENCE=${RKD_TPU_MOUNT_PATIENCE:-120}
+PATIENCE=${RKD_TPU_MOUNT_PATIENCE:-120}   # seconds that a mount may take
+MAY_SAVE=${RKD_TPU_STOP_PATIENCE:-300} # seconds from being asked to stop to being killed
 
 # job NUMBER: the folder of a worker.
 job() {
@@ -60,17 +61,22 @@ find_worker() {
     die "the metadata server names ${#ADDRESSES[@]} workers, --type has $1"
   [[ $number =~ ^[0-9]+$ && $number -lt $1 ]] ||
     die "the metadata server calls this worker '$number' of $1"
-  printf '%s %s\n' "$number" "$1" >"$SLICE"
+  # At once, for another step may be reading it.
+  printf '%s %s\n' "$number" "$1" >"$SLICE.$$" && mv "$SLICE.$$" "$SLICE"
   remember_worker
 }
 
-# A fresh TPU VM may still be updating itself: apt waits until that is over.
+# A fresh TPU VM may still be updating itself. apt waits for that where it installs, but
+# not where it updates its lists.
 install_nfs() {
-  local program=mount.nfs4 package=nfs-common apt
+  local program=mount.nfs4 package=nfs-common apt try
   ((WORKER)) || program=exportfs package=nfs-kernel-server
   if ! command -v "$program" >/dev/null; then
     apt=(sudo env DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=600)
-    "${apt[@]}" --quiet update
+    for ((try = 0; try < 20; try++)); do
+      if "${apt[@]}" --quiet update; then break; fi
+      sleep "$POLL"
+    done
     "${apt[@]}" install --yes "$package"
   fi
 }
@@ -108,6 +114,7 @@ share() {
 
 # join HOSTS: the others mount it; each writes down how it stands, before any may start.
 join() {
+  local state
   find_worker "$1"
   if ((WORKER)) && ! mountpoint -q runs; then
     command -v mount.nfs4 >/dev/null ||
@@ -115,7 +122,7 @@ join() {
     mkdir -p runs
     # What another worker makes, renames or appends is seen at once: neither names nor
     # attributes are kept. Data is, until a file is closed.
-    timeout "$PATIENCE" sudo mount -t nfs4 -o hard,lookupcache=none,actimeo=0,retry=1 \
+    sudo timeout "$PATIENCE" mount -t nfs4 -o hard,lookupcache=none,actimeo=0,retry=1 \
       "${ADDRESSES[0]}:/" runs ||
       die "cannot mount runs/ of worker 0 (${ADDRESSES[0]}); the firewall has to let the \
 hosts of the slice reach each other (tcp:2049, and what jax uses)"
@@ -123,7 +130,9 @@ hosts of the slice reach each other (tcp:2049, and what jax uses)"
   [[ -d runs/.launch ]] || die "runs/ is not that of worker 0"
   mkdir -p "$JOB"
   if ! flock -n .lock true; then
-    printf 'running %s\n' "$(<"$JOB/command")" >"$JOB/state"
+    state=running
+    [[ ! -e $JOB/status ]] || state=copying # to the bucket, as the last thing
+    printf '%s %s\n' "$state" "$(<"$JOB/command")" >"$JOB/state"
   elif [[ -e $JOB/status && $(<"$JOB/status") == 0 ]]; then
     printf 'finished %s\n' "$(<"$JOB/command")" >"$JOB/state"
   else
@@ -134,11 +143,12 @@ hosts of the slice reach each other (tcp:2049, and what jax uses)"
 # verdict COMMAND: what is to be done with it. All workers come to the same one: it rests
 # on what they wrote in `join`, and on nothing that may have changed since.
 verdict() {
-  local number state here=() same=0
+  local number state here=() same=0 copying=0
   for ((number = 0; number < HOSTS; number++)); do
     state=$(<"$(job "$number")/state") || die "worker $number has not joined"
     [[ $state != "running "* ]] || here+=("$number")
     [[ $state != "running $1" ]] || same=$((same + 1))
+    [[ $state != "copying "* ]] || copying=1
   done
   if ((same == HOSTS)); then
     say "it runs already"
@@ -146,8 +156,12 @@ verdict() {
     say "another experiment runs, stop.sh ends it: $(<runs/.launch/command)"
   elif ((${#here[@]})); then
     say "nothing was started: on worker ${here[*]} of $HOSTS the last experiment has not \
-ended yet, on the others it has. It should within minutes; stop.sh asks it to, a second \
-stop.sh kills it"
+ended yet, on the others it has. It should within minutes; stop.sh asks it to, a \
+stop.sh some minutes later kills it"
+  elif ((copying)) && [[ $(<runs/.launch/command) == "$1" ]]; then
+    say "it has ended and is being copied to the bucket"
+  elif ((copying)); then
+    say "the last experiment is still being copied to the bucket; launch again after that"
   elif [[ $(<runs/.launch/state) == "finished $1" ]]; then
     say "it has finished: $1" # worker 0 writes the report
   else
@@ -182,11 +196,26 @@ start_together() {
 }
 
 # To one of several processes SIGTERM is a notice, which it reads between two steps: one
-# that hangs never does. Its launcher is spared, which takes the last snapshot.
-kill_what_hangs() {
-  local pid processes
+# that hangs never does. One that saves must not be killed, and gcloud may have executed
+# stop.sh twice: so that has to be some minutes ago. The launcher is spared, which takes
+# the last snapshot.
+stop_again() {
+  local pid processes seconds
+  seconds=$(($(date +%s) - $(stat -c %Y "$JOB/asked")))
+  if ((seconds < MAY_SAVE)); then
+    say "$(what_it_does); a stop.sh in $((MAY_SAVE - seconds)) s kills it"
+    return
+  fi
   pid=$(<"$JOB/pid")
   mapfile -t processes < <(pgrep -g "$pid" | grep -vx "$pid")
   kill -KILL "${processes[@]}" 2>/dev/null || true
   say "killed: it had been asked to stop before"
+}
+
+what_it_does() {
+  if [[ -e $JOB/status ]]; then
+    printf 'it has ended and is copied to the bucket'
+  else
+    printf 'asked to stop before: it may be saving'
+  fi
 }

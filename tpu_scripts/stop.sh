@@ -3,8 +3,8 @@
 #
 #   stop.sh [SETTINGS]
 #
-# Needs project, zone and name. On a slice of several hosts a second stop.sh kills what does
-# not come to it. The TPU VM stays, and is paid for: see delete_vm.sh.
+# Needs project, zone and name. On a slice of several hosts a stop.sh five minutes later kills
+# what did not come to it. The TPU VM stays, and is paid for: see delete_vm.sh.
 
 # shellcheck source=tpu_scripts/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"

@@ -141,10 +141,11 @@ logs() {
 stop() {
   if flock -n .lock true; then
     say "nothing runs"
-  elif [[ -n $WORKER && -e $JOB/status ]]; then
-    say "it has ended and is copied to the bucket" # another one may be why stop.sh is called
   elif [[ -n $WORKER && -e $JOB/asked ]]; then
-    kill_what_hangs
+    stop_again
+  elif [[ -n $WORKER && -e $JOB/status ]]; then
+    touch "$JOB/asked"
+    say "$(what_it_does)" # another worker may be why stop.sh is called
   else
     [[ -z $WORKER ]] || touch "$JOB/asked"
     kill -TERM -- "-$(<"$JOB/pid")"

@@ -41,7 +41,13 @@ def install(name: str) -> None:
 
 
 def apt_get(*words: str) -> int:
+    busy = CLOUD / f"apt-is-busy-{WORKER}"
+    if "update" in words and busy.exists():
+        busy.unlink()
+        print("E: Could not get lock /var/lib/apt/lists/lock", file=sys.stderr)
+        return 100
     if "install" in words:
+        assert not busy.exists()
         if "nfs-kernel-server" in words:
             install("exportfs")
         install("mount.nfs4")
