@@ -95,9 +95,8 @@ def run_system(
         if not final.done:
             started = time.monotonic()
             lab = open_lab(config)
-            table = methods(
-                lab, config
-            )  # before anything is sampled: options may not fit
+            # Before anything is sampled: options may not fit.
+            table = methods(lab, config)
             prompts, held_out, data = load_prompts(config.task, lab)
             course = take_course(lab, desk, config, prompts, seed=config.seed)
             judge = open_judge(lab, desk, course, held_out, seed=config.seed)

@@ -119,6 +119,7 @@ class Checkpoints:
             CheckpointError: this or an earlier checkpoint could not be written, a full
                 disk among the causes. Earlier ones are intact.
             ValueError: ``data`` is not plain JSON.
+            PeerLost: another process is gone.
         """
         step = int(state.step)
         meta = {
@@ -192,7 +193,8 @@ class Checkpoints:
         """Block until everything is on disk.
 
         Raises:
-            CheckpointError: something could not be written.
+            CheckpointError: something could not be written, be it by one process.
+            PeerLost: another process is gone.
         """
         with self._one_line("write"):
             self._settle()

@@ -1,6 +1,6 @@
-"""A command of several processes, of which the last one alone fails.
+"""A command of several processes, of which one alone fails.
 
-``python -m tests.experiments.failing_process --distributed --failure KIND``
+``python -m tests.experiments.failing_process --distributed --failure KIND --process N``
 """
 
 import dataclasses
@@ -19,12 +19,13 @@ class Failure:
     """What ends the process: something mendable, a fault, or nothing."""
 
     failure: Literal["disk", "fault", "none"] = "none"
+    process: int = 1
 
 
 def run(config: Failure) -> Path:
-    """All processes compute; the last one may leave before they do it again."""
+    """All processes compute; one may leave before they do it again."""
     multihost_utils.sync_global_devices("before")
-    if jax.process_index() == jax.process_count() - 1:
+    if jax.process_index() == config.process:
         print("about to fail")  # into a buffer, for it is no terminal
         if config.failure == "disk":
             raise OSError("the disk of this process is full")

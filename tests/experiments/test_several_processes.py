@@ -90,6 +90,19 @@ def test_an_error_of_one_process_alone_ends_the_other_soon(
     assert "a step failed in process 0 of 2" in last_line(other[2])
 
 
+def test_the_runtime_ends_the_other_where_it_is_process_0():
+    """They find each other by it, so there is nobody to say it any better."""
+    start = time.monotonic()
+    failed, other = run_two(
+        "tests.experiments.failing_process", "--failure=disk", "--process=0"
+    )
+    assert time.monotonic() - start < 60.0
+    assert failed[0] == 2
+    assert "error: the disk of this process is full" in failed[2].splitlines()
+    assert other[0] not in (0, None)
+    assert "distributed service detected fatal errors" in other[2]
+
+
 def test_processes_that_do_not_fail_end_as_they_should():
     ends = run_two("tests.experiments.failing_process")
     assert [status for status, _, _ in ends] == [0, 0], ends
