@@ -21,6 +21,9 @@ from rkd_jax.data.records import Prompt
 from rkd_jax.signals.retrying_oracle import RetryingOracle
 from rkd_jax.training.together import once
 
+PATIENCE = 10.0
+"""Seconds that a process has to end by itself."""
+
 
 def meet() -> None:
     """`jax.distributed.initialize`, before anything is computed.
@@ -52,8 +55,8 @@ def leave(status: int) -> NoReturn:
     sys.exit(status)
 
 
-def leave_soon(status: int, patience: float = 10.0) -> None:
-    """End this process with a status, unless it has ended by itself in some seconds.
+def leave_soon(status: int) -> None:
+    """End this process with a status, unless it has ended by itself in ten seconds.
 
     At its end a process waits minutes for all others, and those that wait in a
     collective for what this one would have computed notice only that it is gone.
@@ -72,7 +75,7 @@ def leave_soon(status: int, patience: float = 10.0) -> None:
         sys.stderr.flush()
         os._exit(status)
 
-    timer = threading.Timer(2 * patience if first else patience, end)
+    timer = threading.Timer(2 * PATIENCE if first else PATIENCE, end)
     timer.daemon = True
     timer.start()
 

@@ -199,15 +199,12 @@ class Trainer:
         self.optimizer = constant_rate(options.learning_rate)
         self.step = Step(objective, self.optimizer, accumulation=options.accumulation)
         lab.check_rows(objective.name, options.batch_size, options.accumulation)
-        packed = options.row_length > 0
-        if packed and not objective.packed:
+        if options.row_length and not objective.packed:
             raise SettingsError(
                 f"{objective.name}: row_length {options.row_length}, but it reads a "
                 "row for each record; set it to 0"
             )
-        self.update = self.step.update_on(
-            lab.mesh, max_traces=1 if packed else lab.widths
-        )
+        self.update = self.step.update_on(lab.mesh, max_traces=lab.widths)
 
     def batches(self, records: Sequence[Record], seed: int):
         """Shuffled batches of the records, for ever.

@@ -50,7 +50,7 @@ def warm_start(
         "2 warm start",
         desk.run.stage("2-warm-start").path,
         step.begin(lab.student_params, rng=training_key(seed), mesh=lab.mesh),
-        step.update_on(lab.mesh, max_traces=1 if config.row_length else lab.widths),
+        step.update_on(lab.mesh, max_traces=lab.widths),
         record_batches(
             "--warm-start",
             lab,

@@ -23,6 +23,7 @@ from rkd_jax.data.tokenizer import byte_tokenizer
 from rkd_jax.interop import save_model
 from rkd_jax.models.decoder import Decoder, DecoderConfig
 from rkd_jax.signals.cache import TeacherCache, model_hash
+from rkd_jax.signals.retrying_oracle import RetryConfig
 from rkd_jax.signals.teacher import make_sequence_scorer
 from rkd_jax.signals.topk import make_topk
 from rkd_jax.signals.values import make_shaping
@@ -92,6 +93,12 @@ def test_help_is_quick_and_complete():
     # Whatever changes the ids of a row can be said.
     for name in dataclasses.asdict(cli.Rows()):
         assert f"--rows.{name.replace('_', '-')}" in done.stdout
+
+
+def test_an_oracle_is_asked_as_patiently_as_by_an_experiment():
+    """But that a cache lacks no reward."""
+    calls = dataclasses.asdict(cli.OracleCalls())
+    assert calls | {"on_failure": "stop"} == dataclasses.asdict(RetryConfig())
 
 
 def test_everything_is_what_the_models_say(files, tmp_path, capsys):

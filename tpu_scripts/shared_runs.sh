@@ -10,8 +10,8 @@
 
 PATH=$PATH:/usr/sbin:/sbin # of exportfs and mount.nfs4
 SLICE=../$FOLDER.worker    # which worker this is, and of how many; setup_vm.sh leaves it
-PATIENCE=${RKD_TPU_MOUNT_PATIENCE:-120}   # seconds that a mount may take
-MAY_SAVE=${RKD_TPU_STOP_PATIENCE:-300} # seconds from being asked to stop to being killed
+PATIENCE=${RKD_TPU_MOUNT_PATIENCE:-120} # seconds that a mount may take
+MAY_SAVE=${RKD_TPU_STOP_PATIENCE:-300}  # seconds from being asked to stop to being killed
 
 # job NUMBER: the folder of a worker.
 job() {

@@ -240,7 +240,8 @@ class Checkpoints:
 
     def _settle(self) -> None:
         """The last save is on disk, for all processes."""
-        in_touch(self._manager.wait_until_finished, lambda: self._quiet.failure)
+        if self._saving is not None:
+            in_touch(self._manager.wait_until_finished, lambda: self._quiet.failure)
 
     def _release(self) -> None:
         self._manager.close()

@@ -39,7 +39,7 @@ def blaming_peers():
     # With a single device to a process a CPU's collectives raise the other kind.
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         known = isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error)
-        if jax.process_count() == 1 or not known:
+        if not known or jax.process_count() == 1:
             raise
         why = (str(error).splitlines() or [""])[0][:200]
         raise PeerLost(

@@ -123,18 +123,16 @@ def in_touch(
             raised.append(error)
         done.set()
 
-    threading.Thread(target=work, daemon=True).start()
-    everywhere = False
-    while not everywhere:
+    def look() -> bool:
         ended = done.wait(timeout=0.1)
+        error = raised[0] if raised else failed()
+        if error is not None:
+            raise error
+        return ended
 
-        def found(ended: bool = ended) -> bool:
-            error = raised[0] if raised else failed()
-            if error is not None:
-                raise error
-            return ended
-
-        everywhere = all(_from_each(unanimous(found)))
+    threading.Thread(target=work, daemon=True).start()
+    while not all(_from_each(unanimous(look))):
+        pass
 
 
 def check_folder(folder: str, *, patience: float = 10.0) -> None:

@@ -43,7 +43,7 @@ def accept_views():
 
 
 def mind_the_disk(index):
-    """In such a process: no save is over soon, or none of process 0 is ever."""
+    """In such a process, which is number ``index``, checksums are late or fail."""
     write = checkpoint.write_checksums
 
     def write_badly(folder):

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -67,6 +68,16 @@ def start_two(start, folder, steps, *arguments, **environment):
 def wait_until_ready(process):
     """Until it says so; distributed processes talk about other things, too."""
     assert "ready\n" in iter(process.stdout.readline, "")
+
+
+def error_line(process, timeout=60):
+    """The line of an error, while the process goes on; in vain it is killed."""
+    patience = threading.Timer(timeout, process.kill)
+    patience.start()
+    try:
+        return next((x for x in process.stderr if x.startswith("error: ")), "")
+    finally:
+        patience.cancel()
 
 
 def finish(process, timeout=120):

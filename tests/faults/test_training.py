@@ -15,6 +15,7 @@ from rkd_jax.types import LossOutput, Mean, Objective
 from tests.faults.damage import FULL_DISK, SLOW_DISK
 from tests.faults.processes import (
     assert_same_outcome,
+    error_line,
     finish,
     outcome,
     start_two,
@@ -221,8 +222,7 @@ def test_what_one_process_cannot_finish_in_the_background_all_are_told(start, tm
     """orbax waits for minutes, also when the processes end, so they are killed."""
     both = start_two(start, tmp_path, "500", "1", **FULL_DISK)
     for process in both:
-        line = next(x for x in process.stderr if x.startswith("error: "))
-        assert line.startswith(
+        assert error_line(process).startswith(
             f"error: cannot write checkpoints in {tmp_path}/checkpoints: "
             "process 0 of 2: No space left on device; free some space"
         )
