@@ -15,6 +15,7 @@ EXTRAS = {
     # Everything a training run needs; no torch, no TensorFlow.
     "train": [
         "orbax-checkpoint>=0.11",
+        "tensorstore>=0.1.71",
         "grain>=0.2.10",
         "array_record>=0.6",
         "tokenizers>=0.20",

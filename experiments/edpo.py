@@ -36,7 +36,7 @@ from experiments.settings import (
 from experiments.stages import Desk
 from experiments.system import TOY_FIT, SystemConfig, run_system, toy_system
 from experiments.trainer import Trainer
-from rkd_jax.data.pipeline import ZippedBatches, make_batches
+from rkd_jax.data.pipeline import ZippedBatches
 from rkd_jax.objectives.edpo import make_ddpo, make_dpdpo, make_edpo, make_pdpo
 from rkd_jax.types import AnchoredPairs, EnsembleSignal, Params, ReferenceSignal
 
@@ -153,10 +153,8 @@ def train_anchored(
     lab = trainer.lab
     parts = {"pairs": trainer.batches(course.pairs, seed)}
     if penalised:
-        parts["samples"] = make_batches(
+        parts["samples"] = lab.batches(
             course.start_samples(lab, desk),
-            lab.tokenizer,
-            lab.rows,
             batch_size=trainer.options.batch_size,
             seed=seed,
         )

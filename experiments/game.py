@@ -20,7 +20,7 @@ from experiments.settings import GameConfig, RewardConfig, SettingsError
 from experiments.stages import Desk, train, training_key
 from experiments.trainer import Step, constant_rate
 from rkd_jax.data.collate import collate
-from rkd_jax.data.pipeline import ZippedBatches, make_batches
+from rkd_jax.data.pipeline import ZippedBatches
 from rkd_jax.data.records import DemonstrationRecord, PreferenceRecord
 from rkd_jax.data.tokenize import tokenize_record
 from rkd_jax.losses import bradley_terry, check_epsilon
@@ -47,7 +47,11 @@ class TextBook:
         self._known: dict[bytes, np.ndarray] = {}
 
     def learn(self, sequences: Sequences) -> list[bytes]:
-        """Take in what is new; the key of every sequence, in order."""
+        """Take in what is new; the key of every sequence, in order.
+
+        All processes have to call it with the same ones.
+        """
+        sequences = fetch(sequences)
         flat = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), sequences)
         keys = [
             tokens.tobytes() + mask.tobytes()
@@ -317,11 +321,10 @@ class Match:
         return prepare
 
     def _batches(self, pairs) -> ZippedBatches:
-        demonstrations = make_batches(
+        lab = self.lab
+        demonstrations = lab.batches(
             self.course.demonstrations,
-            self.lab.tokenizer,
-            self.lab.rows,
-            batch_size=self.lab.policy.rollout_prompts,
+            batch_size=lab.policy.rollout_prompts,
             seed=self.seed,
         )
         preferences = self._pair_batches(pairs, self.game.config.pairs_per_step)
@@ -330,10 +333,4 @@ class Match:
         )
 
     def _pair_batches(self, pairs, batch_size: int):
-        return make_batches(
-            pairs,
-            self.lab.tokenizer,
-            self.lab.rows,
-            batch_size=batch_size,
-            seed=self.seed,
-        )
+        return self.lab.batches(pairs, batch_size=batch_size, seed=self.seed)

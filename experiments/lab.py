@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -23,8 +23,10 @@ from experiments.settings import (
     RewardConfig,
     SettingsError,
 )
-from experiments.several_processes import AskedOnce
+from experiments.several_processes import AskedOnce, widest
 from rkd_jax.data.chat_template import CHATML
+from rkd_jax.data.pipeline import BatchIterator, make_batches
+from rkd_jax.data.records import DemonstrationRecord, PreferenceRecord
 from rkd_jax.data.tokenize import TokenizeConfig
 from rkd_jax.data.tokenizer import Tokenizer, byte_tokenizer, same_vocabulary
 from rkd_jax.interop import load_model
@@ -42,7 +44,13 @@ from rkd_jax.models.sampling import Samples, SamplingConfig, make_sampler
 from rkd_jax.models.surgery import keep_layers
 from rkd_jax.objectives.reward_model import TokenRewards
 from rkd_jax.placement import follow_parameters, row_shards
-from rkd_jax.sharding import MeshConfig, make_mesh, mesh_of, parameter_shardings
+from rkd_jax.sharding import (
+    MeshConfig,
+    make_mesh,
+    mesh_of,
+    mesh_shard,
+    parameter_shardings,
+)
 from rkd_jax.signals.oracles import Oracle, load_oracle
 from rkd_jax.signals.teacher import (
     Scorer,
@@ -110,6 +118,24 @@ class Lab:
     def mesh(self) -> Mesh | None:
         """Where everything is; None for one device."""
         return mesh_of(self.student_params)
+
+    def batches(
+        self,
+        records: Sequence[DemonstrationRecord] | Sequence[PreferenceRecord],
+        *,
+        batch_size: int,
+        seed: int,
+    ) -> BatchIterator:
+        """Shuffled batches, for ever; each process reads the rows its devices hold."""
+        return make_batches(
+            records,
+            self.tokenizer,
+            self.rows,
+            batch_size=batch_size,
+            seed=seed,
+            shard=mesh_shard(self.mesh),
+            agree=widest,
+        )
 
     def check_rows(self, what: str, rows: int, accumulation: int = 1) -> None:
         """Raise SettingsError unless the rows of an update divide over the mesh."""

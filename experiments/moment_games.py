@@ -23,7 +23,7 @@ from experiments.settings import FitConfig, SettingsError
 from experiments.stages import Desk, train, training_key
 from experiments.trainer import Step, Trainer, constant_rate
 from rkd_jax.data.collate import collate
-from rkd_jax.data.pipeline import ZippedBatches, make_batches
+from rkd_jax.data.pipeline import ZippedBatches
 from rkd_jax.data.tokenize import tokenize_record
 from rkd_jax.evaluation.generation import with_prompts
 from rkd_jax.losses import check_epsilon
@@ -126,14 +126,8 @@ class _MomentGame:
         )
 
     def _demonstrations(self, course: Course, seed: int):
-        lab = self.lab
-        return make_batches(
-            course.demonstrations,
-            lab.tokenizer,
-            lab.rows,
-            batch_size=lab.policy.rollout_prompts,
-            seed=seed,
-        )
+        size = self.lab.policy.rollout_prompts
+        return self.lab.batches(course.demonstrations, batch_size=size, seed=seed)
 
     def _hear(self, sequences: Sequences) -> jax.Array:
         """The teacher's word on responses behind its own prompts."""
@@ -369,13 +363,8 @@ class MmPbkd(_MomentGame):
         return nll + self.options.l2 * l2_penalty(critic)
 
     def _batches(self, course: Course, seed: int) -> ZippedBatches:
-        lab = self.lab
-        preferences = make_batches(
-            course.pairs,
-            lab.tokenizer,
-            lab.rows,
-            batch_size=self.options.pairs_per_step,
-            seed=seed,
+        preferences = self.lab.batches(
+            course.pairs, batch_size=self.options.pairs_per_step, seed=seed
         )
         demonstrations = self._demonstrations(course, seed)
         return ZippedBatches(

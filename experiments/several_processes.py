@@ -17,9 +17,10 @@ import jax
 import numpy as np
 
 from experiments.settings import SettingsError
+from rkd_jax.data.collate import Widths
 from rkd_jax.data.records import Prompt
 from rkd_jax.signals.retrying_oracle import RetryingOracle
-from rkd_jax.training.together import once
+from rkd_jax.training.together import from_each, once
 
 PATIENCE = 10.0
 """Seconds that a process has to end by itself."""
@@ -78,6 +79,11 @@ def leave_soon(status: int) -> None:
     timer = threading.Timer(2 * PATIENCE if first else PATIENCE, end)
     timer.daemon = True
     timer.start()
+
+
+def widest(mine: Widths) -> Widths:
+    """The widths that hold the rows of all processes."""
+    return Widths(*map(max, zip(*from_each(mine), strict=True)))
 
 
 class AskedOnce(RetryingOracle):

@@ -29,7 +29,7 @@ from rkd_jax.data.sources import read_jsonl, write_jsonl
 from rkd_jax.data.tokenize import tokenize_record
 from rkd_jax.evaluation.generation import GenerationResult, generate
 from rkd_jax.placement import fetch, place_rows
-from rkd_jax.sharding import mesh_of
+from rkd_jax.sharding import mesh_of, shard_batch
 from rkd_jax.signals.oracles import Oracle, OracleError, label_preferences
 from rkd_jax.training.checkpoint import Checkpoints
 from rkd_jax.training.loop import Update, fit
@@ -275,11 +275,21 @@ def train(
 
 
 def _placing(prepare: Callable | None, mesh: Mesh | None) -> Callable | None:
-    """``prepare`` with its rows on the mesh."""
+    """``prepare`` with its rows on the mesh.
+
+    A process brings the rows that its devices hold. Only the numbers of the records are
+    whole in each, to look up by.
+    """
     if mesh is None:
         return prepare
 
+    def numbered(part):
+        return dataclasses.replace(part, index=fetch(part.index))
+
     def placed(state, batch):
+        batch = jax.tree.map(
+            numbered, shard_batch(batch, mesh), is_leaf=dataclasses.is_dataclass
+        )
         prepared = prepare(state, batch) if prepare else (batch, ())
         return place_rows(prepared, mesh)
 

@@ -14,10 +14,15 @@ from jax.sharding import Mesh
 from experiments.lab import Lab
 from experiments.settings import FitConfig, SettingsError
 from experiments.stages import Desk, train, training_key
-from rkd_jax.data.pipeline import BatchIterator, make_batches
+from rkd_jax.data.pipeline import BatchIterator
 from rkd_jax.data.records import DemonstrationRecord, PreferenceRecord
 from rkd_jax.data.windows import make_packed_batches
-from rkd_jax.sharding import batch_sharding, mesh_of, parameter_shardings
+from rkd_jax.sharding import (
+    batch_sharding,
+    mesh_of,
+    mesh_shard,
+    parameter_shardings,
+)
 from rkd_jax.training.loop import Update
 from rkd_jax.training.optim import OptimConfig, make_optimizer
 from rkd_jax.training.state import TrainState, init_state, state_shardings
@@ -162,9 +167,7 @@ def record_batches(
             "batch size or give more data"
         )
     if not row_length:
-        return make_batches(
-            records, lab.tokenizer, lab.rows, batch_size=batch_size, seed=seed
-        )
+        return lab.batches(records, batch_size=batch_size, seed=seed)
     members = 2 if isinstance(records[0], PreferenceRecord) else 1
     limits = lab.rows
     prompt = max(limits.max_prompt, limits.max_teacher_prompt or 0)
@@ -182,6 +185,7 @@ def record_batches(
         row_length=row_length,
         batch_size=batch_size,
         seed=seed,
+        shard=mesh_shard(lab.mesh),
     )
 
 

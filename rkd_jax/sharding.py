@@ -275,32 +275,70 @@ def mesh_of(tree: Any) -> Mesh | None:
     return None
 
 
+def mesh_shard(
+    mesh: Mesh | None, rules: Rules = DEFAULT_RULES
+) -> tuple[tuple[int, ...], int]:
+    """Which rows of a global batch the devices of this process hold.
+
+    Not always one block, nor rows of its own: on a TPU slice the devices of a host need
+    not be neighbours in the mesh, and hosts that share a layer hold the same rows.
+
+    Args:
+        mesh: all devices; None where there is one only.
+        rules: as in `tree_shardings`.
+
+    Returns:
+        ``(blocks, n)``: these blocks, ascending, of n equal ones; the ``shard`` of
+        `make_batches`.
+    """
+    if mesh is None:
+        return (0,), 1
+    sharding = batch_sharding(mesh, rules)
+    # Rows are cut into n parts where n rows are cut into parts of one.
+    targets = sharding.spec[0]
+    names = (targets,) if isinstance(targets, str) else targets or ()
+    count = math.prod(mesh.shape[name] for name in names)
+    held = sharding.addressable_devices_indices_map((count,)).values()
+    blocks = {block for (rows,) in held for block in range(*rows.indices(count))}
+    return tuple(sorted(blocks)), count
+
+
 def shard_batch(batch: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Any:
     """Place a host batch on the mesh, cut along B.
 
     Args:
-        batch: pytree of arrays ``[b, ...]``; b is this process's share of the rows.
+        batch: pytree of arrays ``[b, ...]``, the rows of this process: those of
+            `mesh_shard`, in their order. In a single process b is B.
         mesh: where to place it.
         rules: as in `tree_shardings`.
 
     Returns:
-        The same tree of global arrays ``[B, ...]``, B = b times the processes.
+        The same tree of global arrays ``[B, ...]``.
 
     Raises:
         ShardingError: B does not divide evenly over the devices that share it.
     """
     sharding = batch_sharding(mesh, rules)
+    blocks, count = mesh_shard(mesh, rules)
 
     def place(path, array):
         array = np.asarray(array)
-        rows = (array.shape[0] if array.ndim else 1) * jax.process_count()
+        held = array.shape[0] if array.ndim else 1
+        shape = (held * count // len(blocks), *array.shape[1:])
         check_divisible(
             f"batch{jax.tree_util.keystr(path)}",
             ("batch",),
-            jax.ShapeDtypeStruct((rows, *array.shape[1:]), array.dtype),
+            jax.ShapeDtypeStruct(shape, array.dtype),
             sharding,
         )
-        return jax.make_array_from_process_local_data(sharding, array)
+        size = shape[0] // count  # of a block
+
+        def rows(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(shape[0])
+            first = blocks.index(start // max(size, 1)) * size
+            return array[(slice(first, first + stop - start), *index[1:])]
+
+        return jax.make_array_from_callback(shape, sharding, rows)
 
     return jax.tree_util.tree_map_with_path(place, batch)
 

@@ -50,6 +50,7 @@ OUTSIDE = {
     "transformers": ["models/hf_flax"],
     "optax": ["training/"],
     "orbax": ["training/checkpoint.py"],
+    "tensorstore": ["training/tensorstore_leaks.py"],
     "tensorboardX": ["training/metrics.py"],
     "rich": ["training/progress.py", "cli.py"],
     "grain": ["data/", "signals/cache"],

@@ -2,9 +2,9 @@
 
 grain shuffles and repeats record *numbers*; a step's numbers become a batch only when
 it is asked for. So the order of records depends on seed, batch size and data alone, not
-on the number of processes: process k of n takes the k-th block of every global batch,
-and the blocks put together are the batch a single process would have had. A position is
-one integer, and a run that was saved on four hosts may go on with two.
+on the number of processes: each takes its blocks of every global batch, and the blocks
+put together are the batch a single process would have had. A position is one integer,
+and a run that was saved on four hosts may go on with two.
 
 >>> from rkd_jax.data.records import DemonstrationRecord
 >>> from rkd_jax.data.tokenize import TokenizeConfig
@@ -25,13 +25,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import grain
 import numpy as np
 
-from rkd_jax.data.collate import Batch, batch_widths, collate
+from rkd_jax.data.collate import Batch, Widths, batch_widths, collate
 from rkd_jax.data.packing import PackedBatch
 from rkd_jax.data.records import Record
 from rkd_jax.data.tokenize import (
@@ -43,6 +43,9 @@ from rkd_jax.data.tokenize import (
 
 if TYPE_CHECKING:
     from rkd_jax.data.tokenizer import Tokenizer
+
+Shard = tuple[int | tuple[int, ...], int]
+"""(a block or several, of so many): a process's rows of every global batch."""
 
 _DIGEST_RECORDS = 64
 
@@ -149,7 +152,8 @@ def make_batches(
     shuffle: bool = True,
     epochs: int | None = None,
     drop_remainder: bool = True,
-    shard: tuple[int, int] = (0, 1),
+    shard: Shard = (0, 1),
+    agree: Callable[[Widths], Widths] | None = None,
     num_threads: int = 0,
 ) -> BatchIterator:
     """Batches of ``records``, in an order that ``seed`` fixes.
@@ -157,30 +161,37 @@ def make_batches(
     Args:
         records: any sequence; a record is fetched and tokenized when its batch is due.
             One kind of record per pipeline.
-        batch_size: rows of the *global* batch; this process gets ``batch_size / n``.
+        batch_size: rows of the *global* batch, of which this process gets its shard.
         seed: in [0, 2**32); every epoch has its own permutation.
         shuffle: False keeps the order of ``records``.
         epochs: None repeats for ever. Batches run across the end of an epoch, so no
             record is left out in any epoch.
         drop_remainder: leave out the rows behind the last full batch of the last epoch;
             False gives them as a shorter batch.
-        shard: ``(process index, number of processes)``. All processes use the same
-            padded widths: with several buckets each tokenizes the whole global batch
-            to know them.
+        shard: ``(k, n)`` is the k-th of n equal blocks, ``((0, 3), n)`` two of them.
+            For a mesh over several processes take `rkd_jax.sharding.mesh_shard`.
+        agree: gets the widths that this process's rows need and returns those that all
+            processes use. Called for every batch in `next`, if there are several
+            buckets. None: each process then tokenizes the whole global batch.
         num_threads: 0 prepares a batch when it is asked for; more prepare ahead, with
             the same result.
 
     Raises:
-        ValueError: no or too few records, sizes that do not divide, a bad shard.
+        ValueError: no or too few records, sizes that do not divide, a bad shard, or
+            ``agree`` with threads, where processes would ask in different orders.
     """
     _, count = shard
     check_sizes(len(records), batch_size, epochs, shard)
+    if agree is not None and num_threads:
+        raise ValueError(
+            "agree needs num_threads=0: processes have to ask in one order"
+        )
     check_remainder(len(records), batch_size, epochs, drop_remainder, count)
     batches = (
         record_numbers(len(records), seed if shuffle else None)
         .repeat(epochs)
         .batch(batch_size, drop_remainder=drop_remainder, batch_fn=np.array)
-        .map(_MakeBatch(records, tokenizer, config, shard))
+        .map(_MakeBatch(records, tokenizer, config, shard, agree))
     )
     order = order_of(records, batch_size=batch_size, shuffle=shuffle, seed=seed)
     num_batches = None if epochs is None else len(batches)
@@ -214,11 +225,14 @@ def order_of(records: Sequence[Record], **settings: Any) -> dict[str, Any]:
     return {"records": len(records), "digest": _digest(records), **settings}
 
 
-def my_block(rows: int, shard: tuple[int, int]) -> slice:
-    """The rows of a global batch that one process takes."""
-    index, count = shard
-    size = rows // count
-    return slice(index * size, (index + 1) * size)
+def my_rows(rows: int, shard: Shard) -> np.ndarray:
+    """Numbers of the rows of a global batch that one process takes, ascending."""
+    blocks, count = _blocks(shard), shard[1]
+    return np.arange(rows).reshape(count, -1)[sorted(blocks)].reshape(-1)
+
+
+def _blocks(shard: Shard) -> tuple[int, ...]:
+    return (shard[0],) if isinstance(shard[0], int) else tuple(shard[0])
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -228,18 +242,23 @@ class _MakeBatch:
     records: Sequence[Record]
     tokenizer: Tokenizer
     config: TokenizeConfig
-    shard: tuple[int, int]
+    shard: Shard
+    agree: Callable[[Widths], Widths] | None
 
     def __call__(self, numbers: np.ndarray) -> Step:
-        mine = my_block(len(numbers), self.shard)
-        if self.shard[1] == 1 or self._one_shape():
-            rows = self._tokenize(numbers[mine])
-            return Step(collate(rows, self.config), rows)
+        mine = my_rows(len(numbers), self.shard)
         # Processes that padded to different widths would compile different programs
         # and wait for each other for ever.
-        everyone = self._tokenize(numbers)
-        rows = everyone[mine]
-        widths = batch_widths(everyone, self.config)
+        whole = len(mine) < len(numbers) and not self.agree and not self._one_shape()
+        if whole:
+            everyone = self._tokenize(numbers)
+            rows = [everyone[i] for i in mine]
+            widths = batch_widths(everyone, self.config)
+        else:
+            rows = self._tokenize(numbers[mine])
+            widths = batch_widths(rows, self.config)
+            if self.agree and not self._one_shape():
+                widths = self.agree(widths)
         return Step(collate(rows, self.config, widths), rows)
 
     def _one_shape(self) -> bool:
@@ -266,18 +285,20 @@ def tokenize_numbers(
 
 
 def check_sizes(
-    records: int, batch_size: int, epochs: int | None, shard: tuple[int, int]
+    records: int, batch_size: int, epochs: int | None, shard: Shard
 ) -> None:
     """Raise ValueError for sizes that no pipeline can serve."""
-    index, count = shard
+    blocks, count = _blocks(shard), shard[1]
     if records == 0:
         raise ValueError("no records; check what the reader skipped")
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; at least 1 is needed")
     if epochs is not None and epochs < 1:
         raise ValueError(f"epochs is {epochs}; give at least 1, or None for ever")
-    if not 0 <= index < count:
-        raise ValueError(f"shard ({index}, {count}): the index lies in [0, {count})")
+    if not blocks or len(set(blocks)) < len(blocks):
+        raise ValueError(f"shard {shard}: name at least one block, and each once")
+    if not all(0 <= index < count for index in blocks):
+        raise ValueError(f"shard {shard}: the index lies in [0, {count})")
     if batch_size % count:
         raise ValueError(
             f"batch_size {batch_size} does not divide among {count} processes"

@@ -38,10 +38,11 @@ from rkd_jax.data.collate import batch_widths, collate
 from rkd_jax.data.packing import collate_packed, pack
 from rkd_jax.data.pipeline import (
     BatchIterator,
+    Shard,
     Step,
     check_remainder,
     check_sizes,
-    my_block,
+    my_rows,
     order_of,
     read,
     record_numbers,
@@ -65,7 +66,7 @@ def make_packed_batches(
     window: int = 1024,
     shuffle: bool = True,
     epochs: int | None = None,
-    shard: tuple[int, int] = (0, 1),
+    shard: Shard = (0, 1),
     num_threads: int = 0,
 ) -> BatchIterator:
     """Batches of packed rows (`rkd_jax.data.packing`), all of one shape.
@@ -80,7 +81,7 @@ def make_packed_batches(
         config: its limits hold as ever; its buckets play no part.
         row_length: L, columns of a row; at most the model's context. A pair needs room
             for both members: ``2 * (max_prompt + max_response)`` is always enough.
-        batch_size: rows of the *global* batch; this process gets ``batch_size / n``.
+        batch_size: rows of the *global* batch, of which this process gets its shard.
         seed: in [0, 2**32); every epoch has its own permutation.
         window: records that are packed together, an epoch being cut into windows of
             about equal size, at most this. More leave less padding, up to a point, and
@@ -90,8 +91,8 @@ def make_packed_batches(
         epochs: None repeats for ever. No row holds records of two epochs; batches run
             across the end of one. The last batch of all is filled with empty rows, so
             that no record is left out.
-        shard: ``(process index, number of processes)``. Every process tokenizes all
-            windows, since what shares a row depends on all lengths.
+        shard: as `make_batches`. Every process tokenizes all windows, since what shares
+            a row depends on all lengths.
         num_threads: 0 prepares a window when it is asked for; more prepare ahead, with
             the same result.
 
@@ -145,7 +146,7 @@ def make_bucketed_batches(
     shuffle: bool = True,
     epochs: int | None = None,
     drop_remainder: bool = True,
-    shard: tuple[int, int] = (0, 1),
+    shard: Shard = (0, 1),
     num_threads: int = 0,
 ) -> BatchIterator:
     """As `make_batches`, but records of similar length share a batch.
@@ -163,8 +164,8 @@ def make_bucketed_batches(
         shuffle: False takes windows, and batches of a window, in order.
         drop_remainder: leave out the rows behind the last full batch of the last epoch;
             False gives them as a shorter batch, the last one.
-        shard: ``(process index, number of processes)``. Every process tokenizes all
-            windows, since what shares a batch depends on all lengths.
+        shard: as `make_batches`. Every process tokenizes all windows, since what shares
+            a batch depends on all lengths.
         num_threads: as `make_packed_batches`.
 
     Raises:
@@ -265,14 +266,14 @@ class _CollateRows:
 
     row_length: int
     batch_size: int
-    shard: tuple[int, int]
+    shard: Shard
 
     def __call__(self, groups: Sequence[_Group]) -> Step:
         bins = [group.rows for group in groups]
         bins += [[]] * (self.batch_size - len(bins))
         batch = collate_packed(bins, self.row_length)
-        mine = my_block(self.batch_size, self.shard)
-        rows = [row for records in bins[mine] for row in records]
+        mine = my_rows(self.batch_size, self.shard)
+        rows = [row for i in mine for row in bins[i]]
         return Step(jax.tree.map(lambda leaf: leaf[mine], batch), rows)
 
 
@@ -281,10 +282,10 @@ class _CollateGroup:
     """Records of a global batch -> this process's rows, as wide as all need."""
 
     config: TokenizeConfig
-    shard: tuple[int, int]
+    shard: Shard
 
     def __call__(self, group: _Group) -> Step:
-        rows = group.rows[my_block(len(group.rows), self.shard)]
+        rows = [group.rows[i] for i in my_rows(len(group.rows), self.shard)]
         widths = batch_widths(group.rows, self.config)
         return Step(collate(rows, self.config, widths), rows)
 

@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from rkd_jax.evaluation.intervals import Interval, mean_interval
@@ -106,7 +107,8 @@ def with_prompts(sequences: Sequences, prompts: Prompts) -> Sequences:
         prompts: [N, P'], one for each leading row of ``sequences``.
 
     Returns:
-        `Sequences` on the host, P' + T columns.
+        `Sequences` of P' + T columns: numpy where all was numpy, else on the devices of
+        what was there.
 
     Raises:
         ValueError: the number of rows differs.
@@ -116,15 +118,21 @@ def with_prompts(sequences: Sequences, prompts: Prompts) -> Sequences:
     if rows != lead[0]:
         raise ValueError(f"{rows} prompts for {lead[0]} rows of responses")
 
+    # A process cannot fetch rows that are on the devices of others.
+    placed = any(
+        isinstance(x, jax.Array) for x in jax.tree.leaves((sequences, prompts))
+    )
+    xp = jnp if placed else np
+
     def join(prompt, response):
-        prompt = np.asarray(prompt).reshape(rows, *(1,) * (len(lead) - 1), width)
-        prompt = np.broadcast_to(prompt, (*lead, width))
-        return np.concatenate([prompt, np.asarray(response)], axis=-1)
+        prompt = xp.reshape(prompt, (rows, *(1,) * (len(lead) - 1), width))
+        prompt = xp.broadcast_to(prompt, (*lead, width))
+        return xp.concatenate([prompt, response], axis=-1)
 
     return Sequences(
         tokens=join(prompts.tokens, sequences.targets),
         token_mask=join(prompts.mask, sequences.response_mask),
-        response_mask=np.asarray(sequences.response_mask),
+        response_mask=xp.asarray(sequences.response_mask),
     )
 
 

@@ -24,6 +24,7 @@ from rkd_jax.training.interrupt import PeerLost, blaming_peers
 from rkd_jax.training.orbax_failures import Raised, reason_of
 from rkd_jax.training.provenance import differences, plain, summary, versions
 from rkd_jax.training.state import TrainState
+from rkd_jax.training.tensorstore_leaks import avoid_leaks
 from rkd_jax.training.together import (
     Disagreement,
     check_folder,
@@ -72,6 +73,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: str | os.PathLike, *, config: Any, keep: int = 2):
+        avoid_leaks()
         path = os.fspath(folder)
         self._remote = "://" in path
         self.folder = path if self._remote else os.path.abspath(path)

@@ -15,7 +15,7 @@ import numpy as np
 
 from rkd_jax.training.run import write_json
 
-FILE = "refused_batches.json"
+FILE = Path("refused_batches.json")
 _INDEX = ".index"  # what every batch of `rkd_jax.types` calls its record numbers
 
 
@@ -60,7 +60,10 @@ class RefusedBatches:
         self.count = 0
 
     def write(self, folder: Path) -> Path:
-        """Describe them in ``folder/refused_batches.json``, written by process 0.
+        """Describe them in ``folder/refused_batches.json``.
+
+        Of several processes each describes the rows it read: the second one in
+        ``refused_batches-1.json``.
 
         An entry has the step, its metrics (null: not finite), the numbers of its
         records or else the data position after it, and of every array shape, dtype,
@@ -69,9 +72,9 @@ class RefusedBatches:
         Raises:
             OSError: it cannot be written.
         """
-        path = folder / FILE
-        if jax.process_index() == 0:
-            write_json(path, [_describe(*entry) for entry in self._last])
+        me = jax.process_index()
+        path = folder / (f"{FILE.stem}-{me}{FILE.suffix}" if me else FILE)
+        write_json(path, [_describe(*entry) for entry in self._last])
         return path
 
 

@@ -78,7 +78,7 @@ def unanimous(work: Callable[[], Any]) -> Any:
         found = work()
     except Exception as failure:  # the others must not wait for ever
         error = failure
-    verdicts = _from_each(error and [type(error).__name__, str(error)])
+    verdicts = from_each(error and [type(error).__name__, str(error)])
     if len({verdict and verdict[0] for verdict in verdicts}) > 1:
         failed = [
             f"process {index} of {len(verdicts)}: {verdict[1]}"
@@ -131,7 +131,7 @@ def in_touch(
         return ended
 
     threading.Thread(target=work, daemon=True).start()
-    while not all(_from_each(unanimous(look))):
+    while not all(from_each(unanimous(look))):
         pass
 
 
@@ -182,8 +182,12 @@ def check_writable(folder: str) -> None:
         pass
 
 
-def _from_each(mine: Any) -> list[Any]:
-    """What every process has to say, in their order."""
+def from_each(mine: Any) -> list[Any]:
+    """What every process has to say, in their order; all have to call it.
+
+    Args:
+        mine: plain JSON.
+    """
     if jax.process_count() == 1:
         return [mine]
     text = json.dumps(mine).encode()

@@ -1,5 +1,6 @@
 """Several processes make one run; what stops one of them stops all, in one line."""
 
+import json
 import os
 import socket
 import subprocess
@@ -7,7 +8,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from rkd_jax.training.metrics import read_metrics
+from tests.experiments import shared_training
 
 ROOT = Path(__file__).parents[2]
 
@@ -106,3 +111,35 @@ def test_the_runtime_ends_the_other_where_it_is_process_0():
 def test_processes_that_do_not_fail_end_as_they_should():
     ends = run_two("tests.experiments.failing_process")
     assert [status for status, _, _ in ends] == [0, 0], ends
+
+
+@pytest.fixture(scope="module")
+def shared(compiled_programs, tmp_path_factory):
+    """The folder of a training by two processes, and what each of them saw."""
+    folder = tmp_path_factory.mktemp("shared")
+    ends = run_two("tests.experiments.shared_training", str(folder))
+    assert [status for status, _, _ in ends] == [0, 0], ends
+    return folder, [
+        json.loads((folder / f"seen-{index}.json").read_text()) for index in range(2)
+    ]
+
+
+def test_each_reads_half_of_every_batch_and_trains_what_one_does(shared, tmp_path):
+    """Samples and the teacher's wider prompts included."""
+    folder, seen = shared
+    read = shared_training.train(tmp_path, shared_training.MESH)
+    batches = np.array(read).reshape(shared_training.STEPS, 2, -1)
+    for index, process in enumerate(seen):
+        assert process["read"] == batches[:, index].ravel().tolist()
+    logs = [read_metrics(run / "run" / "4-gkd") for run in (folder, tmp_path)]
+    assert len(logs[0]) == shared_training.STEPS
+    for mine, alone in zip(*logs, strict=True):
+        assert mine["metrics"] == pytest.approx(alone["metrics"], rel=1e-5, abs=1e-5)
+
+
+def test_rows_come_together_where_devices_of_a_process_are_no_neighbours(shared):
+    """As on a TPU slice; with a layer over two processes both bring the same rows."""
+    for index, process in enumerate(shared[1]):
+        alone, twice = (process["scattered"][n] for n in shared_training.SCATTERED)
+        assert alone == [[index, index + 2], list(range(8))]
+        assert twice == [[0, 1], list(range(8))]

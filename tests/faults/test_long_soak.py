@@ -16,10 +16,6 @@ pytestmark = [pytest.mark.long, pytest.mark.usefixtures("compiled_programs")]
 CYCLES = 2000
 WARM = 100  # cycles after which everything has been compiled
 RARELY, ALWAYS = 20, 1  # cycles from checkpoint to checkpoint
-TENSORSTORE = (
-    "tensorstore (0.1.78 and 0.1.86) never frees a list that it makes of JSON, "
-    "and orbax asks it for some in every save"
-)
 
 
 @pytest.fixture(scope="module", params=[RARELY, ALWAYS], ids=lambda n: f"every-{n}")
@@ -51,16 +47,11 @@ def quarters(values):
     return [float(part.mean()) for part in np.split(values, 4)]
 
 
-def test_memory_is_flat(gauges, every, request):
+def test_memory_is_flat(gauges, every):
     means = quarters(gauges["memory"])
     growth = means[3] - means[1]  # in half of all cycles
     print("memory by quarter, MiB:", [round(mean / 2**20, 1) for mean in means])
     print(f"{growth / means[1]:+.2%}, {growth / (CYCLES / 2):.0f} bytes a cycle")
-    if every == ALWAYS:
-        # Not flat, but no worse than it was found to be.
-        assert growth / (CYCLES / 2) < 64 * 2**10
-        # Strict, so that a release without the leak is noticed.
-        request.applymarker(pytest.mark.xfail(reason=TENSORSTORE, strict=True))
     assert abs(growth) < 0.03 * means[1]
 
 

@@ -1,0 +1,86 @@
+"""A method of an experiment, trained by several processes that each read their rows.
+
+``python -m tests.experiments.shared_training --distributed FOLDER`` is one of them. In
+FOLDER the process writes to ``seen-INDEX.json`` which records it read, how wide its
+batches were, and what it got of rows on meshes where its devices are no neighbours.
+"""
+
+import dataclasses
+import io
+import json
+import sys
+import types
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from experiments import tvkd
+from experiments.baselines import Gkd, GkdConfig
+from experiments.lab import open_lab
+from experiments.several_processes import meet
+from experiments.stages import Desk
+from experiments.system import TOY_FIT
+from rkd_jax.data.records import DemonstrationRecord
+from rkd_jax.placement import fetch
+from rkd_jax.sharding import AXES, MeshConfig, mesh_shard, shard_batch
+from rkd_jax.training.progress import Progress
+from rkd_jax.training.run import RunFolder
+
+MESH = MeshConfig(data=2, tensor=2)
+RECORDS, STEPS, SEED = 128, 3, 5
+SCATTERED = {"rows": (4, 1, 1), "rows twice": (1, 2, 2)}
+
+
+class Watched(Sequence):
+    """Demonstrations, some with a wide prompt for the teacher; and who was read."""
+
+    def __init__(self):
+        self.read: list[int] = []
+
+    def __len__(self):
+        return RECORDS
+
+    def __getitem__(self, i):
+        self.read.append(i)
+        kind = "Be kind to everybody. " * 3 if i % 3 == 0 else ""
+        return DemonstrationRecord(f"{i}?", "yes " * (1 + i % 3), f"{kind}{i}?")
+
+
+def train(folder: Path, mesh: MeshConfig) -> list[int]:
+    """GKD for some steps, half of the rows sampled; the records read, in order."""
+    lab = open_lab(dataclasses.replace(tvkd.tiny(), mesh=mesh))
+    assert lab.widths > 1
+    records = Watched()
+    course = types.SimpleNamespace(start=lab.student_params, demonstrations=records)
+    run = RunFolder.open(folder / "run", {})
+    with Progress(io.StringIO()) as progress:
+        desk = Desk(run, progress, checkpoint_every=100)
+        method = Gkd(lab, GkdConfig(fit=TOY_FIT, rho=0.5))
+        method.train(desk, "4-gkd", course, steps=STEPS, seed=SEED)
+    # Before, the fingerprint of the data was taken, of 64 records in any process.
+    return records.read[64:]
+
+
+def scattered(shape: tuple[int, int, int]) -> tuple[list[int], list[int]]:
+    """The blocks of this process where every other device is its own, and all rows."""
+    devices = np.array(jax.devices()).reshape(2, 2).T.reshape(shape)
+    mesh = Mesh(devices, AXES)
+    blocks, count = mesh_shard(mesh)
+    mine = np.arange(8).reshape(count, -1)[list(blocks)].reshape(-1)
+    return blocks, fetch(shard_batch(mine, mesh)).tolist()
+
+
+def _main(folder: str) -> None:
+    meet()
+    seen = {
+        "read": train(Path(folder), MESH),
+        "scattered": {name: scattered(shape) for name, shape in SCATTERED.items()},
+    }
+    Path(folder, f"seen-{jax.process_index()}.json").write_text(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    _main(sys.argv[-1])
