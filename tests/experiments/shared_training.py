@@ -31,11 +31,12 @@ from rkd_jax.training.run import RunFolder
 
 MESH = MeshConfig(data=2, tensor=2)
 RECORDS, STEPS, SEED = 128, 3, 5
+WIDE = range(0, RECORDS, 10)  # records with a wide prompt for the teacher
 SCATTERED = {"rows": (4, 1, 1), "rows twice": (1, 2, 2)}
 
 
 class Watched(Sequence):
-    """Demonstrations, some with a wide prompt for the teacher; and who was read."""
+    """Demonstrations, and which were read."""
 
     def __init__(self):
         self.read: list[int] = []
@@ -45,14 +46,20 @@ class Watched(Sequence):
 
     def __getitem__(self, i):
         self.read.append(i)
-        kind = "Be kind to everybody. " * 3 if i % 3 == 0 else ""
+        kind = "Be kind to everybody. " * 6 if i in WIDE else ""
         return DemonstrationRecord(f"{i}?", "yes " * (1 + i % 3), f"{kind}{i}?")
+
+
+def widths(mesh: MeshConfig) -> list[int]:
+    """Columns of the teacher's rows, batch by batch: they are of two lengths."""
+    lab = open_lab(dataclasses.replace(tvkd.tiny(), mesh=mesh))
+    batches = lab.batches(Watched(), batch_size=TOY_FIT.batch_size, seed=SEED)
+    return [next(batches).teacher_sequences.tokens.shape[1] for _ in range(STEPS)]
 
 
 def train(folder: Path, mesh: MeshConfig) -> list[int]:
     """GKD for some steps, half of the rows sampled; the records read, in order."""
     lab = open_lab(dataclasses.replace(tvkd.tiny(), mesh=mesh))
-    assert lab.widths > 1
     records = Watched()
     course = types.SimpleNamespace(start=lab.student_params, demonstrations=records)
     run = RunFolder.open(folder / "run", {})
@@ -77,6 +84,7 @@ def _main(folder: str) -> None:
     meet()
     seen = {
         "read": train(Path(folder), MESH),
+        "widths": widths(MESH),
         "scattered": {name: scattered(shape) for name, shape in SCATTERED.items()},
     }
     Path(folder, f"seen-{jax.process_index()}.json").write_text(json.dumps(seen))

@@ -137,6 +137,18 @@ def test_each_reads_half_of_every_batch_and_trains_what_one_does(shared, tmp_pat
         assert mine["metrics"] == pytest.approx(alone["metrics"], rel=1e-5, abs=1e-5)
 
 
+def test_all_take_the_width_that_one_of_them_needs(shared):
+    mesh = shared_training.MESH
+    widths = shared_training.widths(mesh)
+    assert len(set(widths)) == 2
+    for process in shared[1]:
+        assert process["widths"] == widths
+    # There is a batch of which one half alone is wide.
+    read = np.array([process["read"] for process in shared[1]])
+    wide = np.isin(read, shared_training.WIDE).reshape(2, len(widths), -1).any(axis=-1)
+    assert (wide[0] != wide[1]).any()
+
+
 def test_rows_come_together_where_devices_of_a_process_are_no_neighbours(shared):
     """As on a TPU slice; with a layer over two processes both bring the same rows."""
     for index, process in enumerate(shared[1]):
