@@ -2,7 +2,8 @@
 
 Whoever puts parameters on a mesh (`rkd_jax.sharding`) says no more: rows are cut over
 that mesh before a function reads them, and come back whole where the host needs them.
-In several processes each of them holds all rows of a batch and does the same with them.
+A teacher may be on other devices than its student. In several processes rows are on the
+mesh already, or each process holds all of them and does the same with them.
 
 >>> import jax.numpy as jnp
 >>> double = follow_parameters(lambda params, rows: params * rows)
@@ -83,7 +84,7 @@ def follow_parameters(function: Callable, *, to_host: bool = False) -> Callable:
         count = jax.tree.leaves(rows)[0].shape[0]
         missing = -count % row_shards(mesh)
         if missing:
-            rows = fill_rows(rows, count + missing)
+            rows = fill_rows(fetch(rows), count + missing)
         found = jitted(mesh)(params, place_rows(rows, mesh), *rest)
         if missing or to_host:
             found = jax.tree.map(lambda x: x[:count], fetch(found))
@@ -96,7 +97,8 @@ def place_rows(rows: Any, mesh: Mesh) -> Any:
     """Place rows that every process has whole on the mesh, cut along B.
 
     Args:
-        rows: pytree of arrays ``[B, ...]``, on the host or on the mesh.
+        rows: pytree of arrays ``[B, ...]``, on the host, on the mesh or on another one.
+            In several processes rows of another mesh pass through every host.
         mesh: where to place them.
 
     Raises:
@@ -107,12 +109,18 @@ def place_rows(rows: Any, mesh: Mesh) -> Any:
     def place(path, array):
         name = f"rows{jax.tree_util.keystr(path)}"
         check_divisible(name, ("batch",), array, sharding)
-        if mesh_of(array) is not None:
+        there = mesh_of(array)
+        if there is not None and (array.is_fully_addressable or _same(there, mesh)):
             return jax.device_put(array, sharding)
-        array = np.asarray(array)
+        array = fetch(array)
         return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
 
     return jax.tree_util.tree_map_with_path(place, rows)
+
+
+def _same(one: Mesh, other: Mesh) -> bool:
+    """Whether JAX can copy from one to the other in several processes."""
+    return set(one.devices.flat) == set(other.devices.flat)
 
 
 def fill_rows(tree: Any, size: int) -> Any:

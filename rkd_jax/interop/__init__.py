@@ -21,12 +21,16 @@ from rkd_jax.interop.hf_config import UnsupportedConfigError
 from rkd_jax.interop.names import WeightsError
 from rkd_jax.interop.safetensors import save as save_model
 from rkd_jax.models.decoder import Decoder, DecoderConfig
-from rkd_jax.sharding import tree_shardings
+from rkd_jax.sharding import DEFAULT_RULES, Rules, tree_shardings
 from rkd_jax.types import Params
 
 
 def load_model(
-    path: str | Path, *, param_dtype: str | None = None, mesh: Mesh | None = None
+    path: str | Path,
+    *,
+    param_dtype: str | None = None,
+    mesh: Mesh | None = None,
+    rules: Rules = DEFAULT_RULES,
 ) -> tuple[Decoder, Params, Tokenizer | None]:
     """Model, parameters and tokenizer of a model folder or a GGUF file.
 
@@ -36,6 +40,8 @@ def load_model(
             GGUF).
         mesh: where every parameter goes straight to its devices, cut as its logical
             axes say; None puts everything on the default device.
+        rules: where these axes live, see `rkd_jax.sharding`; a teacher's may be others
+            than its student's.
 
     Returns:
         ``(decoder, params, tokenizer)``; the tokenizer is None when the folder has no
@@ -51,7 +57,7 @@ def load_model(
     def homes(config: DecoderConfig):
         model = Decoder(config)
         shapes = jax.eval_shape(model.init, jax.random.key(0))
-        return tree_shardings(model.logical_axes(), mesh, shapes=shapes)
+        return tree_shardings(model.logical_axes(), mesh, rules, shapes=shapes)
 
     shardings = None if mesh is None else homes
     path = Path(path)

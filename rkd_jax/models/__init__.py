@@ -10,6 +10,7 @@ shapes of their batches few.
 from rkd_jax.models.api import (
     CausalLM,
     action_hidden,
+    head_part,
     positions_from_mask,
     response_hidden,
     response_logits,

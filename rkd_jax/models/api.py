@@ -103,6 +103,39 @@ class CausalLM(Protocol):
         """An empty cache with ``length`` slots for ``batch_size`` rows."""
 
 
+def head_part(model: CausalLM, params: Params, tree: Any = None) -> Any:
+    """What the head of a model reads of its parameters, and nothing else.
+
+    The part of a frozen teacher that a loss on states needs (``frozen["teacher"]``):
+    its trunk may sit on other devices.
+
+    Args:
+        model: the model.
+        params: its parameters or their abstract values, nested dictionaries.
+        tree: another tree of that structure to be cut alike, such as the logical axes
+            of the parameters; None takes the parameters.
+
+    Returns:
+        The nested dictionaries with these entries alone; `CausalLM.head` and
+        `CausalLM.head_bias` read it as they read the whole.
+    """
+    structure = jax.tree.structure(params)
+    program = jax.make_jaxpr(lambda p: (model.head(p), model.head_bias(p)))(params)
+    read = {id(x) for step in program.jaxpr.eqns for x in step.invars}
+    read |= {id(x) for x in program.jaxpr.outvars}
+    inside = jax.tree.unflatten(
+        structure, [id(x) in read for x in program.jaxpr.invars]
+    )
+
+    def cut(inside: Any, tree: Any) -> Any:
+        if not isinstance(inside, dict):
+            return tree if inside else None
+        parts = {name: cut(inside[name], tree[name]) for name in inside}
+        return {name: part for name, part in parts.items() if part is not None} or None
+
+    return cut(inside, params if tree is None else tree)
+
+
 def positions_from_mask(token_mask: jax.Array) -> jax.Array:
     """Positions that count real tokens only, so that padding shifts nothing.
 
