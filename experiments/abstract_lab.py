@@ -10,14 +10,8 @@ import dataclasses
 
 import jax
 
-from experiments.lab import (
-    RANDOM_TEACHER,
-    Lab,
-    as_student,
-    check_drop_layers,
-    make_lab,
-    row_layout,
-)
+from experiments.lab import Lab, make_lab, row_layout
+from experiments.players import RANDOM_TEACHER, as_student, check_drop_layers
 from experiments.published_shapes import shape_of
 from experiments.settings import ExperimentConfig, ModelConfig
 from rkd_jax.data.tokenizer import byte_tokenizer

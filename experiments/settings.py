@@ -195,6 +195,8 @@ class ExperimentConfig:
     1, the stage has to be made again."""
     mesh: MeshConfig = MeshConfig()
     """Devices that share the run. It may go on with others than it began with."""
+    teacher_mesh: MeshConfig = MeshConfig()
+    """Other devices for the teacher alone. One: it is where the student is."""
     models: ModelConfig = ModelConfig()
     task: TaskConfig = TaskConfig()
     policy: PolicyConfig = PolicyConfig()
@@ -212,7 +214,7 @@ class ExperimentConfig:
         """
         options = dataclasses.asdict(self)
         saving = ("checkpoint_every", "checkpoints_kept")
-        for name in ("out", "fresh", "oracle_calls", "mesh", *saving):
+        for name in ("out", "fresh", "oracle_calls", "mesh", "teacher_mesh", *saving):
             del options[name]
         return options
 

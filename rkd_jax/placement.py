@@ -109,13 +109,34 @@ def place_rows(rows: Any, mesh: Mesh) -> Any:
     def place(path, array):
         name = f"rows{jax.tree_util.keystr(path)}"
         check_divisible(name, ("batch",), array, sharding)
+        if mesh_of(array) is not None:
+            return move(array, sharding)
+        array = np.asarray(array)
+        return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
+
+    return jax.tree_util.tree_map_with_path(place, rows)
+
+
+def move(tree: Any, shardings: Any) -> Any:
+    """`jax.device_put`, in several processes between any two meshes.
+
+    What comes from other devices passes through every host there, so all processes
+    have to call it.
+
+    Args:
+        tree: pytree of arrays, on the host or on a mesh.
+        shardings: the same tree of `NamedSharding`.
+    """
+
+    def put(array, sharding):
         there = mesh_of(array)
-        if there is not None and (array.is_fully_addressable or _same(there, mesh)):
+        local = there is None or array.is_fully_addressable
+        if local or _same(there, sharding.mesh):
             return jax.device_put(array, sharding)
         array = fetch(array)
         return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
 
-    return jax.tree_util.tree_map_with_path(place, rows)
+    return jax.tree.map(put, tree, shardings)
 
 
 def _same(one: Mesh, other: Mesh) -> bool:

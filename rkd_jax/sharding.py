@@ -97,7 +97,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         )
     # Named, because `jax.make_mesh` would otherwise build Explicit axes.
     types = (AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices[:count])
+    try:
+        return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices[:count])
+    except AssertionError:
+        # Of a TPU slice JAX orders blocks alone, so that neighbours in the mesh are
+        # neighbours in the slice. Any other part of it is taken in the order given.
+        found = np.array(devices[:count]).reshape(sizes)
+        return Mesh(found, AXES, axis_types=types)
 
 
 def partition_spec(axes: LogicalAxes, rules: Rules = DEFAULT_RULES) -> PartitionSpec:

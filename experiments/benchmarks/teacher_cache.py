@@ -20,7 +20,7 @@ import numpy as np
 import tyro
 
 from experiments.host_memory import keep_freed_memory
-from experiments.lab import cut_student, load_teacher
+from experiments.players import cut_student, load_teacher
 from experiments.sentiment_task import make_prompts
 from experiments.settings import ModelConfig
 from rkd_jax.data.collate import collate

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import jax
 import numpy as np
@@ -110,21 +111,20 @@ def sequence_divergences(
     if teacher_sequences is None:
         teacher_sequences = sequences
     _check_same_responses(sequences, teacher_sequences)
-    mesh = mesh_of((student_params, teacher_params))
+    mesh, there = mesh_of(student_params), mesh_of(teacher_params)
 
     def totals(rows, teacher_rows):
+        if there is not None:
+            teacher_rows = place_rows(teacher_rows, there)
+        logits = _teacher_logits(teacher, teacher_params, teacher_rows, mesh=there)
+        if mesh is not None:
+            logits = place_rows(logits, mesh)
         return _divergence_totals(
-            student,
-            student_params,
-            teacher,
-            teacher_params,
-            rows,
-            teacher_rows,
-            temperature=temperature,
-            mesh=mesh,
+            student, student_params, rows, logits, temperature=temperature, mesh=mesh
         )
 
-    sums = _in_batches(totals, (sequences, teacher_sequences), batch_size, mesh)
+    shards = math.lcm(row_shards(mesh), row_shards(there))
+    sums = _in_batches(totals, (sequences, teacher_sequences), batch_size, mesh, shards)
     tokens = _tokens(sequences)
     return Divergences(*(SequenceStatistic(total, tokens) for total in sums))
 
@@ -161,29 +161,24 @@ def teacher_nll(
     def totals(rows):
         return (_nll_totals(teacher, teacher_params, rows, mesh=mesh),)
 
-    (nll,) = _in_batches(totals, (sequences,), batch_size, mesh)
+    (nll,) = _in_batches(totals, (sequences,), batch_size, mesh, row_shards(mesh))
     return SequenceStatistic(nll, _tokens(sequences))
 
 
-@functools.partial(
-    jax.jit, static_argnames=("student", "teacher", "temperature", "mesh")
-)
-def _divergence_totals(
-    student,
-    student_params,
-    teacher,
-    teacher_params,
-    rows,
-    teacher_rows,
-    *,
-    temperature,
-    mesh,
-):
+@functools.partial(jax.jit, static_argnames=("teacher", "mesh"))
+def _teacher_logits(teacher, params, rows, *, mesh):
+    """float32[R, T, V], where the teacher is."""
+    refuse_packed(rows, "sequence_divergences")
+    with on_mesh(mesh):
+        return response_logits(teacher, params, rows)
+
+
+@functools.partial(jax.jit, static_argnames=("student", "temperature", "mesh"))
+def _divergence_totals(student, params, rows, teacher_logits, *, temperature, mesh):
     """Summed forward KL, reverse KL and teacher NLL of each row, three float32[R]."""
     refuse_packed(rows, "sequence_divergences")
     with on_mesh(mesh):
-        student_logits = response_logits(student, student_params, rows)
-        teacher_logits = response_logits(teacher, teacher_params, teacher_rows)
+        student_logits = response_logits(student, params, rows)
         logits = (student_logits, teacher_logits)
         values = (
             forward_kl(*logits, temperature=temperature),
@@ -204,11 +199,11 @@ def _nll_totals(teacher, params, rows, *, mesh):
 
 
 def _in_batches(
-    totals, trees, batch_size: int, mesh: Mesh | None
+    totals, trees, batch_size: int, mesh: Mesh | None, shards: int
 ) -> tuple[np.ndarray, ...]:
     """Apply ``totals`` to slices of ``batch_size`` rows; results float64[N, ...].
 
-    On a mesh a slice has as many rows for every part of it.
+    On a mesh a slice has as many rows for each of the ``shards`` parts of it.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1: {batch_size}")
@@ -219,7 +214,6 @@ def _in_batches(
     count = len(trees[0].response_mask)
     if not count:
         raise ValueError("there is no sequence to evaluate")
-    shards = row_shards(mesh)
     size = shards * min(batch_size, -(-count // shards))
     parts = []
     for first in range(0, count, size):

@@ -21,7 +21,7 @@ from tests.aot import test_fsdp, tpu_programs
 ROOT = Path(__file__).parents[2]
 COMPILER = Path(sys.prefix) / "tpu-compiler"  # see the Makefile
 COMPILED = ("splash v5e", *(f"fused {name}" for name in tpu_programs.LOSSES))
-COMPILED += ("dense", "fsdp")
+COMPILED += ("dense", "fsdp", "part")
 THERE_IS_ONE = sys.platform == "linux" and platform.machine() == "x86_64"
 pytestmark = [
     pytest.mark.tpu_compile,
@@ -88,6 +88,14 @@ def test_a_step_sends_what_it_has_to(compiled):
     found = dict(compiled("fsdp"))
     assert found.pop("largest") <= test_fsdp.LARGEST
     assert sum(found.values()) < 1.15 * 3 * 7 / 8 * 4 * test_fsdp.PARAMETERS
+
+
+def test_a_part_of_a_slice_that_is_no_block(compiled):
+    """As where a teacher has half of the chips of every host."""
+    found = compiled("part")
+    assert found["hosts"] == 8
+    assert found["mesh"] == found["given"]
+    assert found["reduces"]
 
 
 @pytest.mark.parametrize(

@@ -154,7 +154,31 @@ def fsdp() -> dict:
     return test_fsdp.measure(slice_devices(SLICES["v5e"]))
 
 
+def part() -> dict:
+    """A product over half of every host, which is no block of the slice.
+
+    For v5e and v6e the compiler takes blocks of one host, and whole slices.
+    """
+    hosts = collections.defaultdict(list)
+    for device in slice_devices("v5p:2x4x4"):
+        hosts[device.process_index].append(device)
+    halves = [device for devices in hosts.values() for device in devices[:2]]
+    mesh = make_mesh(MeshConfig(fsdp=-1, tensor=2), halves)
+    rows, width = (
+        jax.ShapeDtypeStruct((64, 64), np.float32, sharding=NamedSharding(mesh, spec))
+        for spec in (PartitionSpec("fsdp"), PartitionSpec(None, "tensor"))
+    )
+    product = jax.jit(lambda x, y: (x @ y).sum()).lower(rows, width).compile()
+    return {
+        "hosts": len(hosts),
+        "mesh": [device.id for device in mesh.devices.flat],
+        "given": [device.id for device in halves],
+        "reduces": "all-reduce" in product.as_text(),
+    }
+
+
 PROGRAMS = {
+    "part": part,
     **{f"splash {chip}": functools.partial(splash, chip) for chip in SLICES},
     **{f"fused {name}": functools.partial(fused, name) for name in LOSSES},
     "dense": dense,

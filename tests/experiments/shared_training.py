@@ -2,7 +2,8 @@
 
 ``python -m tests.experiments.shared_training --distributed FOLDER`` is one of them. In
 FOLDER the process writes to ``seen-INDEX.json`` which records it read, how wide its
-batches were, and what it got of rows on meshes where its devices are no neighbours.
+batches were, and what it got of rows on meshes where its devices are no neighbours, and
+between two meshes.
 """
 
 import dataclasses
@@ -24,8 +25,15 @@ from experiments.several_processes import meet
 from experiments.stages import Desk
 from experiments.system import TOY_FIT
 from rkd_jax.data.records import DemonstrationRecord
-from rkd_jax.placement import fetch
-from rkd_jax.sharding import AXES, MeshConfig, mesh_shard, shard_batch
+from rkd_jax.placement import fetch, follow_parameters, move, place_rows
+from rkd_jax.sharding import (
+    AXES,
+    MeshConfig,
+    mesh_of,
+    mesh_shard,
+    replicated,
+    shard_batch,
+)
 from rkd_jax.training.progress import Progress
 from rkd_jax.training.run import RunFolder
 
@@ -80,11 +88,23 @@ def scattered(shape: tuple[int, int, int]) -> tuple[list[int], list[int]]:
     return blocks, fetch(shard_batch(mine, mesh)).tolist()
 
 
+def between() -> list[float]:
+    """Rows of one half of the devices, doubled by the other half: all of them."""
+    halves = np.array(jax.devices()).reshape(2, 2, 1, 1)
+    one, other = (Mesh(halves[:, i], AXES) for i in range(2))
+    factor = move(np.float32(2.0), replicated(other))
+    rows = place_rows(np.arange(8.0, dtype=np.float32), one)
+    doubled = follow_parameters(lambda factor, rows: factor * rows)(factor, rows)
+    assert mesh_of(doubled) == other
+    return fetch(place_rows(doubled, one)).tolist()
+
+
 def _main(folder: str) -> None:
     meet()
     seen = {
         "read": train(Path(folder), MESH),
         "widths": widths(MESH),
+        "between": between(),
         "scattered": {name: scattered(shape) for name, shape in SCATTERED.items()},
     }
     Path(folder, f"seen-{jax.process_index()}.json").write_text(json.dumps(seen))

@@ -11,7 +11,7 @@ from experiments.abstract_inputs import inputs_of
 from experiments.abstract_lab import abstract_lab
 from experiments.abstract_programs import PROGRAMS, hold
 from experiments.compile_ahead import EXPERIMENTS, Request, plan
-from experiments.lab import cut_student, load_teacher
+from experiments.players import cut_student, load_teacher
 from experiments.published_shapes import SHAPES, shape_of
 from experiments.settings import SettingsError
 from rkd_jax.models.decoder import Decoder

@@ -4,19 +4,22 @@ import dataclasses
 import io
 import json
 import shutil
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
 from experiments import pbkd, tvkd
+from experiments.baselines import Gkd, GkdConfig
 from experiments.course import load_prompts, take_course
 from experiments.judging import pair_log_probs
 from experiments.lab import open_lab
 from experiments.settings import SettingsError
 from experiments.stages import Desk
+from experiments.system import TOY_FIT
 from rkd_jax.data.collate import collate
-from rkd_jax.data.records import PreferenceRecord, PromptRecord
+from rkd_jax.data.records import DemonstrationRecord, PreferenceRecord, PromptRecord
 from rkd_jax.data.tokenize import tokenize_record
 from rkd_jax.evaluation.generation import with_prompts
 from rkd_jax.evaluation.likelihood import sequence_divergences
@@ -27,6 +30,7 @@ from rkd_jax.training.progress import Progress
 from rkd_jax.training.run import RunFolder
 
 MESH = MeshConfig(data=2, fsdp=2, tensor=2)
+APART = {"mesh": MeshConfig(data=2, tensor=2), "teacher_mesh": MeshConfig(1, 2, 2)}
 
 pytestmark = pytest.mark.usefixtures("compiled_programs")
 
@@ -55,6 +59,12 @@ def close(found, expected):
 @pytest.fixture(scope="module")
 def lab(compiled_programs):
     return open_lab(options())
+
+
+@pytest.fixture(scope="module")
+def apart(compiled_programs):
+    """The teacher has four devices of its own."""
+    return open_lab(options(**APART))
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +119,40 @@ def test_everything_large_is_cut(lab):
                 assert leaf.addressable_shards[0].data.size == leaf.size // 4
 
 
-def test_samples_and_scores_are_those_of_one_device(lab):
+def test_a_teacher_on_other_devices_is_there_alone(apart):
+    devices = jax.devices()
+    everywhere = {
+        "teacher": (apart.teacher_params, devices[4:]),
+        "its head": (apart.frozen, devices[:4]),
+        "student": (apart.student_params, devices[:4]),
+        "trunk of the rewards": (apart.trunk_params, devices[:4]),
+    }
+    for name, (params, home) in everywhere.items():
+        for leaf in jax.tree.leaves(params):
+            assert leaf.sharding.device_set == set(home), name
+    assert apart.mesh.shape == {"data": 2, "fsdp": 1, "tensor": 2}
+    (head,) = jax.tree.leaves(apart.frozen)
+    assert head.shape == apart.teacher_params["embed"]["embedding"].shape
+
+
+def test_a_student_learns_from_it_as_on_one_device(apart, tmp_path):
+    """From its states, on what the student says and on what there is."""
+    records = [DemonstrationRecord(f"number {i}", f"it is {i}") for i in range(8)]
+    learnt = []
+    for name, lab in ("apart", apart), ("alone", open_lab(options(MeshConfig()))):
+        course = SimpleNamespace(start=lab.student_params, demonstrations=records)
+        with Progress(io.StringIO()) as progress:
+            run = RunFolder.open(tmp_path / name, {})
+            desk = Desk(run, progress, checkpoint_every=100)
+            method = Gkd(lab, GkdConfig(fit=TOY_FIT))
+            params = method.train(desk, "4-gkd", course, steps=2, seed=0)
+        learnt.append((read_metrics(run.path / "4-gkd"), jax.device_get(params)))
+    close(*learnt)
+
+
+@pytest.mark.parametrize("where", ["lab", "apart"])
+def test_samples_and_scores_are_those_of_one_device(where, request):
+    lab = request.getfixturevalue(where)
     alone = open_lab(options(MeshConfig()))
     records = [PromptRecord(f"number {i}") for i in range(4)]
     rows = [tokenize_record(r, lab.tokenizer, lab.rows) for r in records]
@@ -160,5 +203,19 @@ def test_a_mesh_that_does_not_fit_is_refused(mesh, message):
         open_lab(options(mesh))
 
 
+@pytest.mark.parametrize(
+    ("mesh", "teacher_mesh", "message"),
+    [
+        (MESH, MeshConfig(fsdp=2), "data=2 fsdp=2 tensor=2 does not fit 6 devices"),
+        (MeshConfig(), MeshConfig(fsdp=9), "of 8 devices none is left"),
+        (MeshConfig(), MeshConfig(fsdp=-1), "--teacher-mesh .* give every axis a size"),
+    ],
+)
+def test_a_teacher_that_takes_too_much_is_refused(mesh, teacher_mesh, message):
+    with pytest.raises(ValueError, match=message):
+        open_lab(options(mesh, teacher_mesh=teacher_mesh))
+
+
 def test_the_devices_are_no_part_of_what_makes_a_run():
     assert options().identity() == options(MeshConfig()).identity()
+    assert options().identity() == options(**APART).identity()

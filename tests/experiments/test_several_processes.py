@@ -149,6 +149,12 @@ def test_all_take_the_width_that_one_of_them_needs(shared):
     assert (wide[0] != wide[1]).any()
 
 
+def test_rows_pass_between_meshes_of_different_devices(shared):
+    """Each process has one device of either."""
+    for process in shared[1]:
+        assert process["between"] == [2.0 * row for row in range(8)]
+
+
 def test_rows_come_together_where_devices_of_a_process_are_no_neighbours(shared):
     """As on a TPU slice; with a layer over two processes both bring the same rows."""
     for index, process in enumerate(shared[1]):
