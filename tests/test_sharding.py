@@ -11,6 +11,7 @@ from rkd_jax.sharding import (
     MeshConfig,
     batch_sharding,
     make_mesh,
+    mesh_shard,
     partition_spec,
     replicated,
     shard_batch,
@@ -116,6 +117,13 @@ def test_batch_is_cut_over_data_and_fsdp(mesh):
     assert batch["tokens"].sharding == batch_sharding(mesh)
     assert batch["tokens"].addressable_shards[0].data.shape == (2, 3)
     np.testing.assert_array_equal(batch["tokens"], tokens)
+
+
+def test_a_process_alone_holds_every_block(mesh):
+    assert mesh_shard(mesh) == ((0, 1, 2, 3), 4)
+    assert mesh_shard(None) == ((0,), 1)
+    assert mesh_shard(mesh, {"batch": "tensor"}) == ((0, 1), 2)
+    assert mesh_shard(mesh, {}) == ((0,), 1)  # rows are replicated
 
 
 def test_batch_that_cannot_be_cut_is_named(mesh):

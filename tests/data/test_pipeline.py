@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from rkd_jax.data.collate import Widths
 from rkd_jax.data.inspection import check_end_of_turn
 from rkd_jax.data.pipeline import ZippedBatches, make_batches
 from rkd_jax.data.records import DemonstrationRecord, PreferenceRecord, PromptRecord
@@ -89,6 +90,58 @@ def test_blocks_of_all_processes_make_the_global_batch(config, records):
     for batch, first, second in zip(whole, *parts, strict=True):
         joined = jax.tree.map(lambda a, b: np.concatenate([a, b]), first, second)
         assert_same(joined, batch)
+
+
+@pytest.mark.parametrize("config", [CONFIG, BUCKETS])
+def test_a_process_may_take_several_blocks(config):
+    """Blocks that are not neighbours, and the same ones as another process."""
+    whole = take(batches(config=config), 6)
+    shards = {((0, 3), 4): [0, 3], ((1, 2), 4): [1, 2], ((0, 1), 2): [0, 1, 2, 3]}
+    for shard, rows in shards.items():
+        part = take(batches(config=config, shard=shard), 6)
+        for mine, batch in zip(part, whole, strict=True):
+            assert_same(mine, jax.tree.map(lambda x, rows=rows: x[rows], batch))
+
+
+def test_processes_agree_on_widths_and_read_only_their_own():
+    """Each tells what its rows need; here the other one's word is known before."""
+    whole = take(batches(config=BUCKETS), 8)
+    others = []
+    options = {"config": BUCKETS, "shard": (1, 2)}
+    take(batches(**options, agree=lambda widths: others.append(widths) or widths), 8)
+    options["shard"] = (0, 2)
+    mine = []
+
+    def agree(widths):
+        mine.append(widths)
+        return Widths(*map(max, widths, others[len(mine) - 1]))
+
+    records = Watched(RECORDS)
+    iterator = batches(records, **options, agree=agree)
+    records.read.clear()
+    found = take(iterator, 8)
+    half = [jax.tree.map(lambda x: x[:2], batch) for batch in whole]
+    for batch, expected in zip(found, half, strict=True):
+        assert_same(batch, expected)
+    assert records.read == order(found)
+    assert any(one != other for one, other in zip(mine, others, strict=True))
+    with pytest.raises(ValueError, match="agree needs num_threads=0"):
+        batches(**options, agree=agree, num_threads=2)
+
+
+@pytest.mark.parametrize(
+    ("shard", "message"),
+    [
+        (((), 2), "at least one block"),
+        (((1, 1), 2), "each once"),
+        (((0, 2), 2), r"lies in \[0, 2\)"),
+        ((-1, 2), r"lies in \[0, 2\)"),
+        (((0, 1), 3), "does not divide among 3"),
+    ],
+)
+def test_blocks_that_are_not_there_are_refused(shard, message):
+    with pytest.raises(ValueError, match=message):
+        batches(shard=shard)
 
 
 def test_short_last_batch_is_divided_among_processes():

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -113,6 +114,18 @@ def test_records_are_named_where_the_batch_knows_them(tmp_path):
     assert (mask["shape"], mask["dtype"]) == ([2, 3], "bool")
     refused.clear()
     assert json.loads(refused.write(tmp_path).read_text()) == []
+
+
+def test_each_process_describes_the_rows_that_it_read(monkeypatch, tmp_path):
+    for process, records in enumerate(([17, 4], [3, 9])):
+        monkeypatch.setattr(jax, "process_index", lambda index=process: index)
+        batch = PromptBatch(None, None, np.array(records))
+        refused = RefusedBatches()
+        refused.add(1, {}, drawn(batch, tiny_game.Rows()))
+        refused.write(tmp_path)
+    for name, records in ("", [17, 4]), ("-1", [3, 9]):
+        (entry,) = json.loads((tmp_path / f"refused_batches{name}.json").read_text())
+        assert entry["records"] == {"batch.index": records}
 
 
 def test_a_dump_that_cannot_be_written_does_not_hide_the_reason(train, tmp_path):
