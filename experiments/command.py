@@ -13,12 +13,13 @@ import tyro
 from experiments.compiled_programs import keep_compiled_programs
 from experiments.host_memory import keep_freed_memory
 from experiments.settings import SettingsError
-from experiments.several_processes import leave, leave_soon, meet
+from experiments.several_processes import meet
 from rkd_jax.data.records import RecordError
 from rkd_jax.data.tokenizer import VocabularyMismatch
 from rkd_jax.interop import UnsupportedConfigError, WeightsError
 from rkd_jax.sharding import ShardingError
 from rkd_jax.signals.oracles import OracleError
+from rkd_jax.training import leave, leave_soon
 from rkd_jax.training.checkpoint import CheckpointError
 from rkd_jax.training.interrupt import Interrupted, PeerLost, blaming_peers
 from rkd_jax.training.loop import Diverged
@@ -61,7 +62,7 @@ def run_command(
     Exit codes: 0 done; 1 a fault of ours, with its traceback; 2 something the user can
     mend, in one line; 130 Ctrl-C and 143 SIGTERM (128 + the signal), after the step was
     finished and saved, so that the same command resumes. What ends one of several
-    processes ends the others too (`experiments.several_processes.leave`); a failure of
+    processes ends the others too (`rkd_jax.training.leave`); a failure of
     the runtime is then one line and 2, for most often it means that a peer is gone.
     """
     arguments = sys.argv[1:]

@@ -8,10 +8,7 @@ is on the host each of them computes alike, and files are process 0's
 from __future__ import annotations
 
 import os
-import sys
-import threading
 from collections.abc import Sequence
-from typing import NoReturn
 
 import jax
 import numpy as np
@@ -21,9 +18,6 @@ from rkd_jax.data.collate import Widths
 from rkd_jax.data.records import Prompt
 from rkd_jax.signals.retrying_oracle import RetryingOracle
 from rkd_jax.training.together import from_each, once
-
-PATIENCE = 10.0
-"""Seconds that a process has to end by itself."""
 
 
 def meet() -> None:
@@ -45,40 +39,6 @@ def meet() -> None:
             f"--distributed: {(str(error).splitlines() or [''])[0]}; set "
             f"JAX_COORDINATOR_ADDRESS, {' and '.join(names.values())}"
         ) from error
-
-
-def leave(status: int) -> NoReturn:
-    """`sys.exit`, within seconds however many processes there are.
-
-    See `leave_soon`.
-    """
-    leave_soon(status)
-    sys.exit(status)
-
-
-def leave_soon(status: int) -> None:
-    """End this process with a status, unless it has ended by itself in ten seconds.
-
-    At its end a process waits minutes for all others, and those that wait in a
-    collective for what this one would have computed notice only that it is gone.
-    Process 0 is the one that they find each other by: it stays twice as long, for
-    without it the runtime ends those that have not yet said why they stop.
-    """
-    if not jax.distributed.is_initialized():
-        return
-    try:
-        first = jax.process_index() == 0
-    except RuntimeError:  # there are no devices, which may be why it leaves
-        first = False
-
-    def end() -> None:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-
-    timer = threading.Timer(2 * PATIENCE if first else PATIENCE, end)
-    timer.daemon = True
-    timer.start()
 
 
 def widest(mine: Widths) -> Widths:

@@ -4,6 +4,7 @@
 """
 
 from rkd_jax.training.interrupt import Interrupted
+from rkd_jax.training.leaving import leave, leave_soon
 from rkd_jax.training.loop import Diverged, fit
 from rkd_jax.training.memory import MemoryReport, memory_report
 from rkd_jax.training.metrics import MetricsWriter, read_metrics

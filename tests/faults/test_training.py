@@ -219,15 +219,17 @@ def test_nobody_waits_for_one_that_died_while_a_checkpoint_was_written(start, tm
 
 
 def test_what_one_process_cannot_finish_in_the_background_all_are_told(start, tmp_path):
-    """orbax waits for minutes, also when the processes end, so they are killed."""
+    """orbax waits for minutes, also when the processes end: they leave before."""
     both = start_two(start, tmp_path, "500", "1", **FULL_DISK)
     for process in both:
         assert error_line(process).startswith(
             f"error: cannot write checkpoints in {tmp_path}/checkpoints: "
             "process 0 of 2: No space left on device; free some space"
         )
-        process.kill()
-        finish(process)
+    first, second = (finish(process, timeout=60)[0] for process in both)
+    assert second == 1
+    # The first one stays longer, and the runtime may notice that the other has left.
+    assert first in (1, -signal.SIGABRT)
 
 
 # T10: what is frozen stays alive and unchanged, what is donated is really gone.

@@ -22,7 +22,7 @@ from rkd_jax.sharding import (
     shard_batch,
     tree_shardings,
 )
-from rkd_jax.training import Interrupted, MetricsWriter, fit
+from rkd_jax.training import Interrupted, MetricsWriter, fit, leave
 from rkd_jax.training.checkpoint import CheckpointError, Checkpoints
 from rkd_jax.training.interrupt import PeerLost
 from rkd_jax.training.state import state_shardings
@@ -86,4 +86,5 @@ if __name__ == "__main__":
         print(stop, file=sys.stderr)
         sys.exit(stop.exit_code)
     except (CheckpointError, PeerLost) as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        leave(1)
