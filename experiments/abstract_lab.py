@@ -11,9 +11,9 @@ import dataclasses
 import jax
 
 from experiments.lab import Lab, make_lab, row_layout
-from experiments.players import RANDOM_TEACHER, as_student, check_drop_layers
 from experiments.published_shapes import shape_of
 from experiments.settings import ExperimentConfig, ModelConfig
+from experiments.teacher_student import RANDOM_TEACHER, as_student, check_drop_layers
 from rkd_jax.data.tokenizer import byte_tokenizer
 from rkd_jax.models.attention_kernels import long_enough_for_splash
 from rkd_jax.models.decoder import Decoder, DecoderConfig

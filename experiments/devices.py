@@ -12,37 +12,46 @@ from experiments.settings import SettingsError
 from rkd_jax.sharding import MeshConfig, make_mesh
 
 
-def open_meshes(student: MeshConfig, teacher: MeshConfig) -> tuple[Mesh | None, ...]:
+def open_meshes(
+    student: MeshConfig, teacher: tuple[int, int, int] | None
+) -> tuple[Mesh | None, Mesh | None]:
     """Where the student is and where the teacher, with a line that says so.
 
     Args:
         student: of all devices, or of those that the teacher leaves.
-        teacher: a single device stands for none of its own: it is where the student is.
+        teacher: sizes of a mesh of its own; None: it is where the student is.
 
     Returns:
         Two meshes; twice the same one, or twice None for a single device.
 
     Raises:
         ShardingError: there are not as many devices.
-        SettingsError: the teacher's do not divide among the processes, or are all.
+        SettingsError: the teacher's are all of them, do not divide among the processes
+            or make no part of the slice that there are programs for.
     """
-    sizes = (teacher.data, teacher.fsdp, teacher.tensor)
-    if sizes == (1, 1, 1):
+    if teacher is None:
         mesh = make_mesh(student)
         if mesh.size == 1:
             return None, None
         _tell("mesh", mesh)
         return mesh, mesh
-    count, processes = math.prod(sizes), jax.process_count()
-    if -1 in sizes or count % processes:
+    name = f"--teacher-mesh {' '.join(map(str, teacher))}"
+    count, processes = math.prod(teacher), jax.process_count()
+    if min(teacher) < 1 or count >= jax.device_count():
         raise SettingsError(
-            f"--teacher-mesh {sizes}: give every axis a size, and as many devices of "
-            f"each of the {processes} processes"
+            f"{name}: give every axis a size, and leave some of the "
+            f"{jax.device_count()} devices for the student"
         )
-    if count >= jax.device_count():
+    if count % processes:
         raise SettingsError(
-            f"--teacher-mesh {sizes}: of {jax.device_count()} devices none is left for "
-            "the student"
+            f"{name}: {count} devices do not divide among {processes} processes; each "
+            "has to have some of the teacher's and some of the student's"
+        )
+    kind = jax.devices()[0].device_kind
+    if processes > 1 and any(chip in kind for chip in ("v5 lite", "v5e", "v6")):
+        raise SettingsError(
+            f"{name}: for {kind} there are programs for whole slices and for blocks of "
+            "one host, and for no other part; leave the teacher where the student is"
         )
     # Of each process some of either, so that all of them take part in everything.
     mine, theirs = [], []
@@ -51,7 +60,7 @@ def open_meshes(student: MeshConfig, teacher: MeshConfig) -> tuple[Mesh | None, 
         first = len(devices) - count // processes
         mine += devices[:first]
         theirs += devices[first:]
-    meshes = make_mesh(student, mine), make_mesh(teacher, theirs)
+    meshes = make_mesh(student, mine), make_mesh(MeshConfig(*teacher), theirs)
     _tell("student", meshes[0])
     _tell("teacher", meshes[1])
     return meshes

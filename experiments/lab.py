@@ -15,7 +15,6 @@ import jax
 from jax.sharding import Mesh
 
 from experiments.devices import open_meshes
-from experiments.players import cut_student, head_on, load_teacher, lower_part
 from experiments.settings import (
     ExperimentConfig,
     PolicyConfig,
@@ -23,6 +22,7 @@ from experiments.settings import (
     SettingsError,
 )
 from experiments.several_processes import AskedOnce, widest
+from experiments.teacher_student import cut_student, head_on, load_teacher, lower_part
 from rkd_jax.data.pipeline import BatchIterator, make_batches
 from rkd_jax.data.records import DemonstrationRecord, PreferenceRecord
 from rkd_jax.data.tokenize import TokenizeConfig

@@ -6,8 +6,8 @@ import hashlib
 from collections.abc import Sequence
 
 from experiments.lab import Lab
-from experiments.players import teacher_path
 from experiments.settings import ModelConfig, PairsConfig
+from experiments.teacher_student import teacher_path
 from rkd_jax.data.records import DemonstrationRecord, PreferenceRecord, PromptRecord
 from rkd_jax.data.sources import ReadReport, read_jsonl
 from rkd_jax.data.tokenize import TokenizeReport, survey

@@ -195,8 +195,9 @@ class ExperimentConfig:
     1, the stage has to be made again."""
     mesh: MeshConfig = MeshConfig()
     """Devices that share the run. It may go on with others than it began with."""
-    teacher_mesh: MeshConfig = MeshConfig()
-    """Other devices for the teacher alone. One: it is where the student is."""
+    teacher_mesh: tuple[int, int, int] | None = None
+    """Other devices for the teacher alone: data, fsdp, tensor. None: it is where the
+    student is."""
     models: ModelConfig = ModelConfig()
     task: TaskConfig = TaskConfig()
     policy: PolicyConfig = PolicyConfig()

@@ -1,7 +1,8 @@
 """One experiment in several processes: how they meet, and who asks the oracle.
 
-Every process runs the whole experiment; what is on the mesh they compute together, what
-is on the host each of them computes alike, and files are process 0's
+Every process runs the whole experiment; what is on the mesh they compute together, of a
+training's batches each reads its rows, what else is on the host each of them computes
+alike, and files are process 0's
 (`rkd_jax.training.together`). The output folder has to be one that all of them see.
 """
 
@@ -12,12 +13,13 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from experiments.settings import SettingsError
 from rkd_jax.data.collate import Widths
 from rkd_jax.data.records import Prompt
 from rkd_jax.signals.retrying_oracle import RetryingOracle
-from rkd_jax.training.together import from_each, once
+from rkd_jax.training.together import once
 
 
 def meet() -> None:
@@ -42,8 +44,9 @@ def meet() -> None:
 
 
 def widest(mine: Widths) -> Widths:
-    """The widths that hold the rows of all processes."""
-    return Widths(*map(max, zip(*from_each(mine), strict=True)))
+    """The widths that hold the rows of all processes; all have to call it."""
+    every = multihost_utils.process_allgather(np.array(mine, np.int32))
+    return Widths(*every.reshape(-1, len(mine)).max(axis=0).tolist())
 
 
 class AskedOnce(RetryingOracle):

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from experiments.lab import Lab, Sampler
 from rkd_jax.data.collate import collate
+from rkd_jax.data.pipeline import BatchIterator, ZippedBatches
 from rkd_jax.data.records import (
     DemonstrationRecord,
     PreferenceRecord,
@@ -257,7 +258,7 @@ def train(
             batches,
             steps=steps,
             frozen=frozen,
-            prepare=_placing(prepare, mesh_of(state)),
+            prepare=_placing(prepare, mesh_of(state), batches),
             probe=probe,
             checkpoints=checkpoints,
             metrics=metrics,
@@ -274,7 +275,9 @@ def train(
     return state
 
 
-def _placing(prepare: Callable | None, mesh: Mesh | None) -> Callable | None:
+def _placing(
+    prepare: Callable | None, mesh: Mesh | None, batches: BatchIterator | ZippedBatches
+) -> Callable | None:
     """``prepare`` with its rows on the mesh.
 
     A process brings the rows that its devices hold. Only the numbers of the records are
@@ -283,14 +286,15 @@ def _placing(prepare: Callable | None, mesh: Mesh | None) -> Callable | None:
     if mesh is None:
         return prepare
 
-    def numbered(part):
-        return dataclasses.replace(part, index=fetch(part.index))
+    def numbered(batch, index):
+        if isinstance(batch, dict):
+            return {name: numbered(batch[name], index[name]) for name in batch}
+        return dataclasses.replace(batch, index=index)
 
     def placed(state, batch):
-        batch = jax.tree.map(
-            numbered, shard_batch(batch, mesh), is_leaf=dataclasses.is_dataclass
-        )
-        prepared = prepare(state, batch) if prepare else (batch, ())
-        return place_rows(prepared, mesh)
+        batch = shard_batch(batch, mesh)
+        if prepare is None:
+            return batch, ()
+        return place_rows(prepare(state, numbered(batch, batches.index)), mesh)
 
     return placed

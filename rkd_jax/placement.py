@@ -131,7 +131,7 @@ def move(tree: Any, shardings: Any) -> Any:
     def put(array, sharding):
         there = mesh_of(array)
         local = there is None or array.is_fully_addressable
-        if local or _same(there, sharding.mesh):
+        if local or _same_devices(there, sharding.mesh):
             return jax.device_put(array, sharding)
         array = fetch(array)
         return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
@@ -139,8 +139,8 @@ def move(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(put, tree, shardings)
 
 
-def _same(one: Mesh, other: Mesh) -> bool:
-    """Whether JAX can copy from one to the other in several processes."""
+def _same_devices(one: Mesh, other: Mesh) -> bool:
+    """Then JAX can copy from one to the other in several processes."""
     return set(one.devices.flat) == set(other.devices.flat)
 
 

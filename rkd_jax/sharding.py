@@ -11,6 +11,7 @@ axes *mean* (``("embed", "mlp")``); `DEFAULT_RULES` say where such an axis lives
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -21,6 +22,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rkd_jax.types import Params
+
+_LOGGER = logging.getLogger(__name__)
 
 LogicalAxes = tuple[str | None, ...]
 Rules = Mapping[str, str | tuple[str, ...] | None]
@@ -102,6 +105,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     except AssertionError:
         # Of a TPU slice JAX orders blocks alone, so that neighbours in the mesh are
         # neighbours in the slice. Any other part of it is taken in the order given.
+        _LOGGER.warning("these %d devices are no block of their slice", count)
         found = np.array(devices[:count]).reshape(sizes)
         return Mesh(found, AXES, axis_types=types)
 
@@ -329,8 +333,9 @@ def shard_batch(batch: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Any:
 
     def place(path, array):
         array = np.asarray(array)
-        held = array.shape[0] if array.ndim else 1
-        shape = (held * count // len(blocks), *array.shape[1:])
+        shape = array.shape
+        if shape:
+            shape = (shape[0] * count // len(blocks), *shape[1:])
         check_divisible(
             f"batch{jax.tree_util.keystr(path)}",
             ("batch",),

@@ -20,9 +20,9 @@ import numpy as np
 import tyro
 
 from experiments.host_memory import keep_freed_memory
-from experiments.players import cut_student, load_teacher
 from experiments.sentiment_task import make_prompts
 from experiments.settings import ModelConfig
+from experiments.teacher_student import cut_student, load_teacher
 from rkd_jax.data.collate import collate
 from rkd_jax.data.tokenize import TokenizeConfig, tokenize_record
 from rkd_jax.models.sampling import SamplingConfig, make_sampler
@@ -51,7 +51,7 @@ class CacheBenchmark:
 def distributions(config: CacheBenchmark) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Log-probs of teacher and student, float64[n, V] each, response by response."""
     teacher, params, tokenizer = load_teacher(config.models)
-    student, student_params = cut_student(config.models, teacher, params)
+    student, student_params = cut_student(config.models, teacher, params, None)
     rows = TokenizeConfig(max_prompt=96, max_response=config.tokens, chat=True)
     records = make_prompts(config.prompts, 0, seed=0, steering=None)[0]
     batch = collate(

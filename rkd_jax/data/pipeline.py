@@ -55,6 +55,7 @@ class BatchIterator(Iterator[Batch | PackedBatch]):
 
     Attributes:
         report: what truncation did to the rows handed out so far by this object.
+        index: the last batch's ``index`` with the rows of all processes.
         num_batches: how many batches the whole run has; None when it never ends, or
             when packing decides it.
     """
@@ -70,9 +71,11 @@ class BatchIterator(Iterator[Batch | PackedBatch]):
         self._order = dict(order)
         self.num_batches = num_batches
         self.report = TokenizeReport()
+        self.index: np.ndarray | None = None
 
     def __next__(self) -> Batch | PackedBatch:
         step: Step = next(self._iterator)
+        self.index = step.index
         for row in step.rows:
             self.report.add(row)
         return step.batch
@@ -124,6 +127,11 @@ class ZippedBatches(Iterator[dict[str, Batch]]):
     def __next__(self) -> dict[str, Batch]:
         return {name: next(part) for name, part in self.parts.items()}
 
+    @property
+    def index(self) -> dict[str, np.ndarray | None]:
+        """That of every part."""
+        return {name: part.index for name, part in self.parts.items()}
+
     def get_state(self) -> dict[str, Any]:
         """The states of all parts by name, JSON-able."""
         return {name: part.get_state() for name, part in self.parts.items()}
@@ -172,7 +180,8 @@ def make_batches(
             For a mesh over several processes take `rkd_jax.sharding.mesh_shard`.
         agree: gets the widths that this process's rows need and returns those that all
             processes use. Called for every batch in `next`, if there are several
-            buckets. None: each process then tokenizes the whole global batch.
+            buckets and rows that others read; devices that tell it have to finish what
+            they are at. None: each process then tokenizes the whole global batch.
         num_threads: 0 prepares a batch when it is asked for; more prepare ahead, with
             the same result.
 
@@ -204,6 +213,7 @@ class Step:
 
     batch: Batch | PackedBatch
     rows: list[Tokenized]  # of this process
+    index: np.ndarray  # record numbers as in the batch, of all processes
 
 
 def record_numbers(records: int, seed: int | None) -> grain.MapDataset:
@@ -232,7 +242,7 @@ def my_rows(rows: int, shard: Shard) -> np.ndarray:
 
 
 def _blocks(shard: Shard) -> tuple[int, ...]:
-    return (shard[0],) if isinstance(shard[0], int) else tuple(shard[0])
+    return tuple(np.atleast_1d(np.asarray(shard[0], int)).tolist())
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -257,9 +267,10 @@ class _MakeBatch:
         else:
             rows = self._tokenize(numbers[mine])
             widths = batch_widths(rows, self.config)
-            if self.agree and not self._one_shape():
+            if self.agree and self.shard[1] > 1 and not self._one_shape():
                 widths = self.agree(widths)
-        return Step(collate(rows, self.config, widths), rows)
+        index = numbers.astype(np.int32)
+        return Step(collate(rows, self.config, widths), rows, index)
 
     def _one_shape(self) -> bool:
         config = self.config
@@ -300,9 +311,7 @@ def check_sizes(
     if not all(0 <= index < count for index in blocks):
         raise ValueError(f"shard {shard}: the index lies in [0, {count})")
     if batch_size % count:
-        raise ValueError(
-            f"batch_size {batch_size} does not divide among {count} processes"
-        )
+        raise ValueError(f"batch_size {batch_size} does not divide into {count} parts")
 
 
 def check_remainder(
@@ -317,7 +326,7 @@ def check_remainder(
     rest = 0 if epochs is None or drop else records * epochs % batch_size
     if rest % count:
         raise ValueError(
-            f"the last batch of {rest} rows does not divide among {count} processes; "
+            f"the last batch of {rest} rows does not divide into {count} parts; "
             "set drop_remainder=True"
         )
 

@@ -274,7 +274,8 @@ class _CollateRows:
         batch = collate_packed(bins, self.row_length)
         mine = my_rows(self.batch_size, self.shard)
         rows = [row for i in mine for row in bins[i]]
-        return Step(jax.tree.map(lambda leaf: leaf[mine], batch), rows)
+        part = jax.tree.map(lambda leaf: leaf[mine], batch)
+        return Step(part, rows, batch.index)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -287,7 +288,8 @@ class _CollateGroup:
     def __call__(self, group: _Group) -> Step:
         rows = [group.rows[i] for i in my_rows(len(group.rows), self.shard)]
         widths = batch_widths(group.rows, self.config)
-        return Step(collate(rows, self.config, widths), rows)
+        index = np.array([row.index for row in group.rows], np.int32)
+        return Step(collate(rows, self.config, widths), rows, index)
 
 
 class _Each(grain.experimental.FlatMapTransform):

@@ -107,8 +107,8 @@ def with_prompts(sequences: Sequences, prompts: Prompts) -> Sequences:
         prompts: [N, P'], one for each leading row of ``sequences``.
 
     Returns:
-        `Sequences` of P' + T columns: numpy where all was numpy, else on the devices of
-        what was there.
+        `Sequences` of P' + T columns: numpy where all was numpy, else where the arrays
+        were; ``response_mask`` is the one given.
 
     Raises:
         ValueError: the number of rows differs.
@@ -132,7 +132,7 @@ def with_prompts(sequences: Sequences, prompts: Prompts) -> Sequences:
     return Sequences(
         tokens=join(prompts.tokens, sequences.targets),
         token_mask=join(prompts.mask, sequences.response_mask),
-        response_mask=xp.asarray(sequences.response_mask),
+        response_mask=sequences.response_mask,
     )
 
 

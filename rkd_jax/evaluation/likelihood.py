@@ -112,19 +112,22 @@ def sequence_divergences(
         teacher_sequences = sequences
     _check_same_responses(sequences, teacher_sequences)
     mesh, there = mesh_of(student_params), mesh_of(teacher_params)
+    models = (student, student_params, teacher, teacher_params)
 
     def totals(rows, teacher_rows):
-        if there is not None:
-            teacher_rows = place_rows(teacher_rows, there)
+        rows, teacher_rows = _placed(rows, mesh), _placed(teacher_rows, there)
+        if mesh == there:
+            return _divergence_totals(
+                *models, rows, teacher_rows, temperature=temperature, mesh=mesh
+            )
         logits = _teacher_logits(teacher, teacher_params, teacher_rows, mesh=there)
-        if mesh is not None:
-            logits = place_rows(logits, mesh)
+        logits = _placed(logits, mesh)
         return _divergence_totals(
-            student, student_params, rows, logits, temperature=temperature, mesh=mesh
+            *models[:2], None, logits, rows, None, temperature=temperature, mesh=mesh
         )
 
-    shards = math.lcm(row_shards(mesh), row_shards(there))
-    sums = _in_batches(totals, (sequences, teacher_sequences), batch_size, mesh, shards)
+    shards = row_shards(mesh), row_shards(there)
+    sums = _in_batches(totals, (sequences, teacher_sequences), batch_size, *shards)
     tokens = _tokens(sequences)
     return Divergences(*(SequenceStatistic(total, tokens) for total in sums))
 
@@ -159,9 +162,10 @@ def teacher_nll(
     mesh = mesh_of(teacher_params)
 
     def totals(rows):
+        rows = _placed(rows, mesh)
         return (_nll_totals(teacher, teacher_params, rows, mesh=mesh),)
 
-    (nll,) = _in_batches(totals, (sequences,), batch_size, mesh, row_shards(mesh))
+    (nll,) = _in_batches(totals, (sequences,), batch_size, row_shards(mesh))
     return SequenceStatistic(nll, _tokens(sequences))
 
 
@@ -173,12 +177,30 @@ def _teacher_logits(teacher, params, rows, *, mesh):
         return response_logits(teacher, params, rows)
 
 
-@functools.partial(jax.jit, static_argnames=("student", "temperature", "mesh"))
-def _divergence_totals(student, params, rows, teacher_logits, *, temperature, mesh):
-    """Summed forward KL, reverse KL and teacher NLL of each row, three float32[R]."""
+@functools.partial(
+    jax.jit, static_argnames=("student", "teacher", "temperature", "mesh")
+)
+def _divergence_totals(
+    student,
+    student_params,
+    teacher,
+    taught,
+    rows,
+    teacher_rows,
+    *,
+    temperature,
+    mesh,
+):
+    """Summed forward KL, reverse KL and teacher NLL of each row, three float32[R].
+
+    ``taught`` are the teacher's parameters, or without a ``teacher`` its logits.
+    """
     refuse_packed(rows, "sequence_divergences")
     with on_mesh(mesh):
-        student_logits = response_logits(student, params, rows)
+        student_logits = response_logits(student, student_params, rows)
+        teacher_logits = taught
+        if teacher is not None:
+            teacher_logits = response_logits(teacher, taught, teacher_rows)
         logits = (student_logits, teacher_logits)
         values = (
             forward_kl(*logits, temperature=temperature),
@@ -198,12 +220,11 @@ def _nll_totals(teacher, params, rows, *, mesh):
         return sequence_sum(-log_probs, rows.response_mask)
 
 
-def _in_batches(
-    totals, trees, batch_size: int, mesh: Mesh | None, shards: int
-) -> tuple[np.ndarray, ...]:
+def _in_batches(totals, trees, batch_size: int, *shards: int) -> tuple[np.ndarray, ...]:
     """Apply ``totals`` to slices of ``batch_size`` rows; results float64[N, ...].
 
-    On a mesh a slice has as many rows for each of the ``shards`` parts of it.
+    On a mesh a slice has as many rows for every part of it. Where meshes cut rows into
+    different numbers of ``shards``, no part of either has more, unless it must.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1: {batch_size}")
@@ -214,15 +235,21 @@ def _in_batches(
     count = len(trees[0].response_mask)
     if not count:
         raise ValueError("there is no sequence to evaluate")
-    size = shards * min(batch_size, -(-count // shards))
-    parts = []
+    parts = math.lcm(*shards)
+    most = max(1, batch_size * min(shards) // parts)
+    size = parts * min(most, -(-count // parts))
+    found = []
     for first in range(0, count, size):
         rows = jax.tree.map(lambda x, i=first: x[i : i + size], trees)
         kept = len(rows[0].response_mask)
         rows = fill_rows(rows, size)
-        results = fetch(totals(*(rows if mesh is None else place_rows(rows, mesh))))
-        parts.append([np.asarray(x[:kept], np.float64) for x in results])
-    return tuple(np.concatenate(x).reshape(lead) for x in zip(*parts, strict=True))
+        results = fetch(totals(*rows))
+        found.append([np.asarray(x[:kept], np.float64) for x in results])
+    return tuple(np.concatenate(x).reshape(lead) for x in zip(*found, strict=True))
+
+
+def _placed(rows, mesh: Mesh | None):
+    return rows if mesh is None else place_rows(rows, mesh)
 
 
 def _tokens(sequences: Sequences) -> np.ndarray:

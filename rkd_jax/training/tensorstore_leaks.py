@@ -24,11 +24,14 @@ def avoid_leaks() -> None:
     writing are still there); who else asks for them gets them. An address that is asked
     for again and again is worked out once.
     """
-    if not hasattr(tensorstore.experimental_collect_matching_metrics, "__wrapped__"):
-        tensorstore.experimental_collect_matching_metrics = _without_orbax(
-            tensorstore.experimental_collect_matching_metrics
-        )
-        tensorstore.KvStore.Spec.to_json = _remembered(tensorstore.KvStore.Spec.to_json)
+    places = (
+        (tensorstore, "experimental_collect_matching_metrics", _without_orbax),
+        (tensorstore.KvStore.Spec, "to_json", _remembered),
+    )
+    for place, name, replaced in places:
+        function = getattr(place, name, None)  # another release may have neither
+        if function is not None and not hasattr(function, "__wrapped__"):
+            setattr(place, name, replaced(function))
 
 
 def _without_orbax(collect):

@@ -1,6 +1,6 @@
 """What several processes of one run do once: look at files, write them, ask an oracle.
 
-Every process runs the same code on the same rows. What need not be the same for all of
+Every process runs the same code. What need not be the same for all of
 them is process 0's business, and it tells the others. What each has to see for itself
 they tell one another, so that they come to one conclusion.
 """
@@ -78,7 +78,7 @@ def unanimous(work: Callable[[], Any]) -> Any:
         found = work()
     except Exception as failure:  # the others must not wait for ever
         error = failure
-    verdicts = from_each(error and [type(error).__name__, str(error)])
+    verdicts = _from_each(error and [type(error).__name__, str(error)])
     if len({verdict and verdict[0] for verdict in verdicts}) > 1:
         failed = [
             f"process {index} of {len(verdicts)}: {verdict[1]}"
@@ -131,7 +131,7 @@ def in_touch(
         return ended
 
     threading.Thread(target=work, daemon=True).start()
-    while not all(from_each(unanimous(look))):
+    while not all(_from_each(unanimous(look))):
         pass
 
 
@@ -182,12 +182,8 @@ def check_writable(folder: str) -> None:
         pass
 
 
-def from_each(mine: Any) -> list[Any]:
-    """What every process has to say, in their order; all have to call it.
-
-    Args:
-        mine: plain JSON.
-    """
+def _from_each(mine: Any) -> list[Any]:
+    """What every process has to say, in their order."""
     if jax.process_count() == 1:
         return [mine]
     text = json.dumps(mine).encode()

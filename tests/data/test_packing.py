@@ -421,7 +421,7 @@ def test_a_state_of_another_run_is_refused(make, change, message):
         ({"batch_size": 0}, "batch_size is 0"),
         ({"epochs": 0}, "epochs is 0"),
         ({"shard": (2, 2)}, r"shard \(2, 2\)"),
-        ({"shard": (0, 3)}, "does not divide among 3 processes"),
+        ({"shard": (0, 3)}, "does not divide into 3 parts"),
     ],
 )
 def test_impossible_sizes_are_refused(make, change, message):

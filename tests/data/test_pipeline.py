@@ -136,7 +136,7 @@ def test_processes_agree_on_widths_and_read_only_their_own():
         (((1, 1), 2), "each once"),
         (((0, 2), 2), r"lies in \[0, 2\)"),
         ((-1, 2), r"lies in \[0, 2\)"),
-        (((0, 1), 3), "does not divide among 3"),
+        (((0, 1), 3), "does not divide into 3"),
     ],
 )
 def test_blocks_that_are_not_there_are_refused(shard, message):
@@ -318,10 +318,10 @@ def test_what_is_no_state_is_refused():
         ({"epochs": 0}, "epochs is 0"),
         ({"seed": -1}, "[Ss]eed"),
         ({"shard": (2, 2)}, r"shard \(2, 2\): the index lies in \[0, 2\)"),
-        ({"shard": (0, 3)}, "batch_size 4 does not divide among 3 processes"),
+        ({"shard": (0, 3)}, "batch_size 4 does not divide into 3 parts"),
         (
             {"shard": (0, 4), "epochs": 1, "drop_remainder": False},
-            "last batch of 2 rows does not divide among 4",
+            "last batch of 2 rows does not divide into 4",
         ),
     ],
 )

@@ -11,9 +11,9 @@ from experiments.abstract_inputs import inputs_of
 from experiments.abstract_lab import abstract_lab
 from experiments.abstract_programs import PROGRAMS, hold
 from experiments.compile_ahead import EXPERIMENTS, Request, plan
-from experiments.players import cut_student, load_teacher
 from experiments.published_shapes import SHAPES, shape_of
 from experiments.settings import SettingsError
+from experiments.teacher_student import cut_student, load_teacher
 from rkd_jax.models.decoder import Decoder
 from rkd_jax.sharding import MeshConfig, make_mesh
 
@@ -83,7 +83,7 @@ def test_the_abstract_lab_has_the_shapes_of_the_real_one():
     config = tvkd.tiny()
     models = config.models
     teacher, params, _ = load_teacher(models)
-    student, student_params = cut_student(models, teacher, params)
+    student, student_params = cut_student(models, teacher, params, None)
     abstract = abstract_lab(config, for_tpu=False)
     plain = {"attention": "xla"}
     for real, found in ((teacher, abstract.teacher), (student, abstract.student)):

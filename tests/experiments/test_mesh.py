@@ -30,7 +30,7 @@ from rkd_jax.training.progress import Progress
 from rkd_jax.training.run import RunFolder
 
 MESH = MeshConfig(data=2, fsdp=2, tensor=2)
-APART = {"mesh": MeshConfig(data=2, tensor=2), "teacher_mesh": MeshConfig(1, 2, 2)}
+APART = {"mesh": MeshConfig(data=2, tensor=2), "teacher_mesh": (1, 2, 2)}
 
 pytestmark = pytest.mark.usefixtures("compiled_programs")
 
@@ -206,9 +206,9 @@ def test_a_mesh_that_does_not_fit_is_refused(mesh, message):
 @pytest.mark.parametrize(
     ("mesh", "teacher_mesh", "message"),
     [
-        (MESH, MeshConfig(fsdp=2), "data=2 fsdp=2 tensor=2 does not fit 6 devices"),
-        (MeshConfig(), MeshConfig(fsdp=9), "of 8 devices none is left"),
-        (MeshConfig(), MeshConfig(fsdp=-1), "--teacher-mesh .* give every axis a size"),
+        (MESH, (1, 2, 1), "data=2 fsdp=2 tensor=2 does not fit 6 devices"),
+        (MeshConfig(), (1, 8, 1), "leave some of the 8 devices for the student"),
+        (MeshConfig(), (1, -1, 1), "--teacher-mesh 1 -1 1: give every axis a size"),
     ],
 )
 def test_a_teacher_that_takes_too_much_is_refused(mesh, teacher_mesh, message):

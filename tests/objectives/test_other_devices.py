@@ -1,5 +1,6 @@
 """A teacher on devices of its own, with rules and a type of its own."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,6 +8,8 @@ import numpy as np
 import optax
 import pytest
 
+from rkd_jax.evaluation.generation import with_prompts
+from rkd_jax.evaluation.likelihood import sequence_divergences
 from rkd_jax.models import head_part
 from rkd_jax.objectives.dpo import make_dpo
 from rkd_jax.objectives.gkd import make_gkd
@@ -120,6 +123,35 @@ def test_the_update_is_that_of_one_device(method, mesh, other):
         lambda one, two: float(np.abs(one - two).max()), alone[0], student()
     )
     assert max(jax.tree.leaves(moved)) > 1e-3
+
+
+def test_divergences_are_those_of_one_device():
+    """Of a student whose rows are not cut, and a teacher's that are in four."""
+    rows = demonstrations().sequences
+    alone = sequence_divergences(MODEL, student(), TEACHER, teacher(), rows)
+    mesh = make_mesh(MeshConfig(tensor=4), jax.devices()[:4])
+    other = make_mesh(MeshConfig(data=4), jax.devices()[4:])
+    there = sequence_divergences(
+        *(MODEL, put(student(), AXES, mesh)),
+        *(TEACHER, put(teacher(), TEACHER_AXES, other)),
+        rows,
+        batch_size=2,
+    )
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    jax.tree.map(close, dataclasses.asdict(there), dataclasses.asdict(alone))
+
+
+def test_responses_go_behind_prompts_wherever_they_are(mesh):
+    rows = demonstrations()
+    others = jax.tree.map(lambda x: x[:, :2], rows.teacher_sequences.prompts)
+    alone = with_prompts(rows.sequences, others)
+    assert isinstance(alone.tokens, np.ndarray)
+    for sequences in rows.sequences, place_rows(rows.sequences, mesh):
+        some = sequences, place_rows(others, mesh)
+        there = with_prompts(*some)
+        assert mesh_of(there.tokens) == mesh
+        assert there.response_mask is some[0].response_mask
+        jax.tree.map(np.testing.assert_array_equal, there, alone)
 
 
 def test_the_rules_of_the_teacher_are_its_own(mesh, other):

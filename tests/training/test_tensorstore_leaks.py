@@ -2,10 +2,13 @@
 
 import sys
 
+import jax
 import pytest
 import tensorstore
 
+from rkd_jax.training.checkpoint import Checkpoints
 from rkd_jax.training.tensorstore_leaks import avoid_leaks
+from tests.training import tiny_game
 
 FOLDERS = [{"driver": "file", "path": f"/somewhere/{n}/"} for n in (1, 2)]
 
@@ -89,3 +92,27 @@ def test_a_second_time_changes_nothing():
     first = tensorstore.experimental_collect_matching_metrics
     avoid_leaks()
     assert tensorstore.experimental_collect_matching_metrics is first
+
+
+def test_a_checkpoint_asks_for_little(monkeypatch, tmp_path):
+    """Not for each array, and for no counters at all."""
+    asked = []
+    to_json = tensorstore.KvStore.Spec.to_json
+
+    def counters(prefix, **options):
+        del options
+        asked.append(prefix)
+        return []
+
+    def counting(spec):
+        asked.append(spec)
+        return to_json(spec)
+
+    monkeypatch.setattr(tensorstore, "experimental_collect_matching_metrics", counters)
+    monkeypatch.setattr(tensorstore.KvStore.Spec, "to_json", counting)
+    state = tiny_game.start()
+    assert len(jax.tree.leaves(state)) > 10
+    with Checkpoints(tmp_path, config={}) as checkpoints:
+        checkpoints.save(state, {})
+    assert 0 < len(asked) <= 4
+    assert not [prefix for prefix in asked if isinstance(prefix, str)]

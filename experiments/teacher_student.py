@@ -69,7 +69,7 @@ def cut_student(
     config: ModelConfig,
     teacher: Decoder,
     teacher_params: Params,
-    mesh: Mesh | None = None,
+    mesh: Mesh | None,
 ) -> tuple[Decoder, Params]:
     """The student before training: the teacher without the dropped layers, or a folder.
 
