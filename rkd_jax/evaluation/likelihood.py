@@ -121,7 +121,7 @@ def sequence_divergences(
                 *models, rows, teacher_rows, temperature=temperature, mesh=mesh
             )
         logits = _teacher_logits(teacher, teacher_params, teacher_rows, mesh=there)
-        logits = _placed(logits, mesh)
+        logits = fetch(logits) if mesh is None else place_rows(logits, mesh)
         return _divergence_totals(
             *models[:2], None, logits, rows, None, temperature=temperature, mesh=mesh
         )

@@ -13,6 +13,7 @@ import itertools
 import json
 import logging
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from rkd_jax.training.checksums import first_damage, has_checksums, write_checks
 from rkd_jax.training.interrupt import PeerLost, blaming_peers
 from rkd_jax.training.orbax_failures import Raised, reason_of
 from rkd_jax.training.provenance import differences, plain, summary, versions
-from rkd_jax.training.state import TrainState
+from rkd_jax.training.state import TrainState, abstract
 from rkd_jax.training.tensorstore_leaks import avoid_leaks
 from rkd_jax.training.together import (
     Disagreement,
@@ -201,6 +202,13 @@ class Checkpoints:
         with self._one_line("write"):
             self._settle()
 
+    def sweep(self) -> None:
+        """Clear away what a failed save left; of several processes others may write."""
+        if not self._remote:
+            for half in Path(self.folder).glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(half, ignore_errors=True)
+        self._manager.reload()
+
     def close(self) -> None:
         """Wait, then release the folder."""
         try:
@@ -220,10 +228,7 @@ class Checkpoints:
             self._abandon(error)
 
     def _abandon(self, error: BaseException) -> None:
-        """Release the folder after a failure, which is on its way up already.
-
-        Perhaps it is this process's alone, so nothing is said to the others.
-        """
+        """Release the folder; nobody is told, for others may know of no failure."""
         if isinstance(error, PeerLost) or (
             isinstance(error, CheckpointError) and jax.process_count() > 1
         ):
@@ -383,13 +388,6 @@ class Checkpoints:
 
 class _Damaged(Exception):
     """A checkpoint that nothing can be restored from; the text says what is wrong."""
-
-
-def abstract(state: TrainState) -> TrainState:
-    """Shapes, dtypes and shardings of ``state`` without its buffers."""
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
-    )
 
 
 def _layout(state: TrainState) -> dict[str, str]:

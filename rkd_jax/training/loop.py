@@ -14,10 +14,11 @@ from rkd_jax.training.metrics import MetricsWriter
 from rkd_jax.training.progress import Progress, Silent
 from rkd_jax.training.refused import Drawn, RefusedBatches, drawn
 from rkd_jax.training.spikes import WINDOW, SpikeWatch
-from rkd_jax.training.state import TrainState
+from rkd_jax.training.state import TrainState, abstract
 
 if TYPE_CHECKING:  # needs orbax, which training without checkpoints does not
     from rkd_jax.training.checkpoint import Checkpoints
+    from rkd_jax.training.saving import Saves
 
 Update = Callable[[TrainState, Any, Any, Any], tuple[TrainState, dict[str, jax.Array]]]
 _LOSS = "student/loss"
@@ -89,8 +90,9 @@ def fit(
 
     Raises:
         Interrupted: Ctrl-C or SIGTERM; the step was finished and saved.
-        CheckpointError: a checkpoint could not be written, or does not fit, or there
-            are some and none is whole.
+        CheckpointError: the last checkpoint could not be written, or four in a row (in
+            several processes any); or one does not fit, or there are some and none is
+            whole.
         Diverged: more than ``max_skipped`` updates in a row were refused.
         ValueError: the batches ended early.
         TypeError: the position of ``batches`` cannot be saved, but should be.
@@ -100,6 +102,7 @@ def fit(
     start = step = int(state.step)
     log = _Log(metrics, progress or Silent(), in_flight, max_skipped)
     log.start(name, step, steps)
+    save = _saves(checkpoints, progress or Silent())
     with StopRequest() as stop, blaming_peers():
         while step < steps:
             batch = _next(batches, step, steps)
@@ -115,8 +118,8 @@ def fit(
             due = stop.due(step)
             if due or step == steps or step % checkpoint_every == 0:
                 log.drain()
-                if checkpoints is not None:
-                    checkpoints.save(state, batches.get_state())
+                if save is not None:
+                    save(state, batches.get_state(), last=due or step == steps)
             if due:
                 break
         if checkpoints is not None:
@@ -216,9 +219,7 @@ def _resume(
     latest = checkpoints.latest()
     if latest is None or latest <= int(state.step):
         return state
-    target = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
-    )
+    target = abstract(state)
     for leaf in jax.tree.leaves(state):  # never two states in memory at once
         leaf.delete()
     restored, position = checkpoints.restore(target)
@@ -226,6 +227,16 @@ def _resume(
         progress.note(line)
     batches.set_state(position)
     return restored
+
+
+def _saves(
+    checkpoints: Checkpoints | None, progress: Progress | Silent
+) -> Saves | None:
+    if checkpoints is None:
+        return None
+    from rkd_jax.training.saving import Saves  # needs orbax, as they do
+
+    return Saves(checkpoints, progress.note)
 
 
 def _next(batches: Batches, step: int, steps: int) -> Any:

@@ -168,3 +168,10 @@ def _following(
         return default
 
     return jax.tree_util.tree_map_with_path(place, opt_state)
+
+
+def abstract(state: TrainState) -> TrainState:
+    """Shapes, dtypes and shardings of ``state`` without its buffers."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )

@@ -1,6 +1,10 @@
 """Faults of other trainers, and of disks and users, that training must survive."""
 
+import contextlib
+import errno
+import io
 import json
+import os
 import signal
 import time
 
@@ -10,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 
-from rkd_jax.training import init_state, make_update
+from rkd_jax.training import Progress, checkpoint, fit, init_state, make_update
 from rkd_jax.types import LossOutput, Mean, Objective
 from tests.faults.damage import FULL_DISK, SLOW_DISK
 from tests.faults.processes import (
@@ -153,6 +157,67 @@ def test_a_full_disk_is_one_line_and_costs_no_earlier_checkpoint(
     assert_resumes_to(start, tmp_path, uninterrupted)
     # The half-written one is swept.
     assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {"2", "4"}
+
+
+def test_a_run_goes_on_without_a_checkpoint_that_found_no_space(start, tmp_path):
+    """That of step 4; there is space again before that of step 6."""
+    steps, there = "8", tmp_path / "uninterrupted"
+    assert finish(start(there, steps))[0] == 0
+    process = start(tmp_path / "run", steps, "dearth=3")
+    status, errors = finish(process)
+    assert status == 0, errors
+    assert_same_outcome(outcome(tmp_path / "run"), outcome(there))
+    names = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert names == {"6", "8"}
+    assert "checkpoint 1 of at most 3 lost: cannot write checkpoints in" in errors
+
+
+class FullDisk:
+    """In place of `write_checksums`: there is no space for so many checkpoints."""
+
+    def __init__(self, times, write):
+        self.times, self._write = times, write
+
+    def __call__(self, folder):
+        self.times -= 1
+        if self.times >= 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._write(folder)
+
+
+@pytest.mark.parametrize(
+    ("full", "steps", "raised", "left"),
+    [(3, 5, None, {"4", "5"}), (4, 6, "4 lost", set()), (9, 3, "last", set())],
+)
+def test_some_checkpoints_in_a_row_may_be_lost_and_never_the_last(
+    full, steps, raised, left, monkeypatch, tmp_path
+):
+    disk = FullDisk(full, checkpoint.write_checksums)
+    monkeypatch.setattr(checkpoint, "write_checksums", disk)
+    stream = io.StringIO()
+    wrong = contextlib.nullcontext()
+    if raised:
+        wrong = pytest.raises(checkpoint.CheckpointError, match="No space left")
+    with (
+        wrong,
+        checkpoint.Checkpoints(tmp_path / "there", config={}) as checkpoints,
+        Progress(stream) as progress,
+    ):
+        fit(
+            tiny_game.start(),
+            tiny_game.make(),
+            tiny_game.Rows(),
+            steps=steps,
+            frozen=tiny_game.params()[2],
+            prepare=tiny_game.prepare,
+            checkpoints=checkpoints,
+            progress=progress,
+            checkpoint_every=1,
+        )
+    lost = 2 if raised == "last" else 3
+    assert stream.getvalue().count(" of at most 3 lost: ") == lost
+    there = {path.name for path in (tmp_path / "there").iterdir()}
+    assert {name for name in there if "tmp" not in name} == left
 
 
 def test_a_preempted_process_stops_all_of_them_at_the_same_step(start, tmp_path):

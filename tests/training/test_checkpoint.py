@@ -14,9 +14,8 @@ from rkd_jax.training.checkpoint import (
     CheckpointError,
     CheckpointMismatch,
     Checkpoints,
-    abstract,
 )
-from rkd_jax.training.state import state_shardings
+from rkd_jax.training.state import abstract, state_shardings
 from tests.training import tiny_game
 
 CONFIG = {"optim": {"learning_rate": 1e-3, "betas": (0.9, 0.99)}, "seed": 0}

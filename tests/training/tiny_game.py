@@ -1,9 +1,10 @@
 """A two-player game small enough to train in a test, and a process that trains it.
 
-``python -m tests.training.tiny_game FOLDER STEPS [kill=N | wait=N | disk=N]`` trains to
-STEPS in FOLDER with a checkpoint every 2 steps and writes the final state to
-``FOLDER/final.npz``. At step N it kills itself, or says "ready" and waits a second for
-a signal, or makes files above 2 KiB fail as a full disk does.
+``python -m tests.training.tiny_game FOLDER STEPS [TROUBLE=N]`` trains to STEPS in
+FOLDER with a checkpoint every 2 steps and writes the final state to
+``FOLDER/final.npz``. At step N it kills itself (kill), or says "ready" and waits a
+second for a signal (wait), or makes files above 2 KiB fail as a full disk does (disk,
+and dearth, which is over two steps later).
 """
 
 import json
@@ -155,6 +156,7 @@ def _main(folder: str, steps: str, trouble: str = "none=-1") -> None:
 
     kind, at = trouble.split("=")
     folder = Path(folder)
+    plenty = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
 
     def troubled(state, batch):
         if int(state.step) == int(at):
@@ -167,6 +169,12 @@ def _main(folder: str, steps: str, trouble: str = "none=-1") -> None:
             if kind == "disk":
                 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
                 resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048))
+            if kind == "dearth":
+                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (2048, plenty))
+        if kind == "dearth" and int(state.step) == int(at) + 2:
+            time.sleep(2.0)  # the checkpoint in between has failed by now
+            resource.setrlimit(resource.RLIMIT_FSIZE, (plenty, plenty))
         return prepare(state, batch)
 
     batches = Rows()
