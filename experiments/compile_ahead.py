@@ -27,8 +27,7 @@ from experiments.settings import ExperimentConfig, SettingsError
 from rkd_jax.aot.compiling import compile_step
 from rkd_jax.aot.report import Plan, gib
 from rkd_jax.aot.topology import chip_of, slice_devices
-from rkd_jax.placement import row_shards
-from rkd_jax.sharding import MeshConfig, make_mesh
+from rkd_jax.sharding import MeshConfig, make_mesh, row_shards
 
 EXPERIMENTS = (
     *("ava", "compare_seed_systems", "drdo", "edpo", "mm_pbkd", "pbkd", "tvkd"),

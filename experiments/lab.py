@@ -38,8 +38,8 @@ from rkd_jax.models.heads import (
 )
 from rkd_jax.models.sampling import Samples, SamplingConfig, make_sampler
 from rkd_jax.objectives.reward_model import TokenRewards
-from rkd_jax.placement import follow_parameters, row_shards
-from rkd_jax.sharding import mesh_of, mesh_shard
+from rkd_jax.placement import follow_parameters
+from rkd_jax.sharding import mesh_of, mesh_shard, row_shards
 from rkd_jax.signals.oracles import Oracle, load_oracle
 from rkd_jax.signals.teacher import (
     Scorer,

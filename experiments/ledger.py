@@ -14,8 +14,7 @@ from rkd_jax.data.tokenize import TokenizeReport, survey
 from rkd_jax.evaluation.content import DataSource, GameCurves, Incident, Phase, Series
 from rkd_jax.training.metrics import read_metrics
 from rkd_jax.training.provenance import versions
-from rkd_jax.training.run import RunFolder, RunMismatch
-from rkd_jax.untrusted import read_object, refused
+from rkd_jax.training.run import RunFolder
 
 
 def phases(pairs: PairsConfig) -> list[str]:
@@ -152,15 +151,3 @@ def asset_hashes(models: ModelConfig) -> dict[str, str]:
         return {}
     with path.open("rb") as file:
         return {path.name: hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def costs(run: RunFolder, stage: str) -> dict[str, float]:
-    """Seconds and memory of one update of a stage, where its start measured them."""
-    path = run.stage(stage).path / "cost.json"
-    if not path.exists():
-        return {}
-    found = read_object(path, RunMismatch)
-    with refused(f"{path} is damaged; remove it, and the report lacks it", RunMismatch):
-        peak = found["peak_bytes"]
-        memory = {} if peak is None else {"peak_gib": peak / 2**30}
-        return {"seconds_per_step": float(found["seconds_per_step"])} | memory

@@ -1,9 +1,9 @@
 """One experiment in several processes: how they meet, and who asks the oracle.
 
-Every process runs the whole experiment; what is on the mesh they compute together, of a
-training's batches each reads its rows, what else is on the host each of them computes
-alike, and files are process 0's
-(`rkd_jax.training.together`). The output folder has to be one that all of them see.
+Every process runs the whole experiment. What is on the mesh they compute together; of a
+training's batches each reads its rows; whatever else is on the host each computes
+alike; and files are process 0's (`rkd_jax.training.together`). The output folder has to
+be one that all of them see.
 """
 
 from __future__ import annotations

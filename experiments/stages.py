@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from experiments.costs import CostedCheckpoints
 from experiments.lab import Lab, Sampler
 from rkd_jax.data.collate import collate
 from rkd_jax.data.pipeline import BatchIterator, ZippedBatches
@@ -32,11 +33,10 @@ from rkd_jax.evaluation.generation import GenerationResult, generate
 from rkd_jax.placement import fetch, place_rows
 from rkd_jax.sharding import mesh_of, shard_batch
 from rkd_jax.signals.oracles import Oracle, OracleError, label_preferences
-from rkd_jax.training.checkpoint import Checkpoints
 from rkd_jax.training.loop import Update, fit
 from rkd_jax.training.metrics import MetricsWriter
 from rkd_jax.training.progress import Progress
-from rkd_jax.training.run import RunFolder, write_json
+from rkd_jax.training.run import RunFolder
 from rkd_jax.training.state import TrainState
 from rkd_jax.training.together import once
 from rkd_jax.types import Params, Prompts
@@ -247,12 +247,12 @@ def train(
     checkpoints are bound to. Where the state is on a mesh, rows are cut over it.
     """
     with (
-        Checkpoints(
-            folder / "checkpoints", config=config, keep=desk.checkpoints_kept
+        CostedCheckpoints(
+            folder, desk.progress, title, config=config, keep=desk.checkpoints_kept
         ) as checkpoints,
         MetricsWriter(folder) as metrics,
     ):
-        state = fit(
+        return fit(
             state,
             update,
             batches,
@@ -266,13 +266,6 @@ def train(
             checkpoint_every=checkpoint_every or desk.checkpoint_every,
             name=title,
         )
-    if title in desk.progress.paces:  # steps were made in this start
-        cost = {
-            "seconds_per_step": desk.progress.paces[title],
-            "peak_bytes": desk.progress.peaks.get(title),
-        }
-        once(lambda: write_json(folder / "cost.json", cost))
-    return state
 
 
 def _placing(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from experiments import judging, ledger
+from experiments.costs import read_costs
 from experiments.course import Course, load_prompts, take_course
 from experiments.judging import Judge, open_judge
 from experiments.lab import Lab, open_lab
@@ -153,7 +154,7 @@ def train_and_judge(
         return None
     stage = stage_of(label)
     params = method.train(desk, stage, course, steps=updates, seed=seed)
-    judge.student(label, params, **ledger.costs(desk.run, stage))
+    judge.student(label, params, **read_costs(desk.run.stage(stage).path))
     return params
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -24,19 +23,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from rkd_jax.sharding import (
-    DEFAULT_RULES,
-    batch_sharding,
-    check_divisible,
-    mesh_of,
-)
-
-
-def row_shards(mesh: Mesh | None) -> int:
-    """Into how many parts rows are cut; 1 without a mesh."""
-    if mesh is None:
-        return 1
-    return math.prod(mesh.shape[name] for name in DEFAULT_RULES["batch"])
+from rkd_jax.sharding import batch_sharding, check_divisible, mesh_of, row_shards
 
 
 def on_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager:

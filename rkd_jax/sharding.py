@@ -119,7 +119,7 @@ def partition_spec(axes: LogicalAxes, rules: Rules = DEFAULT_RULES) -> Partition
     targets = [None if name is None else rules.get(name) for name in axes]
     taken: dict[str, str] = {}
     for name, target in zip(axes, targets, strict=True):
-        for mesh_axis in (target,) if isinstance(target, str) else target or ():
+        for mesh_axis in _mesh_axes(target):
             if mesh_axis in taken:
                 raise ShardingError(
                     f"logical axes {axes}: {taken[mesh_axis]!r} and {name!r} both map "
@@ -171,6 +171,14 @@ def batch_sharding(mesh: Mesh, rules: Rules = DEFAULT_RULES) -> NamedSharding:
     return NamedSharding(mesh, partition_spec(("batch",), rules))
 
 
+def row_shards(mesh: Mesh | None, rules: Rules = DEFAULT_RULES) -> int:
+    """Into how many parts the rule "batch" cuts rows; 1 without a mesh."""
+    if mesh is None:
+        return 1
+    sharding = batch_sharding(mesh, rules)
+    return math.prod(mesh.shape[name] for name in _mesh_axes(sharding.spec[0]))
+
+
 def ambient_axes(name: str, size: int, rules: Rules = DEFAULT_RULES) -> tuple[str, ...]:
     """The mesh axes over which a logical axis of that size is cut right here.
 
@@ -187,11 +195,11 @@ def ambient_axes(name: str, size: int, rules: Rules = DEFAULT_RULES) -> tuple[st
         size does not divide: then every device has all of it.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    target = rules.get(name)
-    names = (target,) if isinstance(target, str) else target or ()
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     names = tuple(
-        n for n in names if kinds.get(n) == AxisType.Auto and mesh.shape[n] > 1
+        n
+        for n in _mesh_axes(rules.get(name))
+        if kinds.get(n) == AxisType.Auto and mesh.shape[n] > 1
     )
     parts = math.prod(mesh.shape[n] for n in names)
     return names if size % parts == 0 else ()
@@ -303,11 +311,9 @@ def mesh_shard(
     """
     if mesh is None:
         return (0,), 1
-    sharding = batch_sharding(mesh, rules)
+    count = row_shards(mesh, rules)
     # Rows are cut into n parts where n rows are cut into parts of one.
-    targets = sharding.spec[0]
-    names = (targets,) if isinstance(targets, str) else targets or ()
-    count = math.prod(mesh.shape[name] for name in names)
+    sharding = batch_sharding(mesh, rules)
     held = sharding.addressable_devices_indices_map((count,)).values()
     blocks = {block for (rows,) in held for block in range(*rows.indices(count))}
     return tuple(sorted(blocks)), count
@@ -354,6 +360,11 @@ def shard_batch(batch: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Any:
     return jax.tree_util.tree_map_with_path(place, batch)
 
 
+def _mesh_axes(target: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """What a rule names, or an entry of a spec."""
+    return (target,) if isinstance(target, str) else target or ()
+
+
 def _is_axes(node: Any) -> bool:
     return isinstance(node, tuple) and all(
         n is None or isinstance(n, str) for n in node
@@ -367,7 +378,7 @@ def check_divisible(
     if len(axes) > len(array.shape):
         raise ShardingError(f"{name}: shape {array.shape} has fewer axes than {axes}")
     for axis, size, target in zip(axes, array.shape, sharding.spec, strict=False):
-        names = (target,) if isinstance(target, str) else target or ()
+        names = _mesh_axes(target)
         parts = math.prod(sharding.mesh.shape[n] for n in names)
         if size % parts:
             raise ShardingError(

@@ -10,7 +10,6 @@ from rkd_jax.placement import (
     fill_rows,
     follow_parameters,
     place_rows,
-    row_shards,
 )
 from rkd_jax.sharding import (
     MeshConfig,
@@ -21,6 +20,7 @@ from rkd_jax.sharding import (
     mesh_of,
     parameter_shardings,
     replicated,
+    row_shards,
     tree_shardings,
 )
 

@@ -259,16 +259,16 @@ class _MakeBatch:
         mine = my_rows(len(numbers), self.shard)
         # Processes that padded to different widths would compile different programs
         # and wait for each other for ever.
-        whole = len(mine) < len(numbers) and not self.agree and not self._one_shape()
-        if whole:
+        alone = self.shard[1] == 1 or self._one_shape()
+        if alone or self.agree:
+            rows = self._tokenize(numbers[mine])
+            widths = batch_widths(rows, self.config)
+            if not alone:
+                widths = self.agree(widths)
+        else:
             everyone = self._tokenize(numbers)
             rows = [everyone[i] for i in mine]
             widths = batch_widths(everyone, self.config)
-        else:
-            rows = self._tokenize(numbers[mine])
-            widths = batch_widths(rows, self.config)
-            if self.agree and self.shard[1] > 1 and not self._one_shape():
-                widths = self.agree(widths)
         index = numbers.astype(np.int32)
         return Step(collate(rows, self.config, widths), rows, index)
 

@@ -27,8 +27,8 @@ from rkd_jax.losses import forward_kl, reverse_kl, token_log_probs
 from rkd_jax.masking import sequence_sum
 from rkd_jax.models.api import CausalLM, response_logits
 from rkd_jax.packed import refuse_packed
-from rkd_jax.placement import fetch, fill_rows, on_mesh, place_rows, row_shards
-from rkd_jax.sharding import mesh_of
+from rkd_jax.placement import fetch, fill_rows, on_mesh, place_rows
+from rkd_jax.sharding import mesh_of, row_shards
 from rkd_jax.types import Params, Sequences
 
 

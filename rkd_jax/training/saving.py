@@ -1,7 +1,8 @@
-"""Checkpoints of a run, of which some may fail: a full disk is soon somebody's concern.
+"""Checkpoints of a run that goes on when some of them cannot be written.
 
-The run has its state in memory and the last checkpoint on disk, so that it can go on
-without one more. Not for ever: who is not told stops nothing.
+A disk that is full now may have space in an hour, and the run has its state in memory
+and the last whole checkpoint on disk. After a few failures in a row it ends all the
+same: by then a crash would cost more than stopping does.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ class Saves:
     """What `fit` saves with.
 
     Args:
-        checkpoints: where.
-        note: is given a line for each checkpoint that was lost.
-        most: to lose in a row.
+        checkpoints: where to.
+        note: called with a line for each checkpoint that was lost.
+        most: how many may be lost in a row.
     """
 
     def __init__(
@@ -31,11 +32,16 @@ class Saves:
         self._lost = 0
 
     def __call__(self, state: TrainState, position: Any, *, last: bool) -> None:
-        """Begin a checkpoint; the one before it is on disk then, or lost.
+        """Begin a checkpoint, when the one before it is on disk or known to be lost.
+
+        Args:
+            state: what to save.
+            position: of the data.
+            last: whether the run ends with it; then it has to succeed.
 
         Raises:
-            CheckpointError: it cannot be written and is the ``last`` one, one too many
-                were lost, or one of several processes cannot go on by itself.
+            CheckpointError: it cannot be written and is the ``last`` one, or more than
+                ``most`` in a row were lost, or (in several processes) any was.
         """
         if jax.process_count() == 1:
             try:

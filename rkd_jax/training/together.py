@@ -1,8 +1,8 @@
 """What several processes of one run do once: look at files, write them, ask an oracle.
 
-Every process runs the same code. What need not be the same for all of
-them is process 0's business, and it tells the others. What each has to see for itself
-they tell one another, so that they come to one conclusion.
+Every process runs the same code. What need not be the same for all of them is process
+0's business, and it tells the others. What each has to see for itself they tell one
+another, so that they come to one conclusion.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ import pytest
 from experiments import pbkd, tvkd
 from experiments.baselines import Gkd, GkdConfig
 from experiments.course import load_prompts, take_course
+from experiments.devices import open_meshes
 from experiments.judging import pair_log_probs
 from experiments.lab import open_lab
 from experiments.settings import SettingsError
@@ -214,6 +215,25 @@ def test_a_mesh_that_does_not_fit_is_refused(mesh, message):
 def test_a_teacher_that_takes_too_much_is_refused(mesh, teacher_mesh, message):
     with pytest.raises(ValueError, match=message):
         open_lab(options(mesh, teacher_mesh=teacher_mesh))
+
+
+@pytest.mark.parametrize(
+    ("kind", "processes", "message"),
+    [
+        ("cpu", 3, "4 devices do not divide among 3 processes; each has to have some"),
+        ("TPU v5 lite", 2, "for TPU v5 lite there are programs for whole slices"),
+        ("TPU v6 lite", 2, "for TPU v6 lite there are programs for whole slices"),
+    ],
+)
+def test_a_teacher_that_processes_cannot_share_is_refused(
+    kind, processes, message, monkeypatch
+):
+    device = SimpleNamespace(device_kind=kind)
+    monkeypatch.setattr(jax, "devices", lambda: [device] * 12)
+    monkeypatch.setattr(jax, "device_count", lambda: 12)
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    with pytest.raises(SettingsError, match=f"--teacher-mesh 1 2 2: {message}"):
+        open_meshes(MeshConfig(data=-1), (1, 2, 2))
 
 
 def test_the_devices_are_no_part_of_what_makes_a_run():

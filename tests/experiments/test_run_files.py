@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 
+from experiments.costs import read_costs
 from experiments.judging import Judged
-from experiments.ledger import costs
 from rkd_jax.evaluation.content import Policy
 from rkd_jax.evaluation.intervals import Interval
-from rkd_jax.training.run import RunFolder, RunMismatch, write_json
+from rkd_jax.training.run import RunMismatch, write_json
 
 
 def damaged(text):
@@ -48,12 +48,12 @@ def test_a_judged_policy(tmp_path):
 
 
 def test_what_a_step_costs(tmp_path):
-    run = RunFolder.open(tmp_path / "run", config={}, name="run")
-    assert costs(run, "dpo") == {}
-    path = run.stage("dpo").path / "cost.json"
-    path.parent.mkdir(exist_ok=True)
+    assert read_costs(tmp_path) == {}
+    path = tmp_path / "cost.json"
     write_json(path, {"seconds_per_step": 0.5, "peak_bytes": None})
-    assert costs(run, "dpo") == {"seconds_per_step": 0.5}
+    assert read_costs(tmp_path) == {"seconds_per_step": 0.5}
+    write_json(path, {"seconds_per_step": None, "peak_bytes": 2**31})
+    assert read_costs(tmp_path) == {"peak_gib": 2.0}
     write_json(path, {"seconds_per_step": 0.5, "peak_bytes": 2**31})
-    assert costs(run, "dpo") == {"seconds_per_step": 0.5, "peak_gib": 2.0}
-    assert_said(lambda: costs(run, "dpo"), path)
+    assert read_costs(tmp_path) == {"seconds_per_step": 0.5, "peak_gib": 2.0}
+    assert_said(lambda: read_costs(tmp_path), path)
