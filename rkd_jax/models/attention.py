@@ -109,25 +109,71 @@ def causal_attention(
         [B, L, H, head_dim] in the dtype of ``query``. Query head h reads key head
         ``h // (H // H_kv)``.
     """
-    batch, length, heads, head_dim = query.shape
-    groups, shared = key.shape[2], heads // key.shape[2]
-    scaled = (query * head_dim**-0.5).reshape(batch, length, groups, shared, head_dim)
-    scaled = scaled.transpose(0, 2, 3, 1, 4)
+    length, groups = query.shape[1], key.shape[2]
+    scaled = _by_group(query, groups)
     key, value = key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)
     blocks = min(_BLOCKS, -(-length // _COLUMNS))
     size, mixed = -(-length // blocks), []
     for start in range(0, length, size):
         stop = min(start + size, length)
-        rows = (batch, groups, shared, stop - start)
-        flat = (batch, groups, shared * (stop - start))
-        scores = jnp.matmul(
-            scaled[..., start:stop, :].reshape(*flat, head_dim),
+        out = _mix(
+            scaled[..., start:stop, :],
             key[..., :stop],
-            preferred_element_type=bias.dtype,
+            value[..., :stop, :],
+            bias[..., start:stop, :stop],
         )
-        scores = scores.reshape(*rows, stop) + bias[..., start:stop, :stop]
-        weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
-        out = jnp.matmul(weights.reshape(*flat, stop), value[..., :stop, :])
-        mixed.append(out.reshape(*rows, head_dim))
-    out = jnp.concatenate(mixed, axis=3).transpose(0, 3, 1, 2, 4)
-    return out.reshape(query.shape)
+        mixed.append(out)
+    return _by_head(jnp.concatenate(mixed, axis=3))
+
+
+def slot_attention(
+    query: jax.Array, keys: jax.Array, values: jax.Array, bias: jax.Array
+) -> jax.Array:
+    """`grouped_attention` to a cache that has its heads before its slots.
+
+    Args:
+        query: [B, Q, H, head_dim].
+        keys: [B, H_kv, head_dim, S], the new ones among them; H_kv divides H.
+        values: [B, H_kv, S, head_dim].
+        bias: float[B, 1, 1, Q, S], as in `grouped_attention`.
+
+    Returns:
+        [B, Q, H, head_dim] in the dtype of ``query``.
+    """
+    scaled = _by_group(query, keys.shape[1])
+    return _by_head(_mix(scaled, keys, values, bias))
+
+
+def _by_group(query: jax.Array, groups: int) -> jax.Array:
+    """[B, Q, H, head_dim] as [B, H_kv, group, Q, head_dim], scaled for the scores."""
+    batch, length, heads, head_dim = query.shape
+    scaled = (query * head_dim**-0.5).reshape(
+        batch, length, groups, heads // groups, head_dim
+    )
+    return scaled.transpose(0, 2, 3, 1, 4)
+
+
+def _by_head(mixed: jax.Array) -> jax.Array:
+    """Back from [B, H_kv, group, Q, head_dim] to [B, Q, H, head_dim]."""
+    batch, groups, shared, length, head_dim = mixed.shape
+    mixed = mixed.transpose(0, 3, 1, 2, 4)
+    return mixed.reshape(batch, length, groups * shared, head_dim)
+
+
+def _mix(
+    scaled: jax.Array, keys: jax.Array, values: jax.Array, bias: jax.Array
+) -> jax.Array:
+    """Values [B, H_kv, S, Dh] weighted by scores with keys [B, H_kv, Dh, S].
+
+    The queries of a group are rows of one matrix, which is what makes this fast on a
+    CPU: as axes of their own they would be products of their own, or copies.
+    """
+    *rows, head_dim = scaled.shape
+    flat = (*rows[:2], rows[2] * rows[3])
+    scores = jnp.matmul(
+        scaled.reshape(*flat, head_dim), keys, preferred_element_type=bias.dtype
+    )
+    scores = scores.reshape(*rows, keys.shape[-1]) + bias
+    weights = jax.nn.softmax(scores, axis=-1).astype(scaled.dtype)
+    out = jnp.matmul(weights.reshape(*flat, keys.shape[-1]), values)
+    return out.reshape(scaled.shape)

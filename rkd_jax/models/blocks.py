@@ -9,7 +9,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rkd_jax.models.attention import causal_attention, grouped_attention
+from rkd_jax.models.attention import (
+    causal_attention,
+    grouped_attention,
+    slot_attention,
+)
 from rkd_jax.models.attention_kernels import (
     HOLD_SCORES,
     KERNELS,
@@ -19,7 +23,7 @@ from rkd_jax.models.attention_kernels import (
 from rkd_jax.models.config import DecoderConfig
 from rkd_jax.models.linear import Dense
 from rkd_jax.models.rope import rotate
-from rkd_jax.models.slots import KeyValue, Slots, attended
+from rkd_jax.models.slots import KeyValue, Slots
 from rkd_jax.sharding import constrain
 
 _ACTIVATIONS = {
@@ -119,9 +123,12 @@ def _attend(
         seen = shared.segment_ids
     elif cached is None:
         attend, seen = causal_attention, shared.bias
+    elif isinstance(cached, Slots):
+        slots = cached.write(key, value)
+        return slot_attention(query, slots.keys, slots.values, shared.bias), slots
     else:
-        keys, values, new = attended(cached, key, value)
-        return grouped_attention(query, keys, values, shared.bias), new
+        keys, values = zip(cached, (key, value), strict=True)
+        return grouped_attention(query, keys, values, shared.bias), (key, value)
     if config.remat == "attention" and name in HOLD_SCORES:
         attend = jax.checkpoint(attend, prevent_cse=False)
     return attend(query, key, value, seen), None

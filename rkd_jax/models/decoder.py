@@ -156,7 +156,10 @@ class Decoder:
 
         Soft-capped when the configuration says so. float64 states give float64.
         """
-        logits = project(hidden, self.head(params), 1, accumulator(hidden))
+        return self.cap(project(hidden, self.head(params), 1, accumulator(hidden)))
+
+    def cap(self, logits: jax.Array) -> jax.Array:
+        """The soft cap of the configuration, if there is one."""
         cap = self.config.logit_softcap
         return logits if cap is None else jnp.tanh(logits / cap) * cap
 

@@ -28,12 +28,14 @@ from rkd_jax.models.rope import rope_frequencies, rope_table
 from rkd_jax.models.slots import Slots
 from rkd_jax.types import Params, struct
 
+_FEW_ROWS = 64
+
 
 @struct
 class LayerCaches:
     """`rkd_jax.models.decoder.KVCache` with an array per layer, heads before slots."""
 
-    keys: tuple[jax.Array, ...]  # compute dtype [B, Hkv, S, Dh] of each layer
+    keys: tuple[jax.Array, ...]  # compute dtype [B, Hkv, Dh, S] of each layer
     values: tuple[jax.Array, ...]  # compute dtype [B, Hkv, S, Dh] of each layer
     segment_ids: jax.Array  # int32[B, S]; 0 on empty slots and on padding
     index: jax.Array  # int32[], the next free slot
@@ -106,8 +108,15 @@ class UnrolledDecoder:
         )
 
     def unembed(self, params: Params, hidden: jax.Array) -> jax.Array:
-        """As `Decoder.unembed`."""
-        return self.decoder.unembed(params, hidden)
+        """As `Decoder.unembed`, for states [R, D]."""
+        table = params["embed"]["embedding"]
+        few = 1 < hidden.shape[0] <= _FEW_ROWS and hidden.dtype == table.dtype
+        if not self.config.tie_embeddings or not few:
+            return self.decoder.unembed(params, hidden)
+        # Every row of the table with all states, then the transpose: XLA would swap
+        # the two back, into a product that takes half as long again for few states.
+        logits = lax.dot_general(table, hidden, (((1,), (1,)), ((), ())))
+        return self.decoder.cap(lax.optimization_barrier(logits).T)
 
     def init_cache(self, params: Params, batch_size: int, length: int) -> LayerCaches:
         """As `Decoder.init_cache`."""
@@ -133,10 +142,8 @@ def unrolled_params(config: DecoderConfig, params: Params, slots: int) -> Params
 
 def unrolled_caches(cache: Any) -> LayerCaches:
     """A decoder's cache with an array per layer."""
-    keys, values = (
-        tuple(jnp.swapaxes(layer, 1, 2) for layer in _unstacked(stack))
-        for stack in (cache.keys, cache.values)
-    )
+    keys = tuple(layer.transpose(0, 2, 3, 1) for layer in _unstacked(cache.keys))
+    values = tuple(layer.transpose(0, 2, 1, 3) for layer in _unstacked(cache.values))
     return LayerCaches(keys, values, cache.segment_ids, cache.index)
 
 

@@ -10,7 +10,11 @@ import pytest
 from jax.test_util import check_grads
 
 from rkd_jax.models.api import positions_from_mask
-from rkd_jax.models.attention import attention_bias, grouped_attention
+from rkd_jax.models.attention import (
+    attention_bias,
+    grouped_attention,
+    slot_attention,
+)
 from rkd_jax.models.decoder import Decoder, DecoderConfig, RopeScaling
 from rkd_jax.models.projection import project
 from rkd_jax.models.rope import rope_frequencies, rope_table, rotate
@@ -252,6 +256,8 @@ def test_grouped_attention_equals_repeated_heads_and_splits_into_parts(x64):
     np.testing.assert_allclose(got, expected, rtol=1e-12)
     parts = [(x[:, :2], x[:, 2:]) for x in (key, value)]
     np.testing.assert_allclose(grouped_attention(query, *parts, bias), got, rtol=1e-12)
+    slots = key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)
+    np.testing.assert_allclose(slot_attention(query, *slots, bias), got, rtol=1e-12)
 
 
 def test_the_traced_program_does_not_grow_with_depth(tokens):

@@ -52,12 +52,27 @@ def test_columns_one_by_one_equal_the_decoder(config):
     np.testing.assert_array_equal(caches.segment_ids, cache.segment_ids)
     assert int(caches.index) == int(cache.index) == L
     real = np.asarray(cache.segment_ids) != 0
-    for name in ("keys", "values"):
-        apart = np.stack([np.swapaxes(x, 1, 2) for x in getattr(caches, name)])
+    for name, order in (("keys", (0, 3, 1, 2)), ("values", (0, 2, 1, 3))):
+        apart = np.stack([np.transpose(x, order) for x in getattr(caches, name)])
         stacked = np.asarray(getattr(cache, name))
         np.testing.assert_allclose(apart[:, real], stacked[:, real], atol=1e-5)
     own = model.unembed(params, pairs[-1][0][:1, -1])
     np.testing.assert_allclose(logits[:1], own, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 64, 65])
+@pytest.mark.parametrize("config", [QWEN, GEMMA, LLAMA], ids=["qwen", "gemma", "llama"])
+def test_logits_of_any_number_of_rows_equal_the_decoder(config, rows):
+    model, params = Decoder(config), random_params(config)
+    states = np.random.default_rng(1).normal(size=(rows, config.hidden_size))
+    states = states.astype(np.float32)
+    apart, layers, _ = model.unrolled(params, model.init_cache(params, 2, L))
+    unembed = jax.jit(apart.unembed)
+    expected = model.unembed(params, states)
+    np.testing.assert_allclose(unembed(layers, states), expected, rtol=1e-5, atol=1e-5)
+    program = unembed.lower(layers, states).as_text()
+    few = config.tie_embeddings and rows in (2, 64)
+    assert ("optimization_barrier" in program) == few
 
 
 def test_stale_slots_are_not_seen():
