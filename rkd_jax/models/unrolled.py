@@ -113,8 +113,9 @@ class UnrolledDecoder:
         few = 1 < hidden.shape[0] <= _FEW_ROWS and hidden.dtype == table.dtype
         if not self.config.tie_embeddings or not few:
             return self.decoder.unembed(params, hidden)
-        # Every row of the table with all states, then the transpose: XLA would swap
-        # the two back, into a product that takes half as long again for few states.
+        # Every row of the table with all states, then the transpose. Without the
+        # barrier XLA swaps the two, into a product that for few states takes half as
+        # long again.
         logits = lax.dot_general(table, hidden, (((1,), (1,)), ((), ())))
         return self.decoder.cap(lax.optimization_barrier(logits).T)
 
