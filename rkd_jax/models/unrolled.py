@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from rkd_jax.masking import accumulator
 from rkd_jax.models.attention import attention_bias
 from rkd_jax.models.blocks import Block, Embed, RMSNorm
 from rkd_jax.models.config import DecoderConfig
@@ -110,8 +111,9 @@ class UnrolledDecoder:
     def unembed(self, params: Params, hidden: jax.Array) -> jax.Array:
         """As `Decoder.unembed`, for states [R, D]."""
         table = params["embed"]["embedding"]
-        few = 1 < hidden.shape[0] <= _FEW_ROWS and hidden.dtype == table.dtype
-        if not self.config.tie_embeddings or not few:
+        few = 1 < hidden.shape[0] <= _FEW_ROWS
+        wide = table.dtype == hidden.dtype == accumulator(hidden)
+        if not (self.config.tie_embeddings and few and wide):
             return self.decoder.unembed(params, hidden)
         # Every row of the table with all states, then the transpose. Without the
         # barrier XLA swaps the two, into a product that for few states takes half as

@@ -75,6 +75,21 @@ def test_logits_of_any_number_of_rows_equal_the_decoder(config, rows):
     assert ("optimization_barrier" in program) == few
 
 
+def test_logits_of_halves_are_summed_wide():
+    config = dataclasses.replace(GEMMA, dtype="bfloat16", param_dtype="bfloat16")
+    model, params = Decoder(config), random_params(config)
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), params)
+    apart, layers, _ = model.unrolled(params, model.init_cache(params, 2, L))
+    states = jnp.asarray(
+        np.random.default_rng(1).normal(size=(4, config.hidden_size)), jnp.bfloat16
+    )
+    logits = jax.jit(apart.unembed)(layers, states)
+    assert logits.dtype == jnp.float32
+    exact = np.asarray(states, "f4") @ np.asarray(params["embed"]["embedding"], "f4").T
+    exact = np.tanh(exact / config.logit_softcap) * config.logit_softcap
+    np.testing.assert_allclose(logits, exact, rtol=1e-5, atol=1e-5)
+
+
 def test_stale_slots_are_not_seen():
     """A cache whose index was set back, as a decode loop's never is."""
     model, params = Decoder(LLAMA), random_params(LLAMA)
