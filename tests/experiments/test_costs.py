@@ -7,8 +7,9 @@ import os
 import pytest
 
 from experiments import costs
-from experiments.costs import CostedCheckpoints, read_costs
+from experiments.costs import read_costs
 from experiments.stages import Desk, train
+from rkd_jax.training.checkpoint import Checkpoints
 from rkd_jax.training.progress import Progress
 from rkd_jax.training.run import RunFolder
 from tests.training import tiny_game
@@ -22,18 +23,19 @@ class Killed(BaseException):
 
 @pytest.fixture
 def start_killed_after(monkeypatch):
-    """A start that ends as soon as the checkpoint of a step has been begun."""
+    """A start that ends as soon as the checkpoint of a step is there."""
 
     def start_killed_after(step, folder):
-        save = CostedCheckpoints.save
+        save = Checkpoints.save
 
         def save_and_die(self, state, data):
             save(self, state, data)
             if int(state.step) == step:
+                self.wait()
                 raise Killed
 
         with monkeypatch.context() as patch:
-            patch.setattr(CostedCheckpoints, "save", save_and_die)
+            patch.setattr(Checkpoints, "save", save_and_die)
             with pytest.raises(Killed):
                 start(folder)
 
