@@ -32,7 +32,7 @@ from rkd_jax.losses.divergence_terms import (
     total_variation_terms,
 )
 from rkd_jax.losses.domain import check_domain
-from rkd_jax.losses.likelihood import take_tokens, tempered_log_softmax
+from rkd_jax.losses.likelihood import put_tokens, take_tokens, tempered_log_softmax
 
 
 def forward_kl(
@@ -352,7 +352,7 @@ def _logsumexp_without(
     """
     # An absent id points past the vocabulary, where the scatter drops it.
     ids = jnp.where(present, ids, jnp.asarray(values.shape[-1], ids.dtype))
-    rest = jnp.put_along_axis(values, ids, -jnp.inf, -1, inplace=False, mode="drop")
+    rest = put_tokens(values, ids, -jnp.inf)
     some = jnp.any(rest > -jnp.inf, axis=-1, keepdims=True)
     total = jax.nn.logsumexp(jnp.where(some, rest, 0.0), axis=-1, keepdims=True)
     return jnp.where(some, total, -jnp.inf)

@@ -68,6 +68,13 @@ def take_tokens(values: jax.Array, ids: jax.Array) -> jax.Array:
     return jnp.take_along_axis(values, ids, axis=-1, mode="fill")
 
 
+def put_tokens(values: jax.Array, ids: jax.Array, new) -> jax.Array:
+    """``values`` [..., V] with ``new`` at ids [..., K]; ids outside [0, V) are none."""
+    vocabulary = values.shape[-1]
+    ids = jnp.where(ids < 0, jnp.asarray(vocabulary, ids.dtype), ids)
+    return jnp.put_along_axis(values, ids, new, -1, inplace=False, mode="drop")
+
+
 def taken_values(values: jax.Array, actions: jax.Array, mask: jax.Array) -> jax.Array:
     """Entries of the given actions, ``[.., T, V] -> [.., T]``, 0 where masked."""
     actions = jnp.expand_dims(fill_masked(actions, mask), -1)

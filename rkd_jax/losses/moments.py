@@ -26,7 +26,7 @@ import jax.numpy as jnp
 
 from rkd_jax.losses.divergences import total_variation
 from rkd_jax.losses.domain import check_choice, check_domain
-from rkd_jax.losses.likelihood import taken_values
+from rkd_jax.losses.likelihood import put_tokens, taken_values
 from rkd_jax.losses.minmax import anchored_advantages, expected_q
 from rkd_jax.losses.policy_gradient import reinforce
 from rkd_jax.losses.returns import discount_weights
@@ -124,7 +124,7 @@ def spread_topk(
     # An absent id points past the vocabulary, where the scatter drops it.
     ids = jnp.where(present, topk_ids, jnp.asarray(vocabulary, topk_ids.dtype))
     dense = jnp.broadcast_to(filler, (*mass.shape[:-1], vocabulary))
-    return jnp.put_along_axis(dense, ids, listed, -1, inplace=False, mode="drop")
+    return put_tokens(dense, ids, listed)
 
 
 def one_step(

@@ -14,7 +14,8 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rkd_jax.losses.row_losses import Logs, RowLoss
+from rkd_jax.losses.likelihood import put_tokens, take_tokens
+from rkd_jax.losses.row_losses import Apart, Logs, RowLoss
 from rkd_jax.masking import accumulator
 
 Gradient = Literal["keep", "recompute", "ahead"]
@@ -71,7 +72,22 @@ def tempered_logits(plan, student, teacher, hidden, columns) -> list[jax.Array]:
     return found
 
 
-def normalisers_of(plan: Plan, logits: list[jax.Array]) -> jax.Array:
+def normalise(plan: Plan, logits: list[jax.Array], columns, data):
+    """`Logs` of some rows with all columns, and the normalisers, ``[C, sides]``.
+
+    What the logs say of tokens that the loss has listed is said in `Logs.apart` alone.
+    """
+    places = plan.loss.places(columns, data)
+    if places is None:
+        normalisers = _normalisers(plan, logits)
+        return log_probs_of(logits, normalisers, columns), normalisers
+    student, normaliser, apart = _normaliser_in_parts(plan, logits[0], places)
+    normalisers = normaliser[:, None]
+    logs = log_probs_of([student], normalisers, columns)
+    return logs._replace(apart=apart), normalisers
+
+
+def _normalisers(plan: Plan, logits: list[jax.Array]) -> jax.Array:
     """Log of the sum of exponentials of each side, ``[C, sides]``, or 0."""
     top = jnp.stack([z.max(-1) for z in logits], axis=-1)
     if plan.axis_name is not None:
@@ -84,7 +100,35 @@ def normalisers_of(plan: Plan, logits: list[jax.Array]) -> jax.Array:
     return jnp.where(has[None], top + jnp.log(total), 0.0)
 
 
+def _normaliser_in_parts(plan: Plan, logits: jax.Array, places: jax.Array):
+    """Logits [C, V'], -inf where a token is listed, their normaliser [C], and `Apart`.
+
+    Both parts are summed under a maximum of their own: one minus the listed mass would
+    round a small rest away.
+    """
+    here = places < logits.shape[1]
+    own = take_tokens(logits, jnp.where(here, places, 0))
+    own = listed = jnp.where(here, own, -jnp.inf)
+    # Minus infinity, in words that make it wait for ``own``: XLA then writes into the
+    # logits, not into a copy of them.
+    rest = put_tokens(logits, places, jnp.minimum(own, -jnp.inf))
+    top = rest.max(-1)
+    if plan.axis_name is not None:
+        top, listed = jax.lax.pmax((top, listed), plan.axis_name)
+    top = jnp.where(top > -jnp.inf, top, 0.0)
+    total = jnp.exp(rest - top[:, None]).sum(-1)
+    if plan.axis_name is not None:
+        total = jax.lax.psum(total, plan.axis_name)
+    mass = top + jnp.log(total)
+    normaliser = jnp.logaddexp(mass, jax.nn.logsumexp(listed, axis=-1))
+    apart = Apart(listed - normaliser[:, None], mass - normaliser)
+    if plan.softcaps[0] is not None:  # whose derivative is read off the logits
+        rest = put_tokens(rest, places, own)
+    return rest, normaliser, apart
+
+
 def log_probs_of(logits: list[jax.Array], normalisers, columns) -> Logs:
+    """Of any columns, once the normalisers are known."""
     logs = [z - normalisers[:, i, None] for i, z in enumerate(logits)]
     return Logs(logs[0], logs[1] if len(logs) > 1 else None, columns)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,14 @@ from rkd_jax.losses import divergence_terms as terms
 from rkd_jax.losses import divergences
 from rkd_jax.losses.divergence_terms import kl_terms
 from rkd_jax.losses.divergences import log_rest
-from rkd_jax.losses.likelihood import take_tokens
+from rkd_jax.losses.likelihood import put_tokens, take_tokens
+
+
+class Apart(NamedTuple):
+    """The tokens that a loss has listed, and all others, under the student."""
+
+    listed: jax.Array  # [C, K], log-probs; -inf where there is no such token
+    rest: jax.Array  # [C], log of the mass of all others
 
 
 class Logs(NamedTuple):
@@ -28,25 +35,55 @@ class Logs(NamedTuple):
     student: jax.Array
     teacher: jax.Array | None
     columns: jax.Array  # int32[V']
+    apart: Apart | None = None  # of all shards, if the loss lists tokens
 
 
-class RowLoss(Protocol):
+class RowLoss:
     """A loss per row of log-probs; hashable, for it is static.
 
     ``data`` is a pytree of arrays with C rows, such as targets.
     """
+
+    def places(self, columns: jax.Array, data: Any) -> jax.Array | None:
+        """int[C, K]: tokens that the loss lists, as places in ``columns``.
+
+        Past the last where a token is absent. `stats` finds them in `Logs.apart`.
+        """
+        return None
 
     def stats(self, logs: Logs, data: Any, axis_name: str | None) -> Any:
         """What a column has to know of its row: a pytree of arrays with C rows.
 
         ``logs`` are all columns, or under ``axis_name`` a shard of them.
         """
+        return None
 
     def partial(self, logs: Logs, data: Any, stats: Any) -> jax.Array:
         """``[C]``: the loss, or under ``axis_name`` this shard's summand of it."""
+        raise NotImplementedError
 
     def slopes(self, logs: Logs, data: Any, stats: Any) -> jax.Array:
-        """``[C, V']``: derivative of the loss in each of the student's log-probs."""
+        """``[C, V']``: derivative of the loss in each of the student's log-probs.
+
+        Not asked of a loss that says both of the following itself.
+        """
+        raise NotImplementedError
+
+    def pull(self, logs: Logs, data: Any, stats: Any) -> jax.Array:
+        """``[C]``: sum of the slopes, or under ``axis_name`` this shard's summand."""
+        return self.slopes(logs, data, stats).sum(-1)
+
+    def logit_gradient(
+        self, logs: Logs, data: Any, stats: Any, pull: jax.Array | None, scale
+    ) -> jax.Array:
+        """``[C, V']``: derivative in the logits, each row times ``scale`` [C].
+
+        ``pull`` is that of all shards, None if nothing is normalised.
+        """
+        gradient = self.slopes(logs, data, stats)
+        if pull is not None:
+            gradient = gradient - jnp.exp(logs.student) * pull[:, None]
+        return _scaled(gradient, scale)
 
 
 class Summand(NamedTuple):
@@ -76,12 +113,15 @@ SUMMANDS = {
 """What a divergence sums over the vocabulary."""
 
 
-@dataclasses.dataclass(frozen=True)
-class TokenLogProb:
-    """Log-probability of the target; ``data`` is int32[C]."""
+def _scaled(rows: jax.Array, scale: jax.Array) -> jax.Array:
+    """Each row times a number; one without weight may hold anything, NaN too."""
+    scale = scale[:, None]
+    return jnp.where(scale != 0.0, rows * scale, 0.0)
 
-    def stats(self, logs: Logs, data: jax.Array, axis_name: str | None) -> None:
-        """Nothing."""
+
+@dataclasses.dataclass(frozen=True)
+class TokenLogProb(RowLoss):
+    """Log-probability of the target; ``data`` is int32[C]."""
 
     def partial(self, logs: Logs, data: jax.Array, stats: None) -> jax.Array:
         """The target's entry, where it is among the columns."""
@@ -94,15 +134,18 @@ class TokenLogProb:
         """1 at the target."""
         return (logs.columns[None] == data[:, None]).astype(logs.student.dtype)
 
+    def pull(self, logs: Logs, data: jax.Array, stats: None) -> jax.Array:
+        """1 where the target is among the columns."""
+        place = data - logs.columns[0]
+        here = (place >= 0) & (place < logs.columns.size)
+        return here.astype(logs.student.dtype)
+
 
 @dataclasses.dataclass(frozen=True)
-class PerToken:
+class PerToken(RowLoss):
     """A sum over the vocabulary of a function of both log-probs."""
 
     summand: Summand
-
-    def stats(self, logs: Logs, data: None, axis_name: str | None) -> None:
-        """Nothing."""
 
     def partial(self, logs: Logs, data: None, stats: None) -> jax.Array:
         """The sum over these columns."""
@@ -116,7 +159,7 @@ class PerToken:
 
 
 @dataclasses.dataclass(frozen=True)
-class CreditedReverseKl:
+class CreditedReverseKl(RowLoss):
     """Reverse KL, and ``credit * (log_prob - sg[log_prob])`` of the target.
 
     ``data`` is int32[C] and float[C]. The second part is 0 and has a gradient: the
@@ -124,9 +167,6 @@ class CreditedReverseKl:
     """
 
     single_step = PerToken(SUMMANDS[divergences.reverse_kl])
-
-    def stats(self, logs: Logs, data, axis_name: str | None) -> None:
-        """Nothing."""
 
     def partial(self, logs: Logs, data, stats: None) -> jax.Array:
         """The divergence's sum over these columns."""
@@ -140,71 +180,70 @@ class CreditedReverseKl:
         return slopes + jnp.where(here, credit[:, None].astype(slopes.dtype), 0.0)
 
 
-class _Tail(NamedTuple):
-    """Log of the mass outside the list, ``[C]``."""
+class _Buckets(NamedTuple):
+    """Log-probs of the listed tokens, ``[C, K]``, and of all others, ``[C]``."""
 
+    listed: jax.Array  # of the student
     student: jax.Array
     teacher: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
-class TopK:
+class TopK(RowLoss):
     """Forward KL with one bucket for the tail; ``data`` is ids and log-probs [C, K]."""
 
     vocabulary: int  # V, all shards together
 
-    def stats(self, logs: Logs, data, axis_name: str | None) -> _Tail:
-        """Both tails."""
-        ids, present = self._places(logs, data)
-        rest = jnp.put_along_axis(
-            logs.student, ids, -jnp.inf, -1, inplace=False, mode="drop"
-        )
-        top = rest.max(-1)
-        if axis_name is not None:
-            top = jax.lax.pmax(top, axis_name)
-        top = jnp.where(top > -jnp.inf, top, 0.0)
-        mass = jnp.exp(rest - top[:, None]).sum(-1)
-        if axis_name is not None:
-            mass = jax.lax.psum(mass, axis_name)
-        teacher = log_rest(data[1].astype(top.dtype), self.vocabulary)[:, 0]
-        return _Tail(top + jnp.log(mass), teacher)
-
-    def partial(self, logs: Logs, data, stats: _Tail) -> jax.Array:
-        """The listed tokens among these columns; the first shard adds the bucket."""
-        ids, present = self._places(logs, data)
-        listed = take_tokens(logs.student, jnp.where(present, ids, 0))
-        p = jnp.where(present, data[1].astype(listed.dtype), -jnp.inf)
-        listed = kl_terms(p, jnp.where(present, listed, -jnp.inf)).sum(-1)
-        bucket = kl_terms(stats.teacher, stats.student)
-        value = listed + jnp.where(logs.columns[0] == 0, bucket, 0.0)
-        # A listed token that the student does not have is nowhere, its mass is.
+    def places(self, columns: jax.Array, data) -> jax.Array:
+        """The teacher's list. An entry with log-prob -inf counts as absent."""
         ids, log_probs = data
-        unknown = (log_probs > -jnp.inf) & ((ids < 0) | (ids >= self.vocabulary))
-        return jnp.where(unknown.any(-1), jnp.nan, value)
+        width = columns.size
+        places = ids - columns[0]
+        present = (log_probs > -jnp.inf) & (places >= 0) & (places < width)
+        return jnp.where(present, places, width)
 
-    def slopes(self, logs: Logs, data, stats: _Tail) -> jax.Array:
-        """Minus the teacher's mass; the bucket's is shared out as the student's is."""
-        ids, present = self._places(logs, data)
+    def stats(self, logs: Logs, data, axis_name: str | None) -> _Buckets:
+        """All buckets of the student, the last one of the teacher."""
+        listed, rest = logs.apart
+        teacher = log_rest(data[1].astype(rest.dtype), self.vocabulary)[:, 0]
+        return _Buckets(listed, rest, teacher)
+
+    def partial(self, logs: Logs, data, stats: _Buckets) -> jax.Array:
+        """All of it from the first shard."""
+        ids, log_probs = data
+        value = kl_terms(log_probs.astype(stats.listed.dtype), stats.listed).sum(-1)
+        value = value + kl_terms(stats.teacher, stats.student)
+        # A listed token that the student does not have is nowhere, its mass is.
+        unknown = (log_probs > -jnp.inf) & ((ids < 0) | (ids >= self.vocabulary))
+        value = jnp.where(unknown.any(-1), jnp.nan, value)
+        return jnp.where(logs.columns[0] == 0, value, 0.0)
+
+    def pull(self, logs: Logs, data, stats: _Buckets) -> jax.Array:
+        """Minus the mass of the teacher's buckets, from the first shard."""
+        listed = jnp.exp(data[1].astype(stats.listed.dtype)).sum(-1)
+        rest = jnp.where(stats.student > -jnp.inf, jnp.exp(stats.teacher), 0.0)
+        return jnp.where(logs.columns[0] == 0, -listed - rest, 0.0)
+
+    def logit_gradient(self, logs: Logs, data, stats, pull, scale) -> jax.Array:
+        """Outside the list a multiple of the student's mass: one pass, then K writes.
+
+        The factor is p_rest / q_rest + pull, which may be larger than any number: its
+        logarithm joins the log-prob.
+        """
         some = (stats.teacher > -jnp.inf) & (stats.student > -jnp.inf)
         ratio = jnp.where(some, stats.teacher - stats.student, -jnp.inf)
-        slopes = -jnp.exp(logs.student + ratio[:, None])
-        p = jnp.exp(data[1].astype(slopes.dtype))
-        return jnp.put_along_axis(slopes, ids, -p, -1, inplace=False, mode="drop")
-
-    def _places(self, logs: Logs, data) -> tuple[jax.Array, jax.Array]:
-        """Where the listed tokens are among the columns, past the end if they are not.
-
-        An entry with log-prob -inf counts as absent.
-        """
-        ids, log_probs = data
-        width = logs.columns.size
-        places = ids - logs.columns[0]
-        present = (log_probs > -jnp.inf) & (places >= 0) & (places < width)
-        return jnp.where(present, places, width), present
+        top = jnp.maximum(ratio, 0.0)
+        factor = jnp.exp(ratio - top) + pull * jnp.exp(-top)
+        size = top + jnp.log(jnp.abs(factor))
+        others = jnp.exp(logs.student + size[:, None])
+        others = _scaled(others, -jnp.sign(factor) * scale)
+        listed = -jnp.exp(data[1].astype(others.dtype))
+        listed = _scaled(listed - jnp.exp(stats.listed) * pull[:, None], scale)
+        return put_tokens(others, self.places(logs.columns, data), listed)
 
 
 @dataclasses.dataclass(frozen=True)
-class SoftValue:
+class SoftValue(RowLoss):
     """``scale * logsumexp(power * log_probs)``."""
 
     power: float
@@ -229,6 +268,11 @@ class SoftValue:
         """Scale times power times the softmax of the powers."""
         share = jnp.exp(self.power * logs.student - stats[:, None])
         return self.scale * self.power * share
+
+    def pull(self, logs: Logs, data: None, stats: jax.Array) -> jax.Array:
+        """Shares add up to one; the first shard says so."""
+        whole = jnp.full_like(stats, self.scale * self.power)
+        return jnp.where(logs.columns[0] == 0, whole, 0.0)
 
 
 def _expected_value_terms(log_probs: jax.Array, values: jax.Array) -> jax.Array:

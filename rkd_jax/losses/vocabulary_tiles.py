@@ -46,7 +46,7 @@ from rkd_jax.losses.readouts import (
     Span,
     columns_of,
     log_probs_of,
-    normalisers_of,
+    normalise,
     product,
     tempered_logits,
 )
@@ -127,11 +127,10 @@ vocabulary_loss.defvjp(_forward, _backward)
 def _of_chunk(plan, student, teacher, columns, hidden, data) -> tuple[_Rows, Logs]:
     """What there is to know of some rows, and their log-probs."""
     logits = tempered_logits(plan, student, teacher, hidden, slice(None))
-    normalisers = normalisers_of(plan, logits)
-    logs = log_probs_of(logits, normalisers, columns)
+    logs, normalisers = normalise(plan, logits, columns, data)
     stats = plan.loss.stats(logs, data, plan.axis_name)
     values = plan.loss.partial(logs, data, stats)
-    pull = plan.loss.slopes(logs, data, stats).sum(-1)
+    pull = plan.loss.pull(logs, data, stats)
     return _Rows(values, normalisers, pull, stats), logs
 
 
@@ -217,7 +216,9 @@ def _accumulate(plan, gradient, i, delta, hidden, student):
         new = old + product(hidden, part, (0, 0))
         return jax.lax.dynamic_update_slice_in_dim(head, new, start, axis=1)
 
-    head = _over_tiles(plan, student, tile, gradient.head)
+    # No product is larger than the logits it is of.
+    columns = max(plan.columns, plan.rows * student.head.shape[1] // len(student.head))
+    head = _over_tiles(columns, student, tile, gradient.head)
     bias = None if student.bias is None else gradient.bias + delta.sum(0)
     return Readout(_write(gradient.hidden, states, i * plan.rows), head, bias)
 
@@ -267,7 +268,7 @@ def _second_pass(plan, rows, found, student, teacher, cotangent):
         zeros(student.head.shape, student.head.dtype),
         zeros(student.head.shape[1], dtype),
     )
-    states, head, bias = _over_tiles(plan, student, tile, blank)
+    states, head, bias = _over_tiles(plan.columns, student, tile, blank)
     if plan.axis_name is not None:
         states = jax.lax.psum(states, plan.axis_name)
     return Readout(states, head, None if student.bias is None else bias)
@@ -275,23 +276,20 @@ def _second_pass(plan, rows, found, student, teacher, cotangent):
 
 def _logit_gradient(plan, logs: Logs, data, known: _Rows, scale) -> jax.Array:
     """``[C, V']``: gradient in the head's output, each row times ``scale``."""
-    slopes = plan.loss.slopes(logs, data, known.stats)
-    delta = slopes
-    if plan.normalised[0]:
-        delta = slopes - jnp.exp(logs.student) * known.pull[:, None]
+    pull = known.pull if plan.normalised[0] else None
+    scale = scale / plan.temperatures[0]
+    delta = plan.loss.logit_gradient(logs, data, known.stats, pull, scale)
     cap = plan.softcaps[0]
     if cap is not None:
         logits = (logs.student + known.normalisers[:, :1]) * plan.temperatures[0]
-        delta = delta * (1.0 - (logits / cap) ** 2)
-    # A row without weight may hold anything, and 0 times anything may be NaN.
-    scale = scale[:, None] / plan.temperatures[0]
-    return jnp.where(scale != 0.0, delta * scale, 0.0)
+        delta = delta * jnp.where(delta != 0.0, 1.0 - (logits / cap) ** 2, 0.0)
+    return delta
 
 
-def _over_tiles(plan, student, tile: Callable, carry):
+def _over_tiles(columns: int, student, tile: Callable, carry):
     """``tile(start, size, carry)`` for all columns; the last may be narrower."""
     width = student.head.shape[1]
-    size = min(plan.columns, width)
+    size = min(columns, width)
     whole = width // size
     carry = jax.lax.fori_loop(
         0, whole, lambda i, carry: tile(i * size, size, carry), carry

@@ -156,19 +156,74 @@ def test_token_log_probs_are_the_dense_ones(gradient):
 
 
 @pytest.mark.parametrize("gradient", TILES)
-def test_topk_is_the_dense_one_with_its_bucket(gradient):
+@pytest.mark.parametrize("softcap", [None, 4.0])
+def test_topk_is_the_dense_one_with_its_bucket(softcap, gradient):
     teacher = jax.nn.log_softmax(logits(TEACHER_HIDDEN, TEACHER_HEAD))
     listed = jnp.take_along_axis(teacher, IDS, -1).at[3, 2].set(-jnp.inf)
 
-    def fused(hidden, head):
+    def fused(hidden, head, bias):
         return linear_topk_divergence(
-            hidden, head, IDS, listed, mask=MASK, tiles=TILES[gradient]
+            hidden,
+            head,
+            IDS,
+            listed,
+            mask=MASK,
+            temperature=0.7,
+            bias=bias,
+            softcap=softcap,
+            tiles=TILES[gradient],
         )
 
-    def dense(hidden, head):
-        return topk_forward_kl(logits(hidden, head), IDS, listed)
+    def dense(hidden, head, bias):
+        found = logits(hidden, head, bias, softcap)
+        return topk_forward_kl(found, IDS, listed, temperature=0.7)
 
-    agree(fused, dense, HIDDEN, HEAD, mask=MASK)
+    agree(fused, dense, HIDDEN, HEAD, BIAS, mask=MASK)
+
+
+@pytest.mark.parametrize("gradient", TILES)
+@pytest.mark.parametrize("gap", [30.0, 200.0])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_topk_where_one_bucket_has_hardly_any_mass(sign, gap, gradient):
+    """In float32: one minus the other bucket would be nothing but rounding."""
+    teacher = jax.nn.log_softmax(logits(TEACHER_HIDDEN, TEACHER_HEAD))
+    ids = np.broadcast_to(np.arange(TOP), IDS.shape)
+    listed = jnp.take_along_axis(teacher, ids, -1).astype(jnp.float32)
+    bias = np.where(np.arange(VOCABULARY) < TOP, sign * gap, 0.0)
+
+    def fused(hidden, head):
+        narrow = (x.astype(jnp.float32) for x in (hidden, head, jnp.asarray(bias)))
+        hidden, head, offset = narrow
+        values = linear_topk_divergence(
+            hidden, head, ids, listed, bias=offset, tiles=TILES[gradient]
+        )
+        return values.astype(jnp.float64)
+
+    def dense(hidden, head):
+        return topk_forward_kl(logits(hidden, head, bias), ids, listed)
+
+    agree(fused, dense, HIDDEN, HEAD, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("gradient", TILES)
+def test_topk_with_tokens_that_the_student_never_says(gradient):
+    """Listed ones, and in a row of its own all that are not listed."""
+    teacher = jax.nn.log_softmax(logits(TEACHER_HIDDEN, TEACHER_HEAD))
+    ids = np.broadcast_to(np.arange(TOP), IDS.shape)
+    for impossible in ([1, 3], [7, 20], range(TOP, VOCABULARY)):
+        bias = np.zeros(VOCABULARY)
+        bias[list(impossible)] = -np.inf
+        listed = jnp.take_along_axis(teacher, ids, -1)
+
+        def fused(hidden, head, bias=bias, listed=listed):
+            return linear_topk_divergence(
+                hidden, head, ids, listed, bias=bias, tiles=TILES[gradient]
+            )
+
+        def dense(hidden, head, bias=bias, listed=listed):
+            return topk_forward_kl(logits(hidden, head, bias), ids, listed)
+
+        agree(fused, dense, HIDDEN, HEAD)
 
 
 @pytest.mark.parametrize("gradient", TILES)

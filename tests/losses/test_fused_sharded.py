@@ -104,7 +104,7 @@ def test_a_sharded_vocabulary_changes_nothing(name, gradient):
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2), (1, 1, 8)], ids=str)
 @pytest.mark.parametrize("gradient", ["recompute", "ahead", "keep"])
-@pytest.mark.parametrize("name", ["log-probs", "jsd"])
+@pytest.mark.parametrize("name", ["log-probs", "jsd", "topk"])
 def test_in_a_mesh_every_device_takes_its_own_rows_and_columns(name, gradient, sizes):
     """Numbers as on one device; nothing of the size of the states is gathered."""
     fused, dense = LOSSES[name]
@@ -137,13 +137,21 @@ def test_in_a_mesh_every_device_takes_its_own_rows_and_columns(name, gradient, s
     assert all(str(ROWS) not in shape.split(",") for shape in gathered)
 
 
-def test_two_small_collectives_per_chunk_and_no_gather():
-    step = weighted(sharded(linear_divergence, "recompute"), 1.0, TEACHER, TEACHER_HEAD)
+@pytest.mark.parametrize(
+    ("name", "small"),
+    [
+        ("jsd", ["8,2", "8,2"]),  # the maximum and the sum, of 8 rows and both sides
+        ("topk", ["8", "8", "8,5"]),  # the same; the listed tokens go with the maximum
+    ],
+)
+def test_two_small_collectives_per_chunk_and_no_gather(name, small):
+    fused, _ = LOSSES[name]
+    step = weighted(sharded(fused, "recompute"), 1.0, TEACHER, TEACHER_HEAD)
     text = step.lower(HIDDEN, HEAD).compile().as_text()
     assert "all-gather" not in text
-    sizes = re.findall(r"= \(?(\w+\[[\d,]*\])[^=]*? all-reduce(?:-start)?\(", text)
-    assert sizes
-    rows = 8  # of a chunk
-    inside = [size for size in sizes if size == f"f32[{rows},2]"]
-    assert len(inside) == 2  # the maximum and the sum, of both sides
-    assert not [size for size in sizes if str(VOCABULARY) in size]
+    found = re.findall(r"= ([^=]*?) all-reduce(?:-start)?\(", text)
+    shapes = [re.findall(r"f32\[([\d,]*)\]", one) for one in found]
+    inside = [one for one in shapes if one[0].split(",")[0] == "8"]
+    assert len(inside) == 2
+    assert sorted(sum(inside, [])) == small
+    assert not any(str(VOCABULARY) in shape for one in shapes for shape in one)

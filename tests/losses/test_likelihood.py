@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rkd_jax.losses import token_log_probs
-from rkd_jax.losses.likelihood import log1mexp
+from rkd_jax.losses.likelihood import log1mexp, put_tokens
 
 LOGITS = np.random.default_rng(0).normal(size=(2, 3, 7))
 TARGETS = np.array([[0, 6, 3], [2, 2, 5]])
@@ -43,6 +43,11 @@ def test_large_offsets_and_impossible_tokens_stay_exact():
     logits = jnp.array([[1e4, 1e4, -jnp.inf]])
     both = token_log_probs(jnp.tile(logits, (2, 1)), jnp.array([1, 2]))
     np.testing.assert_allclose(both, [-np.log(2.0), -np.inf], rtol=1e-6)
+
+
+def test_stray_ids_are_written_nowhere():
+    found = put_tokens(jnp.zeros((2, 4)), jnp.array([[-1, 2], [4, -100]]), 1.0)
+    np.testing.assert_array_equal(found, [[0, 0, 1, 0], [0, 0, 0, 0]])
 
 
 def test_a_target_outside_the_vocabulary_is_nan_not_another_token():
