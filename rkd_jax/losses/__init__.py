@@ -7,6 +7,7 @@ divergence_terms     what they sum over the vocabulary
 fused                both from states and heads: ``[.., T, V]`` logits never exist
 fused_plan           how a fused loss is cut; how it is computed: vocabulary_tiles,
                      readouts, row_losses, row_order; fused_policy_gradient: MiniLLM's
+ahead                gradients made along with the values, for a foreseen cotangent
 preference           on pairs of sequence log-probs, ``Pair -> [...]``
 reward               Bradley-Terry and the confidence set of rewards
 reward_distillation  an oracle's reward differences as a target (DRDO, the e-DPO family)

@@ -40,6 +40,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from rkd_jax.losses.ahead import scaled_or_again
 from rkd_jax.losses.readouts import (
     Plan,
     Readout,
@@ -107,14 +108,7 @@ def _backward(plan, residuals, cotangent):
     elif ahead is None:
         gradient = again()
     else:
-        scale, exact = _proportion(cotangent, weights)
-
-        def scaled():
-            gradient = jax.tree.map(lambda x: scale * x, ahead)
-            head = gradient.head.astype(student.head.dtype)
-            return gradient._replace(head=head)
-
-        gradient = jax.lax.cond(exact, scaled, again)
+        gradient = scaled_or_again(ahead, weights, cotangent, again)
     hidden = unorder_rows(gradient.hidden, rows, len(student.hidden))
     gradient = gradient._replace(hidden=hidden)
     gradient = jax.tree.map(lambda x, like: x.astype(like.dtype), gradient, student)
@@ -296,14 +290,6 @@ def _over_tiles(columns: int, student, tile: Callable, carry):
     )
     rest = width - whole * size
     return tile(whole * size, rest, carry) if rest else carry
-
-
-def _proportion(values: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The factor between two vectors, and whether there is one, up to rounding."""
-    largest = jnp.argmax(jnp.abs(weights))
-    scale = values[largest] / weights[largest]
-    noise = 4 * jnp.finfo(values.dtype).eps * jnp.abs(values)
-    return scale, jnp.all(jnp.abs(values - scale * weights) <= noise)
 
 
 def _zeros(plan: Plan, student: Readout, size: int) -> Readout:

@@ -4,9 +4,9 @@ A moment is a sum over the vocabulary: of a critic's values, weighted by the stu
 or the teacher's probabilities. Each of the three is read from the states of a model by
 a head; of policies or critics that are known by their numbers the numbers are read.
 Where all positions together would be more than `LOGITS`, slices of them follow one
-another, and the backward pass computes a slice again. Slices are cut along T, and of a
-batch that lies on several devices each takes its own rows: a head that is cut over them
-is put together once for all slices, and its gradient summed over devices once.
+another (`rkd_jax.objectives.position_slices`). They are cut along T, and of a batch
+that lies on several devices each takes its own rows: a head that is cut over them is
+put together once for all slices, and its gradient summed over devices once.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from rkd_jax.masking import accumulator, fill_masked
 from rkd_jax.models.api import CausalLM, response_hidden
 from rkd_jax.models.projection import project
 from rkd_jax.objectives.policy import frozen_params
+from rkd_jax.objectives.position_slices import in_slices
 from rkd_jax.sharding import ambient_axes
 from rkd_jax.types import Params, Sequences
 
@@ -205,6 +206,7 @@ def action_moments(
     anchor: Player,
     student: Rows | None = None,
     teacher: Rows | None = None,
+    foreseen: Moments | None = None,
     logits: int | None = None,
 ) -> Moments:
     """The named `MOMENTS` at every target.
@@ -218,6 +220,9 @@ def action_moments(
         student: its log-probs along the responses; needed where a name or the anchor
             reads it, as is the teacher's.
         teacher: data.
+        foreseen: by name, float[*batch, T]: up to one factor for all, what the caller
+            will multiply the moments with. It changes no number, and spares slices
+            their second computation.
         logits: numbers over the vocabulary that a device may hold at once; None for
             `LOGITS`.
 
@@ -226,8 +231,9 @@ def action_moments(
 
     Gradient:
         Flows as the losses of the names say: to the critic from all but ``one_step``
-        and ``log_probs``, to the student from ``gap`` and these. A head's gradient adds
-        up over slices in the dtype of its parameters.
+        and ``log_probs``, to the student from ``gap`` and these. With ``foreseen`` and
+        a critic that is read a slice at a time, to that critic's parameters alone. A
+        head's gradient adds up over slices in the dtype of its parameters.
     """
     names = tuple(names)
     players = {"student": student, "teacher": teacher}
@@ -237,7 +243,8 @@ def action_moments(
     heard = {anchor if who == "anchor" else who for who in read}
     rows = {who: players[who] for who in players if who in heard} | {"q": q_rows}
 
-    def at(weights, states, targets, mask):
+    def at(critic, others, mask, targets, states):
+        weights = {"q": critic, **others}
         said = {
             who: one.read(weights[who], fill_masked(states[who], mask))
             for who, one in rows.items()
@@ -255,10 +262,9 @@ def action_moments(
     width = max(one.vocabulary for one in rows.values())
     weights = {who: one.weights for who, one in rows.items()}
     states = {who: one.states for who, one in rows.items()}
-    sliced = partial(_in_slices, at, width=width, logits=logits or LOGITS)
-    return _on_every_device(
-        sliced, weights, (states, sequences.targets, sequences.response_mask)
-    )
+    of_rows = partial(_of_rows, at, width=width, logits=logits or LOGITS)
+    given = sequences.response_mask, sequences.targets, states
+    return _on_every_device(of_rows, weights, (given, foreseen))
 
 
 def _on_every_device(of_rows, weights, given) -> Moments:
@@ -267,7 +273,7 @@ def _on_every_device(of_rows, weights, given) -> Moments:
     Left to the partitioner, weights that are cut over devices would be put together for
     every slice, forward and backward, and their gradients summed over devices as often.
     """
-    *_, mask = given
+    (mask, *_), _ = given
     axes = ambient_axes("batch", mask.shape[0]) if mask.ndim > 1 else ()
     if not axes:
         return of_rows(weights, given)
@@ -285,26 +291,16 @@ def _on_every_device(of_rows, weights, given) -> Moments:
     )(weights, given)
 
 
-def _in_slices(at, weights, given, *, width: int, logits: int) -> Moments:
+def _of_rows(at, weights, given, *, width: int, logits: int) -> Moments:
     """``at`` of all positions ``[*batch, T, ..]``, along T in as few slices as fit.
 
     A slice has one position of every row at the least, whatever that takes.
     """
-    *_, mask = given
-    *batch, length = mask.shape
-    size, axis = max(logits // (math.prod(batch) * width), 1), len(batch)
-    if size >= length:
-        return at(weights, *given)
-    count = -(-length // size)
-
-    def cut(array):
-        array = jnp.moveaxis(array, axis, 0)
-        padding = [(0, count * size - length)] + [(0, 0)] * (array.ndim - 1)
-        return jnp.pad(array, padding).reshape(count, size, *array.shape[1:])
-
-    def whole(array):
-        array = array.reshape(count * size, *array.shape[2:])[:length]
-        return jnp.moveaxis(array, 0, axis)
-
-    again = jax.checkpoint(lambda slices: at(weights, *slices), prevent_cse=False)
-    return jax.tree.map(whole, jax.lax.map(again, jax.tree.map(cut, given)))
+    here, foreseen = given
+    mask, *_ = here
+    size = max(logits // (math.prod(mask.shape[:-1]) * width), 1)
+    critic = weights["q"]
+    others = {who: one for who, one in weights.items() if who != "q"}
+    if critic is None:  # all there is of it are numbers, whose gradient is no sum
+        foreseen = None
+    return in_slices(at, critic, others, here, size=size, foreseen=foreseen)

@@ -30,10 +30,9 @@ one_step_plus_long  both, the first one summed     unbiased, less variance
                     over all actions
 ==================  =============================  ====================================
 
-Cost: the critic's steps read the student's states, on the rollouts (on), or on the
-demonstrations and the pairs (off), which are computed once for all of them. With the
-teacher given as a model and a critic that is a head, what is over the vocabulary is
-read a few positions at a time; see `rkd_jax.objectives.action_values`.
+Cost: the student's states that the critic reads, on the rollouts (on) or on the other
+responses (off), are computed once for all its steps. What is over the vocabulary is
+read a few positions at a time, if heads say it; see `rkd_jax.objectives.action_values`.
 
 Source: MM-PbKD, 2505.18952, for the reformulation through Q. Reconstruction: which gap,
 which anchor, which student step and all hyper-parameters are not published in what we
@@ -85,6 +84,7 @@ from rkd_jax.objectives.white_box import (
     StudentStep,
     View,
     discounted,
+    foreseen,
     observe,
     own_nll,
 )
@@ -283,7 +283,8 @@ class _Game:
             own = self._critic_of(critic, side)
             view = side.view(batch, signal)
             policy = student[side.responses]
-            moments = self._moments(("gap",), side, view, own, policy, teacher)
+            gaps = foreseen("gap", view, self.credit.gamma)
+            moments = self._moments(gaps, side, view, own, policy, teacher, gaps)
             gap = self._gap(moments, view)
             preferences = self._preference_terms(
                 own,
@@ -333,16 +334,14 @@ class _Game:
 
     def dual_step(self, dual, metrics):
         """Each multiplier by the slack of its own side."""
+        slacks = [metrics[self._name("critic", side, "slack")] for side in self.sides]
         moved = [
-            self.dual_update(
-                self._entry(dual, i, "dual"),
-                metrics[self._name("critic", side, "slack")],
-            )
-            for i, side in enumerate(self.sides)
+            self.dual_update(self._entry(dual, i, "dual"), slack)
+            for i, slack in enumerate(slacks)
         ]
         return jnp.stack(moved) if len(moved) > 1 else moved[0]
 
-    def _moments(self, names, side: Side, view: View, critic, student, teacher):
+    def _moments(self, names, side, view, critic, student, teacher, known=None):
         """What a side's critic says of the responses it looks at."""
         return action_moments(
             names,
@@ -352,6 +351,7 @@ class _Game:
             anchor=side.anchor,
             student=student,
             teacher=teacher(view.teacher),
+            foreseen=known,
         )
 
     def _gap(self, moments: Moments, view: View) -> Mean:

@@ -59,6 +59,7 @@ from rkd_jax.objectives.white_box import (
     Side,
     View,
     discounted,
+    foreseen,
     observe,
     own_nll,
 )
@@ -227,7 +228,8 @@ class _Game:
                 student.get(side.responses),
                 self.teacher(frozen, view.teacher),
             )
-            values = discounted(moments(view.features), mask, self.credit.gamma)
+            values = moments(view.features, averaged=True)
+            values = discounted(values, mask, self.credit.gamma)
             mean = prompt_mean(sequence_sum(values, mask), mask)
             metrics[f"critic/{side.name}_distance"] = mean
             distance += weight * value_of(mean)
@@ -267,9 +269,15 @@ class _Game:
             loss += self.sft_weight * value_of(metrics["student/sft"])
         return weighted(loss, mean.weight, jax.lax.stop_gradient(metrics))
 
-    def _moments(self, side: Side, view: View, critic, student, teacher, features):
-        """What the critic of a side maximises, per position, without discount."""
+    def _moments(
+        self, side: Side, view: View, critic, student, teacher, features, averaged=False
+    ):
+        """What the critic of a side maximises, per position, without discount.
+
+        ``averaged`` says that the discounted mean is all that they are wanted for.
+        """
         name = "advantages" if self.sampled else "gap"
+        known = foreseen(name, view, self.credit.gamma) if averaged else None
         moments = action_moments(
             (name,),
             self.q_function,
@@ -278,6 +286,7 @@ class _Game:
             anchor=side.anchor,
             student=student,
             teacher=teacher,
+            foreseen=known,
         )[name]
         return _SIGNS[side.name] * moments if self.sampled else moments
 

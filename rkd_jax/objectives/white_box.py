@@ -128,6 +128,14 @@ def discounted(values: jax.Array, mask: jax.Array, gamma: float) -> jax.Array:
     return discount_weights(mask, gamma=gamma).astype(values.dtype) * values
 
 
+def foreseen(name: str, view: View, gamma: float) -> Moments:
+    """What the mean of a discounted moment multiplies it with, for `action_moments`.
+
+    Up to a factor: one over the number of prompts, and of each one's samples.
+    """
+    return {name: discount_weights(view.sequences.response_mask, gamma=gamma)}
+
+
 def _reinforce(moments: Moments, mask: jax.Array, credit: Credit) -> jax.Array:
     """The cost of an action is minus its advantage; it is credited with all to go."""
     to_go = reward_to_go(moments["advantages"], mask, gamma=credit.gamma)

@@ -27,27 +27,29 @@ Q = QFunction(
 )
 
 
-def total(heads, critic, states, sequences, *, logits):
-    """All moments added up."""
+def total(heads, critic, states, sequences, *, logits, foreseen=False):
+    """All moments added up, or the gap, of which that is foreseen."""
     student, teacher = (
         Rows(states, lambda head, x: jax.nn.log_softmax(x @ head), head)
         for head in heads
     )
+    ones = {"gap": sequences.response_mask.astype(jnp.float32)}
     moments = action_moments(
-        MOMENTS,
+        ones if foreseen else MOMENTS,
         Q,
         Q.along(critic, sequences, states),
         sequences,
         anchor="teacher",
         student=student,
         teacher=teacher,
+        foreseen=ones if foreseen else None,
         logits=logits,
     )
     return sum(one.sum() for one in moments.values())
 
 
 @functools.cache
-def sent(logits) -> dict[str, float]:
+def sent(logits, foreseen=False) -> dict[str, float]:
     """Numbers that a device sends by kind of collective, gradients of all included."""
     mesh = make_mesh(MeshConfig(fsdp=8), jax.devices())
     shape = (PROMPTS, SAMPLES, TARGETS)
@@ -61,7 +63,9 @@ def sent(logits) -> dict[str, float]:
         response_mask=jax.ShapeDtypeStruct(shape, bool),
     )
     states = jax.ShapeDtypeStruct((*shape, WIDTH), jnp.float32)
-    gradients = jax.grad(functools.partial(total, logits=logits), argnums=(0, 1))
+    gradients = jax.grad(
+        functools.partial(total, logits=logits, foreseen=foreseen), argnums=(0, 1)
+    )
     players = placed(((head, head), critic), cut)
     with jax.set_mesh(mesh):
         lowered = jax.jit(gradients, out_shardings=cut).lower(
@@ -81,4 +85,15 @@ def test_heads_are_gathered_once_and_gradients_summed_once(positions):
     # Of the student and the critic; this compiler does not scatter what it reduces.
     trained = once - 7 / 8 * HEAD
     assert found.pop("all-reduce") < 1.02 * 2 * trained
+    assert not found
+
+
+@pytest.mark.parametrize("positions", [4, 1])
+def test_so_they_are_where_the_gradient_was_foreseen(positions):
+    found = sent(positions * SAMPLES * VOCABULARY, foreseen=True)
+    kernels, biases = HIDDEN * (VOCABULARY + WIDTH), VOCABULARY + HIDDEN
+    once = 7 / 8 * (2 * HEAD + kernels)
+    assert once <= found.pop("all-gather") < 1.02 * once
+    # The critic's alone.
+    assert found.pop("all-reduce") == 2 * 7 / 8 * (kernels + biases)
     assert not found

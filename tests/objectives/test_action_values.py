@@ -12,7 +12,7 @@ from rkd_jax.losses import anchored_advantages, centered_q, moment_gap, one_step
 from rkd_jax.masking import fill_masked
 from rkd_jax.models.api import response_hidden
 from rkd_jax.models.heads import QHead, head_q_values
-from rkd_jax.objectives import action_values
+from rkd_jax.objectives import action_values, position_slices
 from rkd_jax.objectives.action_values import (
     MOMENTS,
     FrozenPolicy,
@@ -317,6 +317,41 @@ def test_a_game_against_a_model_is_that_against_its_log_probs(game, monkeypatch)
     )
     with pytest.raises(ValueError, match='frozen={"teacher"'):
         both_losses(fused, critics, None, signals[1], dual)
+
+
+@pytest.mark.parametrize("game", [*GAPS, "mmkd"])
+def test_a_critic_foresees_the_gradient_of_its_gap(game, monkeypatch):
+    """With a discount too: what the backward pass would compute again is not asked."""
+    monkeypatch.setattr(action_values, "LOGITS", 20)
+    critics, dual, signal = critic(), jnp.asarray(0.0), given_signal(False)
+    if game in ("mixed", "mmkd"):
+        critics = {"off": critics, "on": jax.tree.map(jnp.negative, critics)}
+    if game == "mixed":
+        dual = jnp.zeros(2)
+        both = jnp.stack([signal.anchor_nll] * 2, -1)
+        signal = dataclasses.replace(signal, anchor_nll=both)
+    make = make_mmkd if game == "mmkd" else functools.partial(make_mm_pbkd, gap=game)
+    objective = make(
+        MODEL, head_q_values(HEAD), teacher=MODEL, temperature=TEMPERATURE, gamma=0.9
+    )
+
+    def slopes():
+        frozen = {"teacher": policy(TEACHER)}
+        (_, found), _ = both_losses(objective, critics, frozen, signal, dual)
+        return found
+
+    expected, asked = slopes(), []
+    whole = position_slices.scaled_or_again
+
+    def never_again(ahead, foreseen, cotangent, again):
+        asked.append(1)
+        nothing = jax.tree.map(lambda x: jnp.nan * x, ahead)
+        return whole(ahead, foreseen, cotangent, lambda: nothing)
+
+    monkeypatch.setattr(position_slices, "scaled_or_again", never_again)
+    compare = functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-12)
+    jax.tree.map(compare, slopes(), expected)
+    assert asked
 
 
 def test_an_anchor_that_is_a_model():
