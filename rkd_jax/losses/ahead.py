@@ -52,5 +52,6 @@ def _proportion(values: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.A
     """The factor between two vectors, and whether there is one, up to rounding."""
     largest = jnp.argmax(jnp.abs(weights))
     scale = values[largest] / weights[largest]
-    noise = 4 * jnp.finfo(values.dtype).eps * jnp.abs(values)
+    exact = jnp.finfo(values.dtype)
+    noise = 4 * exact.eps * jnp.maximum(jnp.abs(values), exact.tiny)
     return scale, jnp.all(jnp.abs(values - scale * weights) <= noise)

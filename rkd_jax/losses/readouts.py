@@ -75,7 +75,7 @@ def tempered_logits(plan, student, teacher, hidden, columns) -> list[jax.Array]:
 def normalise(plan: Plan, logits: list[jax.Array], columns, data):
     """`Logs` of some rows with all columns, and the normalisers, ``[C, sides]``.
 
-    What the logs say of tokens that the loss has listed is said in `Logs.apart` alone.
+    Tokens that the loss has listed are to be read from `Logs.apart`, not from the logs.
     """
     places = plan.loss.places(columns, data)
     if places is None:

@@ -125,8 +125,7 @@ class TokenLogProb(RowLoss):
 
     def partial(self, logs: Logs, data: jax.Array, stats: None) -> jax.Array:
         """The target's entry, where it is among the columns."""
-        place = data - logs.columns[0]
-        here = (place >= 0) & (place < logs.columns.size)
+        place, here = self._place(logs, data)
         place = jnp.where(here, place, 0)[:, None]
         return jnp.where(here, take_tokens(logs.student, place)[:, 0], 0.0)
 
@@ -136,9 +135,12 @@ class TokenLogProb(RowLoss):
 
     def pull(self, logs: Logs, data: jax.Array, stats: None) -> jax.Array:
         """1 where the target is among the columns."""
+        return self._place(logs, data)[1].astype(logs.student.dtype)
+
+    def _place(self, logs: Logs, data: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Where the targets are among the columns, and whether they are."""
         place = data - logs.columns[0]
-        here = (place >= 0) & (place < logs.columns.size)
-        return here.astype(logs.student.dtype)
+        return place, (place >= 0) & (place < logs.columns.size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,8 +237,8 @@ class TopK(RowLoss):
         top = jnp.maximum(ratio, 0.0)
         factor = jnp.exp(ratio - top) + pull * jnp.exp(-top)
         size = top + jnp.log(jnp.abs(factor))
-        others = jnp.exp(logs.student + size[:, None])
-        others = _scaled(others, -jnp.sign(factor) * scale)
+        others = -jnp.sign(factor)[:, None] * jnp.exp(logs.student + size[:, None])
+        others = _scaled(others, scale)
         listed = -jnp.exp(data[1].astype(others.dtype))
         listed = _scaled(listed - jnp.exp(stats.listed) * pull[:, None], scale)
         return put_tokens(others, self.places(logs.columns, data), listed)

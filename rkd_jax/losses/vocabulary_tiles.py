@@ -210,8 +210,9 @@ def _accumulate(plan, gradient, i, delta, hidden, student):
         new = old + product(hidden, part, (0, 0))
         return jax.lax.dynamic_update_slice_in_dim(head, new, start, axis=1)
 
-    # No product is larger than the logits it is of.
-    columns = max(plan.columns, plan.rows * student.head.shape[1] // len(student.head))
+    # In one piece where that is no larger than the logits were: a tile is a copy.
+    width, vocabulary = student.head.shape
+    columns = vocabulary if width <= plan.rows else plan.columns
     head = _over_tiles(columns, student, tile, gradient.head)
     bias = None if student.bias is None else gradient.bias + delta.sum(0)
     return Readout(_write(gradient.hidden, states, i * plan.rows), head, bias)

@@ -39,8 +39,8 @@ def in_slices(
     Args:
         at: what is said of every position by itself; axes of a slice stand as in
             [size, *batch, ..].
-        trained: a pytree of arrays, all of which every slice reads.
-        data: the same.
+        trained: a pytree of arrays of floats, all of which every slice reads.
+        data: the same, of any kind.
         given: pytrees of arrays [*batch, T, ..], the first of them with no more axes.
         size: positions; ``at`` is called once, with [*batch, T, ..], if T is no larger.
         foreseen: like the result, up to one factor what it will be multiplied with.

@@ -31,7 +31,8 @@ from rkd_jax.losses.fused import (
 
 pytestmark = pytest.mark.usefixtures("x64")
 
-ROWS, WIDTH, TEACHER_WIDTH, VOCABULARY, TOP = 37, 6, 9, 53, 5
+# More units than rows of a chunk, so that gradients of heads come in tiles.
+ROWS, WIDTH, TEACHER_WIDTH, VOCABULARY, TOP = 37, 11, 9, 53, 5
 SMALL = functools.partial(Tiles, logits=53 * 8, block=16, columns=20)
 TILES = {  # by how the gradient comes about; one chunk holds all rows of the last
     "recompute": SMALL(gradient="recompute"),
@@ -206,8 +207,27 @@ def test_topk_where_one_bucket_has_hardly_any_mass(sign, gap, gradient):
 
 
 @pytest.mark.parametrize("gradient", TILES)
+def test_a_row_without_weight_may_hold_a_teacher_that_is_not_a_number(gradient):
+    teacher = jax.nn.log_softmax(logits(TEACHER_HIDDEN, TEACHER_HEAD))
+    listed = jnp.take_along_axis(teacher, IDS, -1)
+    weights = jnp.where(jnp.arange(ROWS, dtype=jnp.int32) == 3, 0.0, ANY)
+
+    def slopes(listed):
+        def total(hidden, head):
+            values = linear_topk_divergence(
+                hidden, head, IDS, listed, tiles=TILES[gradient]
+            )
+            return jnp.where(weights == 0.0, 0.0, weights * values).sum()
+
+        return jax.jit(jax.grad(total, (0, 1)))(HIDDEN, HEAD)
+
+    found, expected = slopes(listed.at[3, 1].set(jnp.nan)), slopes(listed)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+@pytest.mark.parametrize("gradient", TILES)
 def test_topk_with_tokens_that_the_student_never_says(gradient):
-    """Listed ones, and in a row of its own all that are not listed."""
+    """Some that are listed, some that are not, and all that are not."""
     teacher = jax.nn.log_softmax(logits(TEACHER_HIDDEN, TEACHER_HEAD))
     ids = np.broadcast_to(np.arange(TOP), IDS.shape)
     for impossible in ([1, 3], [7, 20], range(TOP, VOCABULARY)):
