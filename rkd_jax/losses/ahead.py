@@ -52,6 +52,6 @@ def _proportion(values: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.A
     """The factor between two vectors, and whether there is one, up to rounding."""
     largest = jnp.argmax(jnp.abs(weights))
     scale = values[largest] / weights[largest]
-    exact = jnp.finfo(values.dtype)
-    noise = 4 * exact.eps * jnp.maximum(jnp.abs(values), exact.tiny)
+    limits = jnp.finfo(values.dtype)
+    noise = 4 * limits.eps * jnp.maximum(jnp.abs(values), limits.tiny)
     return scale, jnp.all(jnp.abs(values - scale * weights) <= noise)
