@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -38,7 +39,7 @@ class Logs(NamedTuple):
     apart: Apart | None = None  # of all shards, if the loss lists tokens
 
 
-class RowLoss:
+class RowLoss(abc.ABC):
     """A loss per row of log-probs; hashable, for it is static.
 
     ``data`` is a pytree of arrays with C rows, such as targets.
@@ -58,21 +59,15 @@ class RowLoss:
         """
         return None
 
+    @abc.abstractmethod
     def partial(self, logs: Logs, data: Any, stats: Any) -> jax.Array:
         """``[C]``: the loss, or under ``axis_name`` this shard's summand of it."""
-        raise NotImplementedError
 
-    def slopes(self, logs: Logs, data: Any, stats: Any) -> jax.Array:
-        """``[C, V']``: derivative of the loss in each of the student's log-probs.
-
-        Not asked of a loss that says both of the following itself.
-        """
-        raise NotImplementedError
-
+    @abc.abstractmethod
     def pull(self, logs: Logs, data: Any, stats: Any) -> jax.Array:
         """``[C]``: sum of the slopes, or under ``axis_name`` this shard's summand."""
-        return self.slopes(logs, data, stats).sum(-1)
 
+    @abc.abstractmethod
     def logit_gradient(
         self, logs: Logs, data: Any, stats: Any, pull: jax.Array | None, scale
     ) -> jax.Array:
@@ -80,6 +75,21 @@ class RowLoss:
 
         ``pull`` is that of all shards, None if nothing is normalised.
         """
+
+
+class BySlopes(RowLoss):
+    """A loss whose gradient is made of its slopes, column by column."""
+
+    @abc.abstractmethod
+    def slopes(self, logs: Logs, data: Any, stats: Any) -> jax.Array:
+        """``[C, V']``: derivative of the loss in each of the student's log-probs."""
+
+    def pull(self, logs: Logs, data: Any, stats: Any) -> jax.Array:
+        """Of a loss that does not know it beforehand."""
+        return self.slopes(logs, data, stats).sum(-1)
+
+    def logit_gradient(self, logs: Logs, data, stats, pull, scale) -> jax.Array:
+        """The slopes, less the student's mass times all of them together."""
         gradient = self.slopes(logs, data, stats)
         if pull is not None:
             gradient = gradient - jnp.exp(logs.student) * pull[:, None]
@@ -120,7 +130,7 @@ def _scaled(rows: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenLogProb(RowLoss):
+class TokenLogProb(BySlopes):
     """Log-probability of the target; ``data`` is int32[C]."""
 
     def partial(self, logs: Logs, data: jax.Array, stats: None) -> jax.Array:
@@ -144,7 +154,7 @@ class TokenLogProb(RowLoss):
 
 
 @dataclasses.dataclass(frozen=True)
-class PerToken(RowLoss):
+class PerToken(BySlopes):
     """A sum over the vocabulary of a function of both log-probs."""
 
     summand: Summand
@@ -161,7 +171,7 @@ class PerToken(RowLoss):
 
 
 @dataclasses.dataclass(frozen=True)
-class CreditedReverseKl(RowLoss):
+class CreditedReverseKl(BySlopes):
     """Reverse KL, and ``credit * (log_prob - sg[log_prob])`` of the target.
 
     ``data`` is int32[C] and float[C]. The second part is 0 and has a gradient: the
@@ -245,7 +255,7 @@ class TopK(RowLoss):
 
 
 @dataclasses.dataclass(frozen=True)
-class SoftValue(RowLoss):
+class SoftValue(BySlopes):
     """``scale * logsumexp(power * log_probs)``."""
 
     power: float

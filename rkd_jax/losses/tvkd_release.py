@@ -42,7 +42,7 @@ import jax
 import jax.numpy as jnp
 
 from rkd_jax.losses.domain import check_choice, check_domain
-from rkd_jax.losses.likelihood import take_tokens, tempered_log_softmax
+from rkd_jax.losses.likelihood import put_tokens, take_tokens, tempered_log_softmax
 from rkd_jax.masking import accumulator, masked_sum
 
 ReleaseVariant = Literal[
@@ -195,7 +195,7 @@ def bucket_log_probs(
     check_domain("floor", floor, "(0, 0.5)")
     chex.assert_equal_shape_prefix([logits, topk_ids], logits.ndim - 1)
     probs = jnp.exp(tempered_log_softmax(logits, 1.0))
-    others = jnp.put_along_axis(probs, topk_ids, 0.0, -1, inplace=False)
+    others = put_tokens(probs, topk_ids, 0.0)
     rest = jnp.sum(others, axis=-1, keepdims=True)
     buckets = jnp.concatenate([take_tokens(probs, topk_ids), rest], axis=-1)
     return jnp.log(jnp.clip(buckets, floor, 1.0 - floor))

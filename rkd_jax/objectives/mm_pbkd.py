@@ -283,8 +283,8 @@ class _Game:
             own = self._critic_of(critic, side)
             view = side.view(batch, signal)
             policy = student[side.responses]
-            gaps = foreseen("gap", view, self.credit.gamma)
-            moments = self._moments(gaps, side, view, own, policy, teacher, gaps)
+            known = foreseen("gap", view, self.credit.gamma)
+            moments = self._moments(("gap",), side, view, own, policy, teacher, known)
             gap = self._gap(moments, view)
             preferences = self._preference_terms(
                 own,

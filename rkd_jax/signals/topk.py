@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from rkd_jax.losses.domain import check_domain
+from rkd_jax.losses.likelihood import put_tokens
 from rkd_jax.masking import fill_masked
 from rkd_jax.models.api import CausalLM, response_logits
 from rkd_jax.types import Params, Sequences, TopkSignal
@@ -82,7 +83,7 @@ def topk_scores(logits: jax.Array, top_k: int) -> TopkScores:
     every = jax.nn.log_softmax(logits, axis=-1)
     log_probs, ids = jax.lax.top_k(every, top_k)
     # A sum over the others: one minus the list would be rounding where it has the mass.
-    others = jnp.put_along_axis(every, ids, -jnp.inf, -1, inplace=False)
+    others = put_tokens(every, ids, -jnp.inf)
     some = jnp.any(others > -jnp.inf, axis=-1, keepdims=True)
     log_tail = jax.nn.logsumexp(jnp.where(some, others, 0.0), axis=-1)
     log_tail = jnp.where(some[..., 0], log_tail, -jnp.inf)

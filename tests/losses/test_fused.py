@@ -17,7 +17,6 @@ from rkd_jax.losses import (
     skew_reverse_kl,
     soft_value,
     token_log_probs,
-    topk_forward_kl,
     total_variation,
 )
 from rkd_jax.losses.fused import (
@@ -26,19 +25,27 @@ from rkd_jax.losses.fused import (
     linear_expectation,
     linear_soft_value,
     linear_token_log_probs,
-    linear_topk_divergence,
+)
+from tests.losses.fused_rows import (
+    ANY,
+    BIAS,
+    HEAD,
+    HIDDEN,
+    MASK,
+    ROWS,
+    SMALL,
+    TARGETS,
+    TEACHER_BIAS,
+    TEACHER_HEAD,
+    TEACHER_HIDDEN,
+    TILES,
+    VOCABULARY,
+    agree,
+    logits,
 )
 
 pytestmark = pytest.mark.usefixtures("x64")
 
-# More units than rows of a chunk, so that gradients of heads come in tiles.
-ROWS, WIDTH, TEACHER_WIDTH, VOCABULARY, TOP = 37, 11, 9, 53, 5
-SMALL = functools.partial(Tiles, logits=53 * 8, block=16, columns=20)
-TILES = {  # by how the gradient comes about; one chunk holds all rows of the last
-    "recompute": SMALL(gradient="recompute"),
-    "ahead": SMALL(gradient="ahead"),
-    "keep": Tiles(),
-}
 DIVERGENCES = {
     "forward": forward_kl,
     "reverse": reverse_kl,
@@ -50,56 +57,6 @@ DIVERGENCES = {
     "skew-reverse": functools.partial(skew_reverse_kl, alpha=0.3),
     "total-variation": total_variation,
 }
-RNG = np.random.default_rng(0)
-
-
-def normal(*shape):
-    return RNG.normal(size=shape)  # numpy: float64 before x64 is switched on
-
-
-HIDDEN, HEAD, BIAS = normal(ROWS, WIDTH), normal(WIDTH, VOCABULARY), normal(VOCABULARY)
-TEACHER_HIDDEN = normal(ROWS, TEACHER_WIDTH)
-TEACHER_HEAD, TEACHER_BIAS = normal(TEACHER_WIDTH, VOCABULARY), normal(VOCABULARY)
-TARGETS = RNG.integers(0, VOCABULARY, ROWS)
-MASK = RNG.random(ROWS) < 0.6
-ANY = normal(ROWS)  # a cotangent that is no multiple of the mask
-IDS = np.argsort(RNG.random((ROWS, VOCABULARY)))[:, :TOP]
-
-
-def logits(hidden, head, bias=None, softcap=None):
-    found = jnp.matmul(hidden, head)
-    found = found if bias is None else found + bias[None]
-    return found if softcap is None else jnp.tanh(found / softcap) * softcap
-
-
-def agree(fused, dense, *arguments, mask=None, rtol=1e-10, atol=1e-12):
-    """Values and gradients, for a sum and for a cotangent without a pattern.
-
-    Masked rows of the fused loss's states hold NaN.
-    """
-    arguments = [jnp.asarray(x) for x in arguments]
-    inputs = list(arguments)
-    if mask is not None:
-        inputs[0] = jnp.where(mask[:, None], inputs[0], jnp.nan)
-
-    def step(loss):
-        def value(arguments, weights):
-            values = loss(*arguments)
-            if mask is not None:
-                values = jnp.where(mask, values, 0.0)
-            return (weights * values).sum(), values
-
-        return jax.jit(jax.value_and_grad(value, has_aux=True))
-
-    found, wanted = step(fused), step(dense)
-    for weights in (jnp.ones(ROWS), jnp.asarray(ANY)):
-        (_, values), gradients = found(inputs, weights)
-        (_, expected), slopes = wanted(arguments, weights)
-        np.testing.assert_allclose(values, expected, rtol=rtol, atol=atol)
-        for gradient, slope in zip(gradients, slopes, strict=True):
-            np.testing.assert_allclose(gradient, slope, rtol=rtol, atol=atol)
-    if mask is not None:
-        assert not np.asarray(fused(*inputs))[~np.asarray(mask)].any()
 
 
 @pytest.mark.parametrize("gradient", TILES)
@@ -153,115 +110,6 @@ def test_token_log_probs_are_the_dense_ones(gradient):
     agree(fused, dense, HIDDEN, HEAD, BIAS, mask=MASK)
     np.testing.assert_allclose(
         fused(HIDDEN, HEAD, BIAS, None), dense(HIDDEN, HEAD, BIAS), rtol=1e-12
-    )
-
-
-@pytest.mark.parametrize("gradient", TILES)
-@pytest.mark.parametrize("softcap", [None, 4.0])
-def test_topk_is_the_dense_one_with_its_bucket(softcap, gradient):
-    teacher = jax.nn.log_softmax(logits(TEACHER_HIDDEN, TEACHER_HEAD))
-    listed = jnp.take_along_axis(teacher, IDS, -1).at[3, 2].set(-jnp.inf)
-
-    def fused(hidden, head, bias):
-        return linear_topk_divergence(
-            hidden,
-            head,
-            IDS,
-            listed,
-            mask=MASK,
-            temperature=0.7,
-            bias=bias,
-            softcap=softcap,
-            tiles=TILES[gradient],
-        )
-
-    def dense(hidden, head, bias):
-        found = logits(hidden, head, bias, softcap)
-        return topk_forward_kl(found, IDS, listed, temperature=0.7)
-
-    agree(fused, dense, HIDDEN, HEAD, BIAS, mask=MASK)
-
-
-@pytest.mark.parametrize("gradient", TILES)
-@pytest.mark.parametrize("gap", [30.0, 200.0])
-@pytest.mark.parametrize("sign", [1, -1])
-def test_topk_where_one_bucket_has_hardly_any_mass(sign, gap, gradient):
-    """In float32: one minus the other bucket would be nothing but rounding."""
-    teacher = jax.nn.log_softmax(logits(TEACHER_HIDDEN, TEACHER_HEAD))
-    ids = np.broadcast_to(np.arange(TOP), IDS.shape)
-    listed = jnp.take_along_axis(teacher, ids, -1).astype(jnp.float32)
-    bias = np.where(np.arange(VOCABULARY) < TOP, sign * gap, 0.0)
-
-    def fused(hidden, head):
-        narrow = (x.astype(jnp.float32) for x in (hidden, head, jnp.asarray(bias)))
-        hidden, head, offset = narrow
-        values = linear_topk_divergence(
-            hidden, head, ids, listed, bias=offset, tiles=TILES[gradient]
-        )
-        return values.astype(jnp.float64)
-
-    def dense(hidden, head):
-        return topk_forward_kl(logits(hidden, head, bias), ids, listed)
-
-    agree(fused, dense, HIDDEN, HEAD, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("gradient", TILES)
-def test_a_row_without_weight_may_hold_a_teacher_that_is_not_a_number(gradient):
-    teacher = jax.nn.log_softmax(logits(TEACHER_HIDDEN, TEACHER_HEAD))
-    listed = jnp.take_along_axis(teacher, IDS, -1)
-    weights = jnp.where(jnp.arange(ROWS, dtype=jnp.int32) == 3, 0.0, ANY)
-
-    def slopes(listed):
-        def total(hidden, head):
-            values = linear_topk_divergence(
-                hidden, head, IDS, listed, tiles=TILES[gradient]
-            )
-            return jnp.where(weights == 0.0, 0.0, weights * values).sum()
-
-        return jax.jit(jax.grad(total, (0, 1)))(HIDDEN, HEAD)
-
-    found, expected = slopes(listed.at[3, 1].set(jnp.nan)), slopes(listed)
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
-
-
-@pytest.mark.parametrize("gradient", TILES)
-def test_topk_with_tokens_that_the_student_never_says(gradient):
-    """Some that are listed, some that are not, and all that are not."""
-    teacher = jax.nn.log_softmax(logits(TEACHER_HIDDEN, TEACHER_HEAD))
-    ids = np.broadcast_to(np.arange(TOP), IDS.shape)
-    for impossible in ([1, 3], [7, 20], range(TOP, VOCABULARY)):
-        bias = np.zeros(VOCABULARY)
-        bias[list(impossible)] = -np.inf
-        listed = jnp.take_along_axis(teacher, ids, -1)
-
-        def fused(hidden, head, bias=bias, listed=listed):
-            return linear_topk_divergence(
-                hidden, head, ids, listed, bias=bias, tiles=TILES[gradient]
-            )
-
-        def dense(hidden, head, bias=bias, listed=listed):
-            return topk_forward_kl(logits(hidden, head, bias), ids, listed)
-
-        agree(fused, dense, HIDDEN, HEAD)
-
-
-@pytest.mark.parametrize("gradient", TILES)
-def test_a_listed_token_that_the_student_lacks_is_not_a_number(gradient):
-    teacher = jax.nn.log_softmax(logits(TEACHER_HIDDEN, TEACHER_HEAD))
-    listed = jnp.take_along_axis(teacher, IDS, -1).at[4, 0].set(-jnp.inf)
-    ids = IDS.copy()
-    ids[3, 2], ids[2, 0], ids[4, 0] = VOCABULARY, -1, VOCABULARY + 5
-    found = linear_topk_divergence(HIDDEN, HEAD, ids, listed, tiles=TILES[gradient])
-    np.testing.assert_array_equal(np.flatnonzero(np.isnan(found)), [2, 3])
-
-
-def test_topk_of_all_tokens_is_forward_kl():
-    teacher = jax.nn.log_softmax(logits(TEACHER_HIDDEN, TEACHER_HEAD))
-    ids = jnp.broadcast_to(jnp.arange(VOCABULARY), teacher.shape)
-    found = linear_topk_divergence(HIDDEN, HEAD, ids, teacher, tiles=SMALL())
-    np.testing.assert_allclose(
-        found, forward_kl(logits(HIDDEN, HEAD), teacher), rtol=1e-9
     )
 
 
