@@ -168,15 +168,14 @@ class GameBatch:
 class ImitationBatch:
     """Fixed responses to infer a reward from, and the responses to imitate on.
 
-    Methods that measure a divergence on the student's own samples still read the
-    teacher's preferences off fixed responses.
-
-    Example: ``ImitationBatch(demonstrations=..., imitated=None)``: both are the same,
-    and one forward pass serves both.
+    Methods that measure a divergence on samples still read the teacher's preferences
+    off fixed responses. Example: ``ImitationBatch(demonstrations=..., imitated=None)``:
+    both are the same, and one forward pass serves both.
     """
 
     demonstrations: DemonstrationBatch  # [B]
     imitated: DemonstrationBatch | None = None  # [B], e.g. samples of the student
+    importance_weights: jax.Array | None = None  # float32[B, T], student over sampler
 
 
 @struct

@@ -14,6 +14,7 @@ reward_distillation  an oracle's reward differences as a target (DRDO, the e-DPO
 pairs                what several losses on pairs share
 minmax               the reward player, the multiplier, gaps; where the minus sign is
 returns              discounts and returns along a response
+importance           weights of text that another sampler wrote
 moments              a student's steps and distances on the moments of action values
 policy_gradient      surrogates for the student's side of a game, ``[.., T] -> [.., T]``
 posterior            a Gaussian over rewards, and the rewards that action values imply
@@ -46,6 +47,7 @@ from rkd_jax.losses.fused import (
     linear_topk_divergence,
 )
 from rkd_jax.losses.fused_policy_gradient import linear_sequence_reverse_kl
+from rkd_jax.losses.importance import per_decision_weights
 from rkd_jax.losses.likelihood import log1mexp, token_log_probs
 from rkd_jax.losses.minmax import (
     advantage_sum,
@@ -150,6 +152,7 @@ __all__ = [
     "on_policy_moment",
     "one_step",
     "one_step_plus_long",
+    "per_decision_weights",
     "pessimistic_reduce",
     "potential_shaping",
     "reinforce",

@@ -13,6 +13,7 @@ import jax
 
 from rkd_jax.losses.fused import linear_token_log_probs
 from rkd_jax.losses.fused_plan import TILES, Tiles, run
+from rkd_jax.losses.importance import Importance, shares
 from rkd_jax.losses.policy_gradient import LongPart, long_part_credit
 from rkd_jax.losses.readouts import Readout
 from rkd_jax.losses.row_losses import CreditedReverseKl
@@ -29,6 +30,8 @@ def linear_sequence_reverse_kl(
     gamma: float = 1.0,
     long_part: LongPart = "following",
     length_normalised: bool = False,
+    importance_weights: jax.Array | None = None,
+    importance: Importance = "per_decision",
     temperature: float = 1.0,
     student_bias: jax.Array | None = None,
     teacher_bias: jax.Array | None = None,
@@ -43,7 +46,7 @@ def linear_sequence_reverse_kl(
     credit is made; a second one is the divergence.
 
     Args:
-        student_hidden: float[*batch, T, D], along its own samples.
+        student_hidden: float[*batch, T, D], along the samples.
         student_head: float[D, V].
         teacher_hidden: float[*batch, T, E]; E may differ from D.
         teacher_head: float[E, V].
@@ -52,6 +55,8 @@ def linear_sequence_reverse_kl(
         gamma: see `sequence_reverse_kl`.
         long_part: see `sequence_reverse_kl`.
         length_normalised: see `sequence_reverse_kl`.
+        importance_weights: see `sequence_reverse_kl`.
+        importance: see `sequence_reverse_kl`.
         temperature: positive; divides both logits.
         student_bias: float[V].
         teacher_bias: float[V].
@@ -89,6 +94,7 @@ def linear_sequence_reverse_kl(
             tiles=tiles,
         )
 
+    counts = shares(importance_weights, mask, importance)
     ratios = log_probs(*student, student_softcap) - log_probs(*teacher, teacher_softcap)
     credit = long_part_credit(
         ratios,
@@ -96,6 +102,7 @@ def linear_sequence_reverse_kl(
         gamma=gamma,
         long_part=long_part,
         length_normalised=length_normalised,
+        counts=counts,
     )
     return run(
         CreditedReverseKl(),
@@ -103,7 +110,7 @@ def linear_sequence_reverse_kl(
             Readout(student_hidden, student_head, student_bias),
             Readout(*teacher),
         ),
-        (targets.astype("int32"), credit),
+        (targets.astype("int32"), credit, counts.states),
         mask=mask,
         weights=None,
         temperatures=(temperature, temperature),

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from rkd_jax.losses.divergences import reverse_kl
 from rkd_jax.losses.domain import check_choice, check_domain
+from rkd_jax.losses.importance import Importance, Shares, counted, shares
 from rkd_jax.losses.likelihood import token_log_probs
 from rkd_jax.losses.returns import discount_weights, reward_to_go
 from rkd_jax.masking import accumulator, fill_masked
@@ -197,8 +198,10 @@ def sequence_reverse_kl(
     gamma: float = 1.0,
     long_part: LongPart = "following",
     length_normalised: bool = False,
+    importance_weights: jax.Array | None = None,
+    importance: Importance = "per_decision",
 ) -> jax.Array:
-    r"""Sequence-level reverse KL on student samples, per token; MiniLLM's loss.
+    r"""Sequence-level reverse KL on samples, per token; MiniLLM's loss.
 
     .. math:: m_t \Big(\mathrm{KL}(\pi_\theta\|\pi_E)(s_t) + \mathrm{sg}[C_t]
         \big(\log\pi_\theta(y_t|s_t) - \mathrm{sg}[\log\pi_\theta(y_t|s_t)]\big)\Big),
@@ -209,8 +212,13 @@ def sequence_reverse_kl(
     token with what it led to. The second bracket is 0: the value is the single-step
     term, whose sum over a response is an unbiased estimate of the divergence.
 
+    Text of another sampler, such as a mixture with the teacher, comes with the weights
+    :math:`w_t` of its tokens, student over sampler. With :math:`W_t` their product
+    through t, the single step counts :math:`W_{t-1}` and each log-ratio
+    :math:`W_{t'}`, and the expectations are those of the student's own text.
+
     Args:
-        student_logits: float[*batch, T, V], unnormalised, along its own samples.
+        student_logits: float[*batch, T, V], unnormalised, along the samples.
         teacher_logits: float[*batch, T, V]; log-probs are as good. -inf marks
             impossible tokens.
         targets: int[*batch, T], the sampled tokens.
@@ -221,29 +229,40 @@ def sequence_reverse_kl(
             released code does; the single-step term is then counted twice.
         length_normalised: divide C_t by the number of log-ratios it sums, so that early
             tokens do not weigh more for having more behind them. Biased.
+        importance_weights: float[*batch, T], at least 0, student over sampler at every
+            target; None: the student wrote the samples.
+        importance: what they multiply. "per_decision", the products above, is exact,
+            and spreads with the length. "token" multiplies C_t by w_t alone and
+            nothing else, as MiniLLM does: biased, for states count as the sampler
+            visits them, but bounded as the weights are.
 
     Returns:
         float32[*batch, T]; 0 where the mask is not set. +inf or NaN, honestly, where
-        the teacher is -inf at a token the student allows, as in `reverse_kl`.
+        the teacher is -inf at a token the student allows, as in `reverse_kl`; a target
+        that the student rules out ends what counts per decision.
 
     Gradient:
-        Flows to set ``student_logits`` only. It is not the derivative of the value.
+        Flows to set ``student_logits`` only, nothing to the weights. It is not the
+        derivative of the value.
 
     Raises:
         ValueError: gamma out of range (Python numbers; traced ones are not checked),
-            unknown long_part, or vocabularies of different size.
+            unknown long_part or importance, or vocabularies of different size.
         AssertionError: other shapes disagree.
 
     References:
-        Gu et al., MiniLLM, 2306.08543, single and long part of the gradient. Deviation:
-        no importance weights, no clipping. Reconstruction: the divisor of the length
+        Gu et al., MiniLLM, 2306.08543, single and long part of the gradient, weights of
+        teacher-mixed samples. Deviation: no clipping of stale samples, no whitening of
+        the credit; "token" leaves the single step unweighted, as the released code
+        does and the paper, in expectation. Reconstruction: the divisor of the length
         normalisation.
     """
     chex.assert_equal_shape([targets, mask])
     student = fill_masked(student_logits.astype(accumulator(student_logits)), mask)
     teacher = jax.lax.stop_gradient(fill_masked(teacher_logits, mask))
     teacher, targets = teacher.astype(student.dtype), fill_masked(targets, mask)
-    single_step = reverse_kl(student, teacher)
+    counts = shares(importance_weights, mask, importance)
+    single_step = counted(counts.states, reverse_kl(student, teacher))
 
     taken = token_log_probs(student, targets)
     own = jax.lax.stop_gradient(taken) - token_log_probs(teacher, targets)
@@ -253,10 +272,12 @@ def sequence_reverse_kl(
         gamma=gamma,
         long_part=long_part,
         length_normalised=length_normalised,
+        counts=counts,
     )
-    return fill_masked(
-        single_step + credit * (taken - jax.lax.stop_gradient(taken)), mask
-    )
+    nothing = taken - jax.lax.stop_gradient(taken)
+    if importance_weights is not None:  # the student may rule a target out: no credit
+        nothing = jnp.where(taken > -jnp.inf, nothing, 0.0)
+    return fill_masked(single_step + credit * nothing, mask)
 
 
 def long_part_credit(
@@ -266,20 +287,23 @@ def long_part_credit(
     gamma: float,
     long_part: LongPart,
     length_normalised: bool,
+    counts: Shares,
 ) -> jax.Array:
     """C_t of `sequence_reverse_kl` out of ``log pi / pi_E`` of the tokens, [*batch, T].
 
-    Arguments and errors as there; nothing here stops a gradient.
+    Arguments and errors as there; ``counts`` are the `shares` of its weights. Nothing
+    here stops a gradient.
     """
     check_domain("gamma", gamma, "[0, 1]")
     check_choice("long_part", long_part, get_args(LongPart))
+    log_ratios = counted(counts.signals, log_ratios)
     credit = reward_to_go(log_ratios, mask, gamma=gamma)
     summed = reward_to_go(jnp.ones_like(log_ratios), mask)  # how many log-ratios
     if long_part == "following":
         credit, summed = credit - log_ratios, summed - 1.0
     if length_normalised:
         credit = credit / jnp.maximum(summed, 1.0)
-    return credit
+    return counted(counts.credits, credit)
 
 
 def _check_group(samples: int) -> None:

@@ -20,6 +20,7 @@ from rkd_jax.losses import divergence_terms as terms
 from rkd_jax.losses import divergences
 from rkd_jax.losses.divergence_terms import kl_terms
 from rkd_jax.losses.divergences import log_rest
+from rkd_jax.losses.importance import counted
 from rkd_jax.losses.likelihood import put_tokens, take_tokens
 
 
@@ -172,22 +173,25 @@ class PerToken(BySlopes):
 
 @dataclasses.dataclass(frozen=True)
 class CreditedReverseKl(BySlopes):
-    """Reverse KL, and ``credit * (log_prob - sg[log_prob])`` of the target.
+    """``share`` of the reverse KL, and ``credit * (log_prob - sg[log_prob])``.
 
-    ``data`` is int32[C] and float[C]. The second part is 0 and has a gradient: the
-    slopes are not those of the value.
+    ``data`` are targets int32[C], credits float[C] and shares float[C] or None, which
+    is all of it. The second part, of the target, is 0 and has a gradient: the slopes
+    are not those of the value.
     """
 
     single_step = PerToken(SUMMANDS[divergences.reverse_kl])
 
     def partial(self, logs: Logs, data, stats: None) -> jax.Array:
         """The divergence's sum over these columns."""
-        return self.single_step.partial(logs, None, None)
+        *_, share = data
+        return counted(share, self.single_step.partial(logs, None, None))
 
     def slopes(self, logs: Logs, data, stats: None) -> jax.Array:
         """Those of the divergence, and the credit at the target."""
-        targets, credit = data
+        targets, credit, share = data
         slopes = self.single_step.slopes(logs, None, None)
+        slopes = counted(None if share is None else share[:, None], slopes)
         here = logs.columns[None] == targets[:, None]
         return slopes + jnp.where(here, credit[:, None].astype(slopes.dtype), 0.0)
 

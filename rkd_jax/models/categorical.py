@@ -100,7 +100,7 @@ def draw_tokens(weights: jax.Array, keys: jax.Array) -> jax.Array:
     count = -(-vocabulary // width)
     padded = jnp.pad(weights, ((0, 0), (0, count * width - vocabulary)))
     blocks = padded.reshape(rows, count, width)
-    uniform = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
+    uniform = jax.vmap(lambda key: jax.random.uniform(key, (2,), weights.dtype))(keys)
 
     block = _first_beyond(jnp.sum(blocks, axis=-1), uniform[:, 0])
     first = jnp.expand_dims(block * width, 1)

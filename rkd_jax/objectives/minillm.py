@@ -6,25 +6,26 @@ r"""MiniLLM: the sequence-level reverse KL to the teacher, by policy gradient.
     \mathrm{KL}\big(\pi_\theta \| \pi_E\big)(s_t)
 
 The states depend on the student as well, so the gradient of the right-hand side at
-fixed states is only a part of it; `rkd_jax.losses.sequence_reverse_kl` holds both. What
-the paper adds for stability and this module leaves out: samples from a mixture with the
-teacher and their importance weights, the clipped ratio of stale samples, and a language
+fixed states is only a part of it; `rkd_jax.losses.sequence_reverse_kl` holds both.
+Responses may come from a mixture with the teacher, with the weights of their tokens
+(`rkd_jax.models.mixed_sampling`). What the paper adds for stability and this module
+leaves out: the clipped ratio of stale samples, whitened credits, and a language
 modelling loss on other text.
 """
 
 from __future__ import annotations
 
-import jax
-
 from rkd_jax.losses import token_log_probs
 from rkd_jax.losses.domain import check_domain
+from rkd_jax.losses.importance import Importance
 from rkd_jax.losses.policy_gradient import LongPart
 from rkd_jax.masking import masked_sum
 from rkd_jax.models.api import CausalLM
 from rkd_jax.objectives.gkd import imitated_responses
+from rkd_jax.objectives.importance import imitated_weights, sample_metrics
 from rkd_jax.objectives.policy import read
 from rkd_jax.objectives.teaching import Teaching
-from rkd_jax.types import LossOutput, Mean, Objective
+from rkd_jax.types import LossOutput, Objective
 
 
 def make_minillm(
@@ -35,8 +36,9 @@ def make_minillm(
     gamma: float = 1.0,
     long_part: LongPart = "following",
     length_normalised: bool = False,
+    importance: Importance = "per_decision",
 ) -> Objective:
-    """Reverse KL of whole responses, per response the current student wrote.
+    """Reverse KL of whole responses, written by the student or with the teacher.
 
     Args:
         model: the student.
@@ -44,22 +46,26 @@ def make_minillm(
         temperature: the policy is ``softmax(logits / temperature)``; the responses have
             to be sampled at it, without top-k or top-p, from the current parameters, or
             the gradient is biased. The signal is taken at the same temperature.
-        gamma, long_part, length_normalised: see `sequence_reverse_kl`. The defaults
-            give the exact gradient; a gamma of 0 is GKD with reverse KL on the
+        gamma, long_part, length_normalised, importance: see `sequence_reverse_kl`. The
+            defaults give the exact gradient; a gamma of 0 is GKD with reverse KL on the
             student's samples, normalised by responses instead of tokens.
 
     Returns:
         `Objective` over an `ImitationBatch` or a `DemonstrationBatch` whose signal is
-        that of `make_kd` on the imitated responses. Unit: nats per response. The value
-        estimates the divergence without bias. Metrics ``student/divergence`` (nats per
-        token) and, out of log-probs, ``student/nll`` (of the student's own samples,
-        nats per token).
+        that of `make_kd` on the imitated responses. Where these are not the student's
+        own the batch has their ``importance_weights``. Unit: nats per response. The
+        value estimates the divergence without bias, but where weights are the tokens'.
+        Metrics, as means over the student's own text: ``student/divergence`` (nats per
+        token) and, out of log-probs, ``student/nll`` (nats per token); with weights
+        ``student/effective_share``, what share of the targets would be worth as much
+        if all had the same weight.
 
     Gradient:
         Flows to the student's parameters only; responses and signal are data.
 
     Raises:
-        ValueError: an option out of its domain.
+        ValueError: an option out of its domain; weights of responses that are not
+            there.
 
     References:
         Gu et al., MiniLLM, 2306.08543. Deviation: see the module's docstring.
@@ -70,6 +76,7 @@ def make_minillm(
     def student_loss(params, critic, frozen, batch, signal, rng):
         del critic, rng
         sequences = imitated_responses(batch).sequences
+        weights = imitated_weights(batch)
         mask = sequences.response_mask
         seen = read(model, params, sequences, temperature=temperature)
         values = teaching.sequence_reverse_kl(
@@ -79,16 +86,17 @@ def make_minillm(
             gamma=gamma,
             long_part=long_part,
             length_normalised=length_normalised,
+            importance_weights=weights,
+            importance=importance,
+        )
+        log_probs = None
+        if teacher is None:  # out of states it would be another pass of the head
+            log_probs = token_log_probs(seen.logits, sequences.targets)
+        metrics = sample_metrics(
+            "student/divergence", values, weights, mask, importance, log_probs
         )
         total = masked_sum(values, mask)
-        tokens = mask.sum().astype(total.dtype)
         responses = mask.any(axis=-1).sum().astype(total.dtype)
-        divergence = jax.lax.stop_gradient(total)
-        metrics = {"student/divergence": Mean(divergence, tokens)}
-        if teacher is None:  # out of states it would be another pass of the head
-            nll = -token_log_probs(seen.logits, sequences.targets)
-            nll = jax.lax.stop_gradient(masked_sum(nll, mask))
-            metrics["student/nll"] = Mean(nll, tokens)
         return LossOutput(total, responses, metrics)
 
     return Objective("minillm", student_loss, requires=teaching.requires)

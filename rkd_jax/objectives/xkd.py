@@ -33,16 +33,18 @@ and defaults are ours.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 
 from rkd_jax.losses import forward_kl, token_log_probs
 from rkd_jax.losses.domain import check_choice, check_domain
+from rkd_jax.losses.importance import Importance
 from rkd_jax.losses.policy_gradient import LongPart
-from rkd_jax.masking import masked_sum, sequence_mean, sequence_sum
+from rkd_jax.masking import sequence_mean, sequence_sum
 from rkd_jax.models.api import CausalLM
+from rkd_jax.objectives.importance import imitated_weights, sample_metrics
 from rkd_jax.objectives.policy import LATER, Reading, read
 from rkd_jax.objectives.reward_inference import RewardInference, reward_regularizer
 from rkd_jax.objectives.teaching import Divergence, Teaching
@@ -97,8 +99,8 @@ def make_xkd_sequence(
     """
     check_choice("normalise", normalise, get_args(Normalise))
 
-    def likelihood(seen: Reading, frozen, signal) -> jax.Array:
-        del frozen, signal
+    def likelihood(seen: Reading, frozen, signal, weights) -> jax.Array:
+        del frozen, signal, weights
         return -seen.log_probs
 
     objective = _objective(
@@ -167,7 +169,8 @@ def make_xkd_gkd(
     check_choice("normalise", normalise, get_args(Normalise))
     teaching = Teaching(teacher)
 
-    def divergences(seen: Reading, frozen, signal) -> jax.Array:
+    def divergences(seen: Reading, frozen, signal, weights) -> jax.Array:
+        del weights  # at the states of whoever wrote them
         return teaching.divergence(divergence, seen, frozen, signal)
 
     return _objective(
@@ -191,6 +194,7 @@ def make_xkd_minillm(
     gamma: float = 1.0,
     long_part: LongPart = "following",
     length_normalised: bool = False,
+    importance: Importance = "per_decision",
     td_sequences: TdSequences = "fixed",
 ) -> Objective:
     """Sequence-level reverse KL on samples, the reward from the fixed responses.
@@ -199,14 +203,14 @@ def make_xkd_minillm(
         model, inference, w_x, temperature: see `make_xkd_sequence`; at a w_x of 0 it is
             `make_minillm`.
         teacher: see `make_xkd_gkd`.
-        gamma, long_part, length_normalised: of the reverse KL, see
-            `sequence_reverse_kl`; the regulariser has its own discount.
+        gamma, long_part, length_normalised, importance: of the reverse KL, see
+            `sequence_reverse_kl`; the regulariser has its own discount and no weights.
         td_sequences: see `make_xkd_gkd`.
 
     Returns:
         `Objective` over an `ImitationBatch` whose ``imitated`` the current student
-        sampled at the temperature. Signal and metrics as `make_xkd_gkd`. Unit: nats per
-        response.
+        sampled at the temperature, or a mixture with the teacher, see `make_minillm`.
+        Signal and metrics as `make_xkd_gkd`. Unit: nats per response.
 
     Gradient:
         As `make_xkd_sequence`; that of the reverse KL is the policy gradient.
@@ -220,7 +224,7 @@ def make_xkd_minillm(
     """
     teaching = Teaching(teacher)
 
-    def divergences(seen: Reading, frozen, signal) -> jax.Array:
+    def divergences(seen: Reading, frozen, signal, weights) -> jax.Array:
         return teaching.sequence_reverse_kl(
             seen,
             frozen,
@@ -228,11 +232,13 @@ def make_xkd_minillm(
             gamma=gamma,
             long_part=long_part,
             length_normalised=length_normalised,
+            importance_weights=weights,
+            importance=importance,
         )
 
     return _objective(
         "xkd_minillm",
-        _Base("student/divergence", divergences, "sum", teaching),
+        _Base("student/divergence", divergences, "sum", teaching, importance),
         model,
         inference,
         w_x=w_x,
@@ -245,9 +251,10 @@ class _Base(NamedTuple):
     """The distillation term: its metric, ``[B, T]`` values, and what a row weighs."""
 
     metric: str
-    values: Callable[[Reading, Any, Any], jax.Array]  # (seen, frozen, signal)
+    values: Callable[..., jax.Array]  # (seen, frozen, signal, importance weights)
     normalise: Literal["tokens", "responses", "sum"]
     teaching: Teaching = Teaching(None)
+    importance: Importance | None = None  # None: the weights are not read
 
 
 def _objective(
@@ -289,8 +296,9 @@ def _objective(
         if batch.imitated is not None:
             imitated = seen_by_policy(batch.imitated)
         mask = imitated.sequences.response_mask
-        values = base.values(imitated, frozen, signal)
-        totals, weights = _rows(values, mask, base.normalise)
+        weights = imitated_weights(batch) if base.importance else None
+        values = base.values(imitated, frozen, signal, weights)
+        totals, counts = _rows(values, mask, base.normalise)
 
         teacher = _fixed_log_probs(inference, batch, signal)
         regularizer, watched = reward_regularizer(inference, params, fixed, teacher)
@@ -300,18 +308,22 @@ def _objective(
             regularizer = 0.5 * (regularizer + other)
             watched = jax.tree.map(jnp.add, watched, seen)
 
-        weight, tokens = weights.sum(), mask.sum().astype(totals.dtype)
-        metrics = {
-            base.metric: Mean(masked_sum(values, mask), tokens),
-            "student/regularizer": Mean((weights * regularizer).sum(), weight),
-        }
+        log_probs = None
         if imitated is fixed:
-            nll = -imitated.log_probs
-            metrics["student/nll"] = Mean(masked_sum(nll, mask), tokens)
+            log_probs = imitated.log_probs
         elif from_log_probs:  # out of states it would be another pass of the head
-            nll = -token_log_probs(imitated.logits, imitated.sequences.targets)
-            metrics["student/nll"] = Mean(masked_sum(nll, mask), tokens)
-        total = (totals + w_x * weights * regularizer).sum()
+            log_probs = token_log_probs(imitated.logits, imitated.sequences.targets)
+        metrics = sample_metrics(
+            base.metric,
+            values,
+            weights,
+            mask,
+            base.importance or "per_decision",  # of no weights nothing either way
+            log_probs,
+        )
+        weight = counts.sum()
+        metrics["student/regularizer"] = Mean((counts * regularizer).sum(), weight)
+        total = (totals + w_x * counts * regularizer).sum()
         return LossOutput(total, weight, metrics | watched)
 
     return Objective(name, student_loss, requires=base.teaching.requires)

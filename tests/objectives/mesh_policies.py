@@ -4,6 +4,7 @@ The name of a case is that of the function that makes its objective, without ``m
 and after a blank what the case has of its own.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -101,6 +102,13 @@ def topk_kd():
     return Case(make_topk_kd(MODEL), demonstrations(), signal)
 
 
+def mixed_samples():
+    """Imitated responses with the weights of their tokens."""
+    return dataclasses.replace(
+        imitation(), importance_weights=np.exp(normal(B, T, seed=32))
+    )
+
+
 # Preferences
 
 
@@ -177,6 +185,9 @@ POLICIES = {
     "topk_kd": topk_kd,
     "gkd": lambda: taught(functools.partial(make_gkd, MODEL), imitation),
     "minillm": lambda: taught(functools.partial(make_minillm, MODEL)),
+    "minillm mixed": lambda: taught(
+        functools.partial(make_minillm, MODEL), mixed_samples
+    ),
     "dpo": lambda: Case(
         make_dpo(MODEL, beta=1.0), preferences(), ReferenceSignal(reference(B))
     ),

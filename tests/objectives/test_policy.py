@@ -145,6 +145,20 @@ def test_the_sequence_level_divergence_is_that_to_the_log_probs(options):
     agree(functools.partial(make_minillm, CAPPED, **options), batch, loud(CAPPED, 1))
 
 
+@pytest.mark.parametrize("importance", ["per_decision", "token"])
+def test_weighted_samples_count_the_same_without_logits(importance):
+    """Weights of padding are NaN; one target has none, and ends its row."""
+    text = sequences()
+    rows = DemonstrationBatch(text, text, jnp.arange(B))
+    weights = np.exp(np.random.default_rng(5).normal(size=(B, T)))
+    weights[3, 1] = 0.0
+    weights = jnp.where(text.response_mask, jnp.asarray(weights), jnp.nan)
+    batch = ImitationBatch(rows, rows, weights)
+    for options in ({}, {"gamma": 0.8, "long_part": "inclusive"}):
+        make = functools.partial(make_minillm, CAPPED, importance=importance, **options)
+        agree(make, batch, loud(CAPPED, 1))
+
+
 @pytest.mark.parametrize(
     ("make", "td_sequences", "q_source"),
     [  # every two of the options meet
