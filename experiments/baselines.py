@@ -7,7 +7,7 @@ import functools
 from collections.abc import Sequence
 
 from experiments.course import Course
-from experiments.imitation import prepare_imitation
+from experiments.imitation import prepare_imitation, prepare_mixed
 from experiments.judging import pair_log_probs
 from experiments.lab import Lab
 from experiments.settings import FitConfig
@@ -15,6 +15,7 @@ from experiments.stages import Desk
 from experiments.trainer import Trainer
 from rkd_jax.data.records import DemonstrationRecord, PreferenceRecord
 from rkd_jax.losses import generalized_jsd
+from rkd_jax.losses.importance import Importance
 from rkd_jax.objectives.dpo import make_dpo
 from rkd_jax.objectives.gkd import make_gkd
 from rkd_jax.objectives.kd import make_kd
@@ -138,17 +139,37 @@ class Gkd:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class MiniLlmConfig:
+    """MiniLLM: reverse KL of whole responses, by policy gradient."""
+
+    fit: FitConfig = FitConfig()
+    alpha: float = 0.0
+    """The teacher's share in the probability of every sampled token; 0.2 as
+    published. At 0 the student writes alone."""
+    importance: Importance = "per_decision"
+    """How samples of the mixture are weighted: exactly, or by each token's own weight
+    as published."""
+
+
 class MiniLlm:
     """Sequence-level reverse KL by policy gradient."""
 
     metric = "student/divergence"
 
-    def __init__(self, lab: Lab, fit: FitConfig):
-        self.lab = lab
+    def __init__(self, lab: Lab, options: MiniLlmConfig):
+        if options.alpha:
+            self.prepare = prepare_mixed(lab, alpha=options.alpha)
+        else:
+            self.prepare = prepare_imitation(lab, rho=1.0, teach=lab.teach)
+        self.frozen = lab.frozen
         objective = make_minillm(
-            lab.student, teacher=lab.teacher, temperature=lab.policy.temperature
+            lab.student,
+            teacher=lab.teacher,
+            temperature=lab.policy.temperature,
+            importance=options.importance,
         )
-        self.trainer = Trainer(lab, objective, fit)
+        self.trainer = Trainer(lab, objective, options.fit)
 
     def train(self, desk: Desk, stage: str, course: Course, *, steps, seed) -> Params:
         """On fresh samples."""
@@ -159,8 +180,8 @@ class MiniLlm:
             course.demonstrations,
             steps=steps,
             seed=seed,
-            prepare=prepare_imitation(self.lab, rho=1.0, teach=self.lab.teach),
-            frozen=self.lab.frozen,
+            prepare=self.prepare,
+            frozen=self.frozen,
         )
 
 

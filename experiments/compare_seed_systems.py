@@ -33,6 +33,7 @@ from experiments.baselines import (
     GkdConfig,
     Kd,
     MiniLlm,
+    MiniLlmConfig,
     SeqKd,
     Sft,
 )
@@ -102,7 +103,7 @@ class CompareConfig(ExperimentConfig):
     arithmetic: ArithmeticConfig = ArithmeticConfig()
     fit: FitConfig = FitConfig()
     """Of SFT, SeqKD and KD."""
-    minillm: FitConfig = FitConfig()
+    minillm: MiniLlmConfig = MiniLlmConfig()
     gkd: GkdConfig = GkdConfig()
     dpo: DpoConfig = DpoConfig()
     game: GameConfig = GameConfig()
@@ -119,7 +120,7 @@ def with_fit(fit: FitConfig) -> dict:
     """Every method trained by `fit` alone, with the same step."""
     return {
         "fit": fit,
-        "minillm": fit,
+        "minillm": MiniLlmConfig(fit),
         "gkd": GkdConfig(fit=fit),
         "dpo": DpoConfig(fit=fit),
         "tvkd": TvkdConfig(fit=fit),
@@ -170,7 +171,7 @@ def arithmetic() -> CompareConfig:
         seeds=(0, 1, 2),
         updates=200,
         fit=large,
-        minillm=large,
+        minillm=MiniLlmConfig(large),
         gkd=GkdConfig(fit=large),
         xkd=XkdConfig(fit=large, minillm_fit=large),
         dpo=DpoConfig(fit=small),

@@ -1,4 +1,4 @@
-"""Responses of the current student, seen by student and teacher alike."""
+"""Responses of the current student, alone or with the teacher, seen by both alike."""
 
 from __future__ import annotations
 
@@ -6,10 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from experiments.lab import Lab
+from experiments.lab import Lab, sampling_config
+from experiments.settings import SettingsError
 from rkd_jax.evaluation.generation import with_prompts
+from rkd_jax.models.mixed_sampling import make_mixed_sampler
 from rkd_jax.objectives.gkd import mix_rows
+from rkd_jax.placement import follow_parameters
+from rkd_jax.sharding import mesh_of
 from rkd_jax.training.state import TrainState, step_keys
 from rkd_jax.types import (
     DemonstrationBatch,
@@ -25,7 +30,12 @@ def student_answers(
 ) -> DemonstrationBatch:
     """The same prompts, answered once by the student; the teacher reads its own."""
     samples = lab.sample_student(params, batch.sequences.prompts, rng)
-    sequences = jax.tree.map(lambda x: x[:, 0], samples.sequences)
+    return answers(samples.sequences, batch)
+
+
+def answers(samples: Sequences, batch: DemonstrationBatch) -> DemonstrationBatch:
+    """The first sample ``[B, G, P + T]`` of each prompt in the place of the batch's."""
+    sequences = jax.tree.map(lambda x: x[:, 0], samples)
     seen_by_teacher = with_prompts(sequences, batch.teacher_sequences.prompts)
     return DemonstrationBatch(sequences, seen_by_teacher, batch.index)
 
@@ -59,9 +69,49 @@ def prepare_imitation(
         if rho:
             sample_key, coin = jax.random.split(step_keys(state).prepare)
             params = policy(state.student.params)
-            answers = student_answers(lab, params, batch, sample_key)
-            imitated = mix_rows(coin, batch, answers, rho=rho)
+            answered = student_answers(lab, params, batch, sample_key)
+            imitated = mix_rows(coin, batch, answered, rho=rho)
         seen = (batch if imitated is None else imitated).teacher_sequences
         return ImitationBatch(batch, imitated), teach(seen)
+
+    return prepare
+
+
+def prepare_mixed(lab: Lab, *, alpha: float):
+    """A ``prepare`` that imitates on what student and teacher write together.
+
+    Args:
+        lab: teacher and policies; every token is drawn at their temperature.
+        alpha: in [0, 1], the teacher's share in each token's probability.
+
+    Returns:
+        ``(state, DemonstrationBatch) -> (ImitationBatch, signal)``, the samples with
+        their importance weights.
+
+    Raises:
+        SettingsError: the teacher is on other devices than the student.
+    """
+    if mesh_of(lab.teacher_params) != lab.mesh:
+        raise SettingsError(
+            f"alpha {alpha:g}: student and teacher write every token together, so "
+            "leave --teacher-mesh out, or take an alpha of 0"
+        )
+    config = sampling_config(lab.policy, lab.tokenizer, samples=1)
+    sample = make_mixed_sampler(lab.student, lab.teacher, config, alpha=alpha)
+
+    def write(params, prompts, rng):
+        samples = sample(*params, prompts[0], rng, prompts[1])
+        weights = jnp.exp(samples.log_probs - samples.behaviour_log_probs)
+        return samples.sequences, weights[:, 0]
+
+    write = follow_parameters(write, to_host=True)
+
+    def prepare(state: TrainState, batch: DemonstrationBatch):
+        params = state.student.params, lab.teacher_params
+        prompts = batch.sequences.prompts, batch.teacher_sequences.prompts
+        sequences, weights = write(params, prompts, step_keys(state).prepare)
+        imitated = answers(sequences, batch)
+        signal = lab.teach(imitated.teacher_sequences)
+        return ImitationBatch(batch, imitated, weights), signal
 
     return prepare

@@ -213,12 +213,7 @@ def make_lab(
     trains_trunk = reward.trunk == "trained"
 
     def sampler(model: CausalLM, samples: int) -> Sampler:
-        config = SamplingConfig(
-            max_new_tokens=policy.max_response,
-            temperature=policy.temperature,
-            eos_ids=(tokenizer.eos_id,),
-            samples_per_prompt=samples,
-        )
+        config = sampling_config(policy, tokenizer, samples=samples)
         # Texts are put together on the host.
         return follow_parameters(make_sampler(model, config), to_host=True)
 
@@ -249,6 +244,18 @@ def make_lab(
         ),
         trunk_features=follow_parameters(make_features(trunk)),
         trunk_states=follow_parameters(make_features(trunk, states="before")),
+    )
+
+
+def sampling_config(
+    policy: PolicyConfig, tokenizer: Tokenizer, *, samples: int
+) -> SamplingConfig:
+    """How policies write, whoever does."""
+    return SamplingConfig(
+        max_new_tokens=policy.max_response,
+        temperature=policy.temperature,
+        eos_ids=(tokenizer.eos_id,),
+        samples_per_prompt=samples,
     )
 
 

@@ -19,7 +19,7 @@ from typing import Literal
 
 import jax
 
-from experiments.baselines import Gkd, GkdConfig, MiniLlm, SeqKd
+from experiments.baselines import Gkd, GkdConfig, MiniLlm, MiniLlmConfig, SeqKd
 from experiments.command import run_command
 from experiments.course import Course
 from experiments.imitation import prepare_imitation
@@ -248,7 +248,7 @@ def table(lab: Lab, config: XkdExperiment) -> dict:
     return {
         "SeqKD": SeqKd(lab, options.fit),
         "GKD": Gkd(lab, gkd),
-        "MiniLLM": MiniLlm(lab, options.minillm_fit),
+        "MiniLLM": MiniLlm(lab, MiniLlmConfig(options.minillm_fit)),
         **family(lab, options),
     }
 

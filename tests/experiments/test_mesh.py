@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from experiments import pbkd, tvkd
-from experiments.baselines import Gkd, GkdConfig
+from experiments.baselines import Gkd, GkdConfig, MiniLlm, MiniLlmConfig
 from experiments.course import load_prompts, take_course
 from experiments.devices import open_meshes
 from experiments.judging import pair_log_probs
@@ -136,19 +136,43 @@ def test_a_teacher_on_other_devices_is_there_alone(apart):
     assert head.shape == apart.teacher_params["embed"]["embedding"].shape
 
 
+def learnt(lab, method, folder):
+    """Metrics and parameters after two updates on what both say."""
+    records = [DemonstrationRecord(f"number {i}", f"it is {i}") for i in range(8)]
+    course = SimpleNamespace(start=lab.student_params, demonstrations=records)
+    with Progress(io.StringIO()) as progress:
+        run = RunFolder.open(folder, {})
+        desk = Desk(run, progress, checkpoint_every=100)
+        params = method.train(desk, "4-student", course, steps=2, seed=0)
+    return read_metrics(run.path / "4-student"), jax.device_get(params)
+
+
 def test_a_student_learns_from_it_as_on_one_device(apart, tmp_path):
     """From its states, on what the student says and on what there is."""
-    records = [DemonstrationRecord(f"number {i}", f"it is {i}") for i in range(8)]
-    learnt = []
-    for name, lab in ("apart", apart), ("alone", open_lab(options(MeshConfig()))):
-        course = SimpleNamespace(start=lab.student_params, demonstrations=records)
-        with Progress(io.StringIO()) as progress:
-            run = RunFolder.open(tmp_path / name, {})
-            desk = Desk(run, progress, checkpoint_every=100)
-            method = Gkd(lab, GkdConfig(fit=TOY_FIT))
-            params = method.train(desk, "4-gkd", course, steps=2, seed=0)
-        learnt.append((read_metrics(run.path / "4-gkd"), jax.device_get(params)))
-    close(*learnt)
+    alone = open_lab(options(MeshConfig()))
+    close(
+        *(
+            learnt(lab, Gkd(lab, GkdConfig(fit=TOY_FIT)), tmp_path / name)
+            for name, lab in (("apart", apart), ("alone", alone))
+        )
+    )
+
+
+def test_a_student_learns_from_what_both_write_together(lab, apart, tmp_path):
+    """Samples, their weights and what is learned from them, as on one device."""
+    alone = open_lab(options(MeshConfig()))
+    mixed = MiniLlmConfig(fit=TOY_FIT, alpha=0.4)
+    found, expected = (
+        learnt(one, MiniLlm(one, mixed), tmp_path / name)
+        for name, one in (("mesh", lab), ("alone", alone))
+    )
+    close(found, expected)
+    shares = [line["metrics"]["student/effective_share"] for line in expected[0]]
+    assert all(0.0 < share < 1.0 for share in shares)
+    own, _ = learnt(alone, MiniLlm(alone, MiniLlmConfig(TOY_FIT)), tmp_path / "own")
+    assert "student/effective_share" not in own[0]["metrics"]
+    with pytest.raises(SettingsError, match="leave --teacher-mesh out, or take an"):
+        MiniLlm(apart, mixed)
 
 
 @pytest.mark.parametrize("where", ["lab", "apart"])
