@@ -177,6 +177,26 @@ def test_lines_that_cannot_be_used_stop_it_or_are_counted(files, tmp_path, capsy
     assert f"{tmp_path / 'b'}: 1 record, 2 tokens, " in told.out
 
 
+def test_messages_that_the_template_refuses_stop_it_or_are_counted(
+    files, tmp_path, capsys
+):
+    told = [{"role": "system", "content": "Brief."}, *PAIRS[2].prompt]
+    write_jsonl(
+        tmp_path / "data.jsonl", [*PAIRS, dataclasses.replace(PAIRS[2], prompt=told)]
+    )
+    (tmp_path / "strict.jinja").write_text(
+        "{% for m in messages %}{% if m.role == 'system' %}"
+        "{{ raise_exception('no system turn') }}{% endif %}{{ m.content }}{% endfor %}"
+    )
+    options = ("--data", tmp_path / "data.jsonl", "--top-k", 3)
+    options += ("--chat-template", tmp_path / "strict.jinja")
+    assert cache_command(files, tmp_path / "a", *options) == 2
+    reason = "the chat template refuses the messages: no system turn"
+    assert f"error: record 3: {reason}; write them" in capsys.readouterr().err
+    assert cache_command(files, tmp_path / "b", *options, "--on-error", "skip") == 0
+    assert f"1 skipped ({reason})" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

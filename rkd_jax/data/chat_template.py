@@ -16,6 +16,7 @@ import jinja2
 from jinja2.filters import do_format
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from rkd_jax.data.records import RecordError
 from rkd_jax.untrusted import one_line, shown
 
 Message = Mapping[str, Any]  # {"role": "user", "content": "Hello"}
@@ -36,6 +37,10 @@ _MOST_REPEATED = 1 << 20  # characters or items
 _LARGEST = {"*": 1 << 53, "**": 64}  # of what is multiplied, or raised
 _PADDING = frozenset(("center", "expandtabs", "ljust", "rjust", "zfill"))  # of str
 _WIDE = re.compile(r"%[^%a-zA-Z]*(\d{7}|\*)")  # in a format
+
+
+class _Refusal(jinja2.TemplateError):
+    """What a template says by ``raise_exception``: it is not for these messages."""
 
 
 class _Environment(ImmutableSandboxedEnvironment):
@@ -98,15 +103,21 @@ def render(
     """The text of ``messages``.
 
     Raises:
+        RecordError: the template says that it is not for such messages.
         ValueError: no message, unknown role, content that is not text, or the template
-            itself refuses.
+            fails.
     """
     _check(messages)
     try:
         return template.render(messages=messages, **variables)
+    except _Refusal as error:
+        raise RecordError(
+            f"the chat template refuses the messages: {one_line(error)}",
+            "write them otherwise or take another template",
+        ) from error
     except Exception as error:  # a template is a program, and fails as programs do
         raise ValueError(
-            f"the chat template refuses the messages: {one_line(error)}"
+            f"the chat template fails on the messages: {one_line(error)}"
         ) from error
 
 
@@ -169,4 +180,4 @@ def _to_json(value: Any, indent: int | None = None) -> str:
 
 
 def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
+    raise _Refusal(message)

@@ -170,8 +170,9 @@ def encode_prompt(
         add_bos: begin with BOS unless the template already wrote one.
 
     Raises:
+        RecordError: a prompt without a token, or messages that the template refuses.
         ValueError: the tokenizer lacks the template or the BOS asked for, or the
-        template refuses the messages.
+            template fails.
     """
     if isinstance(prompt, str) and not chat:
         ids = tokenizer.encode(prompt)
@@ -202,7 +203,8 @@ def tokenize_record(
         index: position of the record in its source; travels with the batch.
 
     Raises:
-        RecordError: text that encodes to nothing; the message names the record.
+        RecordError: text that encodes to nothing, messages that the template refuses;
+            the error names the record.
         ValueError: what ``config`` asks for and the tokenizer lacks.
     """
     try:

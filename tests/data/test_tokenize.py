@@ -219,6 +219,26 @@ def test_chat_prompt_keeps_the_opening_of_the_answer():
         tokenize_record(long_chat, TOKENIZER, config, 3)
 
 
+def test_messages_that_the_template_is_not_for_are_the_records_fault():
+    """It says so itself; a template that fails is at fault whatever the record."""
+    refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}"
+    tokenizer, broken = (
+        TOKENIZER.with_chat_template(refuses + text)
+        for text in ("{% endif %}u", "{% endif %}{{ 1 / 0 }}")
+    )
+    told = PromptRecord([{"role": "system", "content": "Be brief."}])
+    plain = PromptRecord([{"role": "user", "content": "Hi"}])
+    config = TokenizeConfig(20, 4)
+    assert tokenize_record(plain, tokenizer, config).prompt == [ord("u")]
+    reason = "record 7: the chat template refuses the messages: no"
+    with pytest.raises(RecordError, match=reason) as caught:
+        tokenize_record(told, tokenizer, config, 7)
+    assert caught.value.reason == reason
+    with pytest.raises(ValueError, match="the chat template fails on") as caught:
+        tokenize_record(plain, broken, config, 7)
+    assert not isinstance(caught.value, RecordError)
+
+
 def test_report_counts_what_was_cut_and_names_the_records():
     records = [
         PreferenceRecord("short", "aaaa", "aaab"),

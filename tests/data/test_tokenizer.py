@@ -181,8 +181,8 @@ def test_bad_messages(messages, message):
         (None, "has no chat template"),
         ("{% if %}", "chat template, line 1"),
         ("{{ raise_exception('no system turn') }}", "refuses.*no system turn"),
-        ("{{ messages.append(1) }}", "refuses the messages"),
-        ("{{ ''.__class__.__mro__ }}", "refuses the messages"),
+        ("{{ messages.append(1) }}", "fails on the messages"),
+        ("{{ ''.__class__.__mro__ }}", "fails on the messages"),
     ],
 )
 def test_bad_templates(template, message):
