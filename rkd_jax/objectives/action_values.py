@@ -4,9 +4,10 @@ A moment is a sum over the vocabulary: of a critic's values, weighted by the stu
 or the teacher's probabilities. Each of the three is read from the states of a model by
 a head; of policies or critics that are known by their numbers the numbers are read.
 Where all positions together would be more than `LOGITS`, slices of them follow one
-another (`rkd_jax.objectives.position_slices`). They are cut along T, and of a batch
-that lies on several devices each takes its own rows: a head that is cut over them is
-put together once for all slices, and its gradient summed over devices once.
+another (`rkd_jax.objectives.position_slices`). They are cut along T, or between rows
+where a row has to be whole, and of a batch that lies on several devices each takes its
+own rows: a head that is cut over them is put together once for all slices, and its
+gradient summed over devices once.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from rkd_jax.masking import accumulator, fill_masked
 from rkd_jax.models.api import CausalLM, response_hidden
 from rkd_jax.models.projection import project
 from rkd_jax.objectives.policy import frozen_params
-from rkd_jax.objectives.position_slices import in_slices
+from rkd_jax.objectives.position_slices import Along, in_slices
 from rkd_jax.sharding import ambient_axes
 from rkd_jax.types import Params, Sequences
 
@@ -235,6 +236,90 @@ def action_moments(
         a critic that is read a slice at a time, to that critic's parameters alone. A
         head's gradient adds up over slices in the dtype of its parameters.
     """
+    question = _asked(names, q_function, q_rows, sequences, anchor, student, teacher)
+    at, width = question.at, question.width
+
+    def of_rows(weights, given):
+        (mask, *_), _ = given
+        size = (logits or LOGITS) // (math.prod(mask.shape[:-1]) * width)
+        return _in_slices(at, weights, given, max(size, 1), "positions")
+
+    given = sequences.response_mask, sequences.targets, question.states
+    return _on_every_device(of_rows, question.weights, (given, foreseen))
+
+
+def row_terms(
+    conclude: Callable[[Moments, jax.Array, Any], Any],
+    data: Any,
+    names: Iterable[str],
+    q_function: QFunction,
+    q_rows: Rows,
+    sequences: Sequences,
+    *,
+    anchor: Player,
+    student: Rows | None = None,
+    teacher: Rows | None = None,
+    foreseen: Any,
+    logits: int | None = None,
+) -> Any:
+    """What a row's `MOMENTS` come to, ``conclude(moments, mask, data)``, ``[B]``.
+
+    The gradient of a sum over rows of what each comes to is known as soon as a row is
+    read, whatever its terms do together: rows that fit are read once, `action_moments`
+    and a loss of all of them twice.
+
+    Args:
+        conclude: (moments [B, .., T], mask [B, .., T], data) to a pytree of [B], of
+            every row by itself.
+        data: a pytree of [B, ..].
+        foreseen: like the result, float[B]: up to one factor for all, what the caller
+            will multiply it with. It changes no number.
+        names, q_function, q_rows, sequences, anchor, student, teacher, logits: see
+            `action_moments`.
+
+    Returns:
+        A pytree of [B].
+
+    Gradient:
+        As `action_moments` with ``foreseen``.
+    """
+    question = _asked(names, q_function, q_rows, sequences, anchor, student, teacher)
+    mask = sequences.response_mask
+    size = (logits or LOGITS) // (math.prod(mask.shape[1:]) * question.width)
+    if not size:
+        moments = action_moments(
+            names,
+            q_function,
+            q_rows,
+            sequences,
+            anchor=anchor,
+            student=student,
+            teacher=teacher,
+            logits=logits,
+        )
+        return conclude(moments, mask, data)
+
+    def at(critic, others, mask, targets, states, data):
+        moments = question.at(critic, others, mask, targets, states)
+        return conclude(moments, mask, data)
+
+    def of_rows(weights, given):
+        return _in_slices(at, weights, given, size, "rows")
+
+    given = mask, sequences.targets, question.states, data
+    return _on_every_device(of_rows, question.weights, (given, foreseen))
+
+
+class _Question(NamedTuple):
+    """What is asked about positions, and of whom."""
+
+    at: Callable[..., Moments]  # (critic, other weights, mask, targets, states)
+    weights: dict[str, Any]
+    states: dict[str, jax.Array]
+    width: int  # V
+
+
+def _asked(names, q_function, q_rows, sequences, anchor, student, teacher) -> _Question:
     names = tuple(names)
     players = {"student": student, "teacher": teacher}
     read = {who for name in names for who in _READS[name]}
@@ -259,12 +344,12 @@ def action_moments(
         )
         return {name: MOMENTS[name](here) for name in names}
 
-    width = max(one.vocabulary for one in rows.values())
-    weights = {who: one.weights for who, one in rows.items()}
-    states = {who: one.states for who, one in rows.items()}
-    of_rows = partial(_of_rows, at, width=width, logits=logits or LOGITS)
-    given = sequences.response_mask, sequences.targets, states
-    return _on_every_device(of_rows, weights, (given, foreseen))
+    return _Question(
+        at,
+        {who: one.weights for who, one in rows.items()},
+        {who: one.states for who, one in rows.items()},
+        max(one.vocabulary for one in rows.values()),
+    )
 
 
 def _on_every_device(of_rows, weights, given) -> Moments:
@@ -291,16 +376,13 @@ def _on_every_device(of_rows, weights, given) -> Moments:
     )(weights, given)
 
 
-def _of_rows(at, weights, given, *, width: int, logits: int) -> Moments:
-    """``at`` of all positions ``[*batch, T, ..]``, along T in as few slices as fit.
-
-    A slice has one position of every row at the least, whatever that takes.
-    """
+def _in_slices(at, weights, given, size: int, along: Along) -> Any:
+    """``at`` of all positions or rows ``given``, the critic's gradient foreseen."""
     here, foreseen = given
-    mask, *_ = here
-    size = max(logits // (math.prod(mask.shape[:-1]) * width), 1)
     critic = weights["q"]
     others = {who: one for who, one in weights.items() if who != "q"}
     if critic is None:  # all there is of it are numbers, whose gradient is no sum
         foreseen = None
-    return in_slices(at, critic, others, here, size=size, foreseen=foreseen)
+    return in_slices(
+        at, critic, others, here, size=size, along=along, foreseen=foreseen
+    )

@@ -71,8 +71,8 @@ from rkd_jax.objectives.game import (
     weighted,
 )
 from rkd_jax.objectives.pbkd import Constraint, DualScale
-from rkd_jax.objectives.q_anchor import pair_advantages
-from rkd_jax.objectives.reward_model import l2_penalty, pair_losses
+from rkd_jax.objectives.q_anchor import pair_terms
+from rkd_jax.objectives.reward_model import l2_penalty
 from rkd_jax.objectives.white_box import (
     OFF,
     ON,
@@ -362,15 +362,9 @@ class _Game:
 
     def _preference_terms(self, critic, anchor, pairs, features, anchor_nll) -> Means:
         """What the pairs say about a critic; pairs without any token do not count."""
-        returns = pair_advantages(
-            self.q_function,
-            critic,
-            pairs.sequences,
-            features,
-            anchor,
-            self.credit.gamma,
+        nll, _, valid = pair_terms(
+            self.q_function, critic, pairs, features, anchor, self.credit.gamma
         )
-        nll, valid = pair_losses(returns, pairs)
         penalised = nll + self.l2 * l2_penalty(critic) if self.l2 else nll
         slack = confidence_slack(penalised, anchor_nll, epsilon=self.epsilon)
         count = valid.sum().astype(nll.dtype)

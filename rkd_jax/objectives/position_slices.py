@@ -1,4 +1,4 @@
-"""A function of every position along T, a slice of positions at a time.
+"""A function of every position, or of every row, a slice of them at a time.
 
 What it makes over the vocabulary exists for one slice only. A backward pass computes a
 slice again, unless its gradient was foreseen (`rkd_jax.losses.ahead`).
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +21,10 @@ import jax.numpy as jnp
 from rkd_jax.losses.ahead import scaled_or_again
 
 Given = tuple[Any, ...]
+Along = Literal["positions", "rows"]
 At = Callable[..., Any]
-"""``(trained, data, *given [.., T, ..]) -> pytree of [.., T]``, whatever T is."""
+"""``(trained, data, *given [.., T, ..]) -> pytree of [.., T]``, whatever T is; or of
+rows, ``*given [B, ..] -> pytree of [B]``."""
 
 
 def in_slices(
@@ -32,6 +34,7 @@ def in_slices(
     given: Given,
     *,
     size: int,
+    along: Along = "positions",
     foreseen: Any = None,
 ) -> Any:
     """``at(trained, data, *given)``, slices of ``size`` positions one after the other.
@@ -43,17 +46,20 @@ def in_slices(
         data: the same, of any kind.
         given: pytrees of arrays [*batch, T, ..], the first of them with no more axes.
         size: positions; ``at`` is called once, with [*batch, T, ..], if T is no larger.
+        along: "rows" cuts the first axis in place of T: ``at`` says something of each
+            row by itself, and may read all of its positions.
         foreseen: like the result, up to one factor what it will be multiplied with.
             It changes no number.
 
     Returns:
-        A pytree of [*batch, T].
+        A pytree of [*batch, T]; along rows of [B].
 
     Gradient:
         Flows as in ``at``; with ``foreseen`` to ``trained`` alone.
     """
     first = jax.tree.leaves(given[0])[0]
-    axis, length = first.ndim - 1, first.shape[-1]
+    axis = first.ndim - 1 if along == "positions" else 0
+    length = first.shape[axis]
     if foreseen is not None:
         data, given = jax.lax.stop_gradient((data, given))
     if size >= length:

@@ -11,12 +11,14 @@ player takes the ``student`` seat of the update.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
-from rkd_jax.losses import trajectory_return
+from rkd_jax.losses import bradley_terry, trajectory_return
 from rkd_jax.losses.domain import check_domain
-from rkd_jax.masking import masked_sum
+from rkd_jax.masking import fill_masked, masked_sum
 from rkd_jax.models.api import CausalLM
 from rkd_jax.objectives.action_values import (
     FrozenPolicy,
@@ -24,9 +26,11 @@ from rkd_jax.objectives.action_values import (
     QValues,
     Rows,
     action_moments,
+    row_terms,
 )
+from rkd_jax.objectives.per_pair import real_pairs_of
 from rkd_jax.objectives.policy import members
-from rkd_jax.objectives.reward_model import l2_penalty, pair_losses
+from rkd_jax.objectives.reward_model import l2_penalty
 from rkd_jax.types import (
     LossOutput,
     Mean,
@@ -62,6 +66,52 @@ def pair_advantages(
     )
     mask = sequences.response_mask
     return members(trajectory_return(moments["advantages"], mask, gamma=gamma))
+
+
+class PairTerms(NamedTuple):
+    """What a critic says of each pair, ``[pairs]``."""
+
+    nll: jax.Array  # nats
+    margin: jax.Array  # advantage sum of the chosen response less the other's
+    valid: jax.Array  # bool, False for padding, whose numbers have no meaning
+
+
+def pair_terms(
+    q_function: QFunction,
+    params: Params,
+    pairs: PreferenceBatch,
+    features: jax.Array | None,
+    anchor: Rows,
+    gamma: float,
+) -> PairTerms:
+    """Bradley-Terry loss of the differences of `pair_advantages`.
+
+    Every pair is read once, in the forward pass, if a device can hold its log-probs.
+
+    Gradient: to ``params``; for a mean over the pairs that are valid it is at hand.
+    """
+    valid = real_pairs_of(pairs)
+    label = fill_masked(pairs.label, valid, 1.0)
+
+    def conclude(moments, mask, label):
+        returns = trajectory_return(moments["advantages"], mask, gamma=gamma)
+        returns = members(returns)
+        nll = bradley_terry(returns, label=label)
+        return {"nll": nll, "margin": returns.chosen - returns.rejected}
+
+    weights = valid.astype(jnp.float32)
+    found = row_terms(
+        conclude,
+        label,
+        ("advantages",),
+        q_function,
+        q_function.along(params, pairs.sequences, features),
+        pairs.sequences,
+        anchor="teacher",
+        teacher=anchor,
+        foreseen={"nll": weights, "margin": jnp.zeros_like(weights)},
+    )
+    return PairTerms(found["nll"], found["margin"], valid)
 
 
 def make_q_anchor(
@@ -113,18 +163,17 @@ def make_q_anchor(
     ):
         del critic, rng
         signal = jax.lax.stop_gradient(signal)
-        returns = pair_advantages(
+        nll, margin, valid = pair_terms(
             q_function,
             params,
-            batch.sequences,
+            batch,
             signal.preference_features,
             policy(frozen, signal.preferences),
             gamma,
         )
-        nll, valid = pair_losses(returns, batch)
         total = masked_sum(nll, valid)
         weight = valid.sum().astype(total.dtype)
-        hit = 0.5 * (1.0 + jnp.sign(returns.chosen - returns.rejected))
+        hit = 0.5 * (1.0 + jnp.sign(margin))
         metrics = {
             "anchor/nll": Mean(total, weight),
             "anchor/accuracy": Mean(masked_sum(hit, valid), weight),

@@ -16,11 +16,12 @@ from rkd_jax.objectives.action_values import (
     QFunction,
     Rows,
     action_moments,
+    row_terms,
 )
 from rkd_jax.sharding import MeshConfig, batch_sharding, make_mesh
 from rkd_jax.types import Sequences
 
-PROMPTS, SAMPLES, TARGETS, WIDTH, VOCABULARY, HIDDEN = 8, 2, 16, 64, 512, 32
+PROMPTS, SAMPLES, TARGETS, WIDTH, VOCABULARY, HIDDEN = 16, 2, 16, 64, 512, 32
 HEAD = WIDTH * VOCABULARY
 Q = QFunction(
     head_q_values(QHead(actions=VOCABULARY, width=HIDDEN)), center=True, bound=1.0
@@ -48,8 +49,31 @@ def total(heads, critic, states, sequences, *, logits, foreseen=False):
     return sum(one.sum() for one in moments.values())
 
 
+def pair_total(heads, critic, states, sequences, *, logits):
+    """What rows of two come to, of which the gradient is foreseen."""
+    head, _ = heads
+
+    def conclude(moments, mask, data):
+        returns = jnp.where(mask, moments["advantages"], 0.0).sum(-1)
+        return jax.nn.softplus(returns[:, 1] - returns[:, 0])
+
+    losses = row_terms(
+        conclude,
+        None,
+        ("advantages",),
+        Q,
+        Q.along(critic, sequences, states),
+        sequences,
+        anchor="teacher",
+        teacher=Rows(states, lambda head, x: jax.nn.log_softmax(x @ head), head),
+        foreseen=jnp.ones(PROMPTS),
+        logits=logits,
+    )
+    return losses.sum()
+
+
 @functools.cache
-def sent(logits, foreseen=False) -> dict[str, float]:
+def sent(of, **options) -> dict[str, float]:
     """Numbers that a device sends by kind of collective, gradients of all included."""
     mesh = make_mesh(MeshConfig(fsdp=8), jax.devices())
     shape = (PROMPTS, SAMPLES, TARGETS)
@@ -63,9 +87,7 @@ def sent(logits, foreseen=False) -> dict[str, float]:
         response_mask=jax.ShapeDtypeStruct(shape, bool),
     )
     states = jax.ShapeDtypeStruct((*shape, WIDTH), jnp.float32)
-    gradients = jax.grad(
-        functools.partial(total, logits=logits, foreseen=foreseen), argnums=(0, 1)
-    )
+    gradients = jax.grad(functools.partial(of, **options), argnums=(0, 1))
     players = placed(((head, head), critic), cut)
     with jax.set_mesh(mesh):
         lowered = jax.jit(gradients, out_shardings=cut).lower(
@@ -79,7 +101,7 @@ def sent(logits, foreseen=False) -> dict[str, float]:
 @pytest.mark.parametrize("positions", [TARGETS, 4, 1])
 def test_heads_are_gathered_once_and_gradients_summed_once(positions):
     """However many slices the positions are cut into."""
-    found = sent(positions * SAMPLES * VOCABULARY)
+    found = sent(total, logits=positions * SAMPLES * VOCABULARY)
     once = 7 / 8 * (2 * HEAD + HIDDEN * VOCABULARY + HIDDEN * WIDTH)
     assert once <= found.pop("all-gather") < 1.02 * once
     # Of the student and the critic; this compiler does not scatter what it reduces.
@@ -90,10 +112,20 @@ def test_heads_are_gathered_once_and_gradients_summed_once(positions):
 
 @pytest.mark.parametrize("positions", [4, 1])
 def test_so_they_are_where_the_gradient_was_foreseen(positions):
-    found = sent(positions * SAMPLES * VOCABULARY, foreseen=True)
+    found = sent(total, logits=positions * SAMPLES * VOCABULARY, foreseen=True)
     kernels, biases = HIDDEN * (VOCABULARY + WIDTH), VOCABULARY + HIDDEN
     once = 7 / 8 * (2 * HEAD + kernels)
     assert once <= found.pop("all-gather") < 1.02 * once
     # The critic's alone.
+    assert found.pop("all-reduce") == 2 * 7 / 8 * (kernels + biases)
+    assert not found
+
+
+@pytest.mark.parametrize("rows", [2, 1])
+def test_so_they_are_where_rows_are_read_one_after_the_other(rows):
+    found = sent(pair_total, logits=rows * SAMPLES * TARGETS * VOCABULARY)
+    kernels, biases = HIDDEN * (VOCABULARY + WIDTH), VOCABULARY + HIDDEN
+    once = 7 / 8 * (HEAD + kernels)
+    assert once <= found.pop("all-gather") < 1.02 * once
     assert found.pop("all-reduce") == 2 * 7 / 8 * (kernels + biases)
     assert not found
