@@ -16,6 +16,7 @@ from experiments.trainer import Trainer
 from rkd_jax.data.records import DemonstrationRecord, PreferenceRecord
 from rkd_jax.losses import generalized_jsd
 from rkd_jax.losses.importance import Importance
+from rkd_jax.losses.policy_gradient import CreditBaseline
 from rkd_jax.objectives.dpo import make_dpo
 from rkd_jax.objectives.gkd import make_gkd
 from rkd_jax.objectives.kd import make_kd
@@ -150,6 +151,9 @@ class MiniLlmConfig:
     importance: Importance = "per_decision"
     """How samples of the mixture are weighted: exactly, or by each token's own weight
     as published."""
+    baseline: CreditBaseline = "none"
+    """Of a token's credit: none, the mean of the other rows, or whitened as
+    published."""
 
 
 class MiniLlm:
@@ -168,6 +172,7 @@ class MiniLlm:
             teacher=lab.teacher,
             temperature=lab.policy.temperature,
             importance=options.importance,
+            baseline=options.baseline,
         )
         self.trainer = Trainer(lab, objective, options.fit)
 

@@ -14,7 +14,11 @@ import jax
 from rkd_jax.losses.fused import linear_token_log_probs
 from rkd_jax.losses.fused_plan import TILES, Tiles, run
 from rkd_jax.losses.importance import Importance, shares
-from rkd_jax.losses.policy_gradient import LongPart, long_part_credit
+from rkd_jax.losses.policy_gradient import (
+    CreditBaseline,
+    LongPart,
+    long_part_credit,
+)
 from rkd_jax.losses.readouts import Readout
 from rkd_jax.losses.row_losses import CreditedReverseKl
 
@@ -32,6 +36,7 @@ def linear_sequence_reverse_kl(
     length_normalised: bool = False,
     importance_weights: jax.Array | None = None,
     importance: Importance = "per_decision",
+    baseline: CreditBaseline = "none",
     temperature: float = 1.0,
     student_bias: jax.Array | None = None,
     teacher_bias: jax.Array | None = None,
@@ -57,6 +62,7 @@ def linear_sequence_reverse_kl(
         length_normalised: see `sequence_reverse_kl`.
         importance_weights: see `sequence_reverse_kl`.
         importance: see `sequence_reverse_kl`.
+        baseline: see `sequence_reverse_kl`.
         temperature: positive; divides both logits.
         student_bias: float[V].
         teacher_bias: float[V].
@@ -103,6 +109,7 @@ def linear_sequence_reverse_kl(
         long_part=long_part,
         length_normalised=length_normalised,
         counts=counts,
+        baseline=baseline,
     )
     return run(
         CreditedReverseKl(),

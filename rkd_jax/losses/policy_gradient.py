@@ -22,9 +22,10 @@ from rkd_jax.losses.domain import check_choice, check_domain
 from rkd_jax.losses.importance import Importance, Shares, counted, shares
 from rkd_jax.losses.likelihood import token_log_probs
 from rkd_jax.losses.returns import discount_weights, reward_to_go
-from rkd_jax.masking import accumulator, fill_masked
+from rkd_jax.masking import accumulator, fill_masked, masked_mean
 
 LongPart = Literal["following", "inclusive"]
+CreditBaseline = Literal["none", "others", "whitened"]
 
 
 def leave_one_out(returns: jax.Array) -> jax.Array:
@@ -200,6 +201,7 @@ def sequence_reverse_kl(
     length_normalised: bool = False,
     importance_weights: jax.Array | None = None,
     importance: Importance = "per_decision",
+    baseline: CreditBaseline = "none",
 ) -> jax.Array:
     r"""Sequence-level reverse KL on samples, per token; MiniLLM's loss.
 
@@ -235,6 +237,11 @@ def sequence_reverse_kl(
             and spreads with the length. "token" multiplies C_t by w_t alone and
             nothing else, as MiniLLM does: biased, for states count as the sampler
             visits them, but bounded as the weights are.
+        baseline: what C_t is less. "others": its mean over the other rows that reach
+            step t, counted by column; unbiased, and with less variance where rows are
+            many and far from the teacher. "whitened": its mean over all targets, and C_t is divided by its
+            standard deviation; biased, and the long part no longer has the scale of
+            the single step.
 
     Returns:
         float32[*batch, T]; 0 where the mask is not set. +inf or NaN, honestly, where
@@ -247,13 +254,14 @@ def sequence_reverse_kl(
 
     Raises:
         ValueError: gamma out of range (Python numbers; traced ones are not checked),
-            unknown long_part or importance, or vocabularies of different size.
+            unknown long_part, importance or baseline, or vocabularies of different
+            size.
         AssertionError: other shapes disagree.
 
     References:
         Gu et al., MiniLLM, 2306.08543, single and long part of the gradient, weights of
-        teacher-mixed samples. Deviation: no clipping of stale samples, no whitening of
-        the credit; "token" leaves the single step unweighted, as the released code
+        teacher-mixed samples. Deviation: no clipping of stale samples; only set targets
+        are whitened; "token" leaves the single step unweighted, as the released code
         does and the paper, in expectation. Reconstruction: the divisor of the length
         normalisation.
     """
@@ -273,6 +281,7 @@ def sequence_reverse_kl(
         long_part=long_part,
         length_normalised=length_normalised,
         counts=counts,
+        baseline=baseline,
     )
     nothing = taken - jax.lax.stop_gradient(taken)
     if importance_weights is not None:  # the student may rule a target out: no credit
@@ -288,6 +297,7 @@ def long_part_credit(
     long_part: LongPart,
     length_normalised: bool,
     counts: Shares,
+    baseline: CreditBaseline,
 ) -> jax.Array:
     """C_t of `sequence_reverse_kl` out of ``log pi / pi_E`` of the tokens, [*batch, T].
 
@@ -296,6 +306,7 @@ def long_part_credit(
     """
     check_domain("gamma", gamma, "[0, 1]")
     check_choice("long_part", long_part, get_args(LongPart))
+    check_choice("baseline", baseline, get_args(CreditBaseline))
     log_ratios = counted(counts.signals, log_ratios)
     credit = reward_to_go(log_ratios, mask, gamma=gamma)
     summed = reward_to_go(jnp.ones_like(log_ratios), mask)  # how many log-ratios
@@ -303,6 +314,14 @@ def long_part_credit(
         credit, summed = credit - log_ratios, summed - 1.0
     if length_normalised:
         credit = credit / jnp.maximum(summed, 1.0)
+    # Weighted as the target is: so its mean times the score's is 0 under any sampler.
+    if baseline == "others":
+        credit = credit - counted(counts.signals, _mean_of_other_rows(credit, mask))
+    elif baseline == "whitened":
+        mean = masked_mean(credit, mask)
+        variance = masked_mean(jnp.square(credit - mean), mask)
+        credit = credit - counted(counts.signals, jnp.broadcast_to(mean, credit.shape))
+        credit = credit / jnp.sqrt(jnp.maximum(variance, jnp.finfo(credit.dtype).eps))
     return counted(counts.credits, credit)
 
 
@@ -312,6 +331,14 @@ def _check_group(samples: int) -> None:
             f"leave-one-out needs two samples per prompt or more, got {samples}: raise "
             "samples_per_prompt or use no baseline"
         )
+
+
+def _mean_of_other_rows(values: jax.Array, mask: jax.Array) -> jax.Array:
+    """Over the other rows where the mask is set in this column; 0 where none is."""
+    rows = tuple(range(values.ndim - 1))
+    own, here = fill_masked(values, mask), mask.astype(values.dtype)
+    total = own.sum(rows, keepdims=True) - own
+    return total / jnp.maximum(here.sum(rows, keepdims=True) - here, 1.0)
 
 
 def _mean_of_others(values: jax.Array, axis: int) -> jax.Array:

@@ -9,8 +9,8 @@ The states depend on the student as well, so the gradient of the right-hand side
 fixed states is only a part of it; `rkd_jax.losses.sequence_reverse_kl` holds both.
 Responses may come from a mixture with the teacher, with the weights of their tokens
 (`rkd_jax.models.mixed_sampling`). What the paper adds for stability and this module
-leaves out: the clipped ratio of stale samples, whitened credits, and a language
-modelling loss on other text.
+leaves out: the clipped ratio of stale samples, and a language modelling loss on other
+text.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from __future__ import annotations
 from rkd_jax.losses import token_log_probs
 from rkd_jax.losses.domain import check_domain
 from rkd_jax.losses.importance import Importance
-from rkd_jax.losses.policy_gradient import LongPart
+from rkd_jax.losses.policy_gradient import CreditBaseline, LongPart
 from rkd_jax.masking import masked_sum
 from rkd_jax.models.api import CausalLM
 from rkd_jax.objectives.gkd import imitated_responses
@@ -37,6 +37,7 @@ def make_minillm(
     long_part: LongPart = "following",
     length_normalised: bool = False,
     importance: Importance = "per_decision",
+    baseline: CreditBaseline = "none",
 ) -> Objective:
     """Reverse KL of whole responses, written by the student or with the teacher.
 
@@ -46,9 +47,11 @@ def make_minillm(
         temperature: the policy is ``softmax(logits / temperature)``; the responses have
             to be sampled at it, without top-k or top-p, from the current parameters, or
             the gradient is biased. The signal is taken at the same temperature.
-        gamma, long_part, length_normalised, importance: see `sequence_reverse_kl`. The
-            defaults give the exact gradient; a gamma of 0 is GKD with reverse KL on the
-            student's samples, normalised by responses instead of tokens.
+        gamma, long_part, length_normalised, importance, baseline: see
+            `sequence_reverse_kl`; rows are those of a micro-batch. The defaults give
+            the exact gradient, a baseline of "others" too, with less variance. A gamma
+            of 0 is GKD with reverse KL on the student's samples, normalised by
+            responses instead of tokens.
 
     Returns:
         `Objective` over an `ImitationBatch` or a `DemonstrationBatch` whose signal is
@@ -88,6 +91,7 @@ def make_minillm(
             length_normalised=length_normalised,
             importance_weights=weights,
             importance=importance,
+            baseline=baseline,
         )
         log_probs = None
         if teacher is None:  # out of states it would be another pass of the head

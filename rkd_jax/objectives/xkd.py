@@ -41,7 +41,7 @@ import jax.numpy as jnp
 from rkd_jax.losses import forward_kl, token_log_probs
 from rkd_jax.losses.domain import check_choice, check_domain
 from rkd_jax.losses.importance import Importance
-from rkd_jax.losses.policy_gradient import LongPart
+from rkd_jax.losses.policy_gradient import CreditBaseline, LongPart
 from rkd_jax.masking import sequence_mean, sequence_sum
 from rkd_jax.models.api import CausalLM
 from rkd_jax.objectives.importance import imitated_weights, sample_metrics
@@ -195,6 +195,7 @@ def make_xkd_minillm(
     long_part: LongPart = "following",
     length_normalised: bool = False,
     importance: Importance = "per_decision",
+    baseline: CreditBaseline = "none",
     td_sequences: TdSequences = "fixed",
 ) -> Objective:
     """Sequence-level reverse KL on samples, the reward from the fixed responses.
@@ -203,8 +204,8 @@ def make_xkd_minillm(
         model, inference, w_x, temperature: see `make_xkd_sequence`; at a w_x of 0 it is
             `make_minillm`.
         teacher: see `make_xkd_gkd`.
-        gamma, long_part, length_normalised, importance: of the reverse KL, see
-            `sequence_reverse_kl`; the regulariser has its own discount and no weights.
+        gamma, long_part, length_normalised, importance, baseline: of the reverse KL,
+            see `make_minillm`; the regulariser has its own discount and no weights.
         td_sequences: see `make_xkd_gkd`.
 
     Returns:
@@ -234,6 +235,7 @@ def make_xkd_minillm(
             length_normalised=length_normalised,
             importance_weights=weights,
             importance=importance,
+            baseline=baseline,
         )
 
     return _objective(

@@ -110,6 +110,53 @@ def test_value_and_gradient(importance, gamma, long_part, length_normalised):
     np.testing.assert_array_equal(nothing, np.zeros((4, 4)))
 
 
+@pytest.mark.parametrize("importance", [None, *IMPORTANCE])
+@pytest.mark.parametrize("baseline", ["others", "whitened"])
+def test_baselines_of_the_credit(baseline, importance):
+    """From loops: less what the mean of others, or of all targets, would give."""
+    options = {"importance": importance or "token", "gamma": 0.6}
+    weights = jnp.asarray(WEIGHTS) if importance else None
+
+    def slopes(**more):
+        def total(student):
+            return sequence_reverse_kl(
+                student,
+                jnp.asarray(TEACHER_ROWS),
+                jnp.asarray(TOKENS),
+                jnp.asarray(MASK),
+                importance_weights=weights,
+                **(options | more),
+            ).sum()
+
+        return np.asarray(jax.grad(total)(jnp.asarray(STUDENT_ROWS)))
+
+    q = np.exp(log_softmax(STUDENT_ROWS))
+    score = np.eye(3)[TOKENS] - q
+    single = slopes(gamma=0.0)  # no long part
+    # The credit, out of the one entry of the score that is the target's.
+    place = np.expand_dims(TOKENS, -1)
+    long, own = (
+        np.take_along_axis(x, place, -1)[..., 0] for x in (slopes() - single, score)
+    )
+    credit = np.where(MASK, long / own, 0.0)
+    exact = importance == "per_decision"
+    share = np.cumprod(WEIGHTS, axis=-1) if exact else np.ones((4, 4))
+    after = WEIGHTS if importance == "token" else np.ones((4, 4))
+    credit = credit / after
+    expected = np.zeros((4, 4))
+    for row, t in np.argwhere(MASK):
+        others = [credit[i, t] for i in range(4) if i != row and MASK[i, t]]
+        mean = np.mean(others) if others else 0.0
+        if baseline == "whitened":
+            mean = credit[MASK].mean()
+        expected[row, t] = credit[row, t] - share[row, t] * mean
+        if baseline == "whitened":
+            expected[row, t] /= credit[MASK].std()
+    expected = single + np.expand_dims(after * expected, -1) * score
+    expected = np.where(MASK[..., None], expected, 0.0)
+    np.testing.assert_allclose(slopes(baseline=baseline), expected, atol=1e-12)
+
+
 @pytest.mark.parametrize("importance", IMPORTANCE)
 def test_a_target_that_the_student_rules_out(importance):
     """Its log-ratio is -inf and counts nothing; per decision it is the end."""
@@ -165,10 +212,11 @@ def test_products_of_weights_skip_what_is_not_set():
         per_decision_weights(weights, mask[:, 1:])
 
 
-def test_unknown_importance():
+@pytest.mark.parametrize("name", ["importance", "baseline"])
+def test_unknown_options(name):
     rows, mask = jnp.zeros((4, 4, 3)), jnp.asarray(MASK)
-    with pytest.raises(ValueError, match="importance must be one of .*'all'"):
-        sequence_reverse_kl(rows, rows, jnp.asarray(TOKENS), mask, importance="all")
+    with pytest.raises(ValueError, match=f"{name} must be one of .*'all'"):
+        sequence_reverse_kl(rows, rows, jnp.asarray(TOKENS), mask, **{name: "all"})
 
 
 # The objective, by enumeration
@@ -272,6 +320,59 @@ def test_weights_of_tokens_are_biased_by_the_states_alone():
     np.testing.assert_allclose(bare, expected, atol=1e-12)
     assert off(gradient) == pytest.approx(0.416, abs=5e-4)
     assert off(bare) == pytest.approx(0.431, abs=5e-4)
+
+
+def gradients_of_batches(objective, indices, x, weights, teacher):
+    """[n, 2, 15, 3]: of batches of responses ``indices`` [n, rows] to prompt x."""
+    numbers = np.full_like(indices, x)
+    sequences = bed_sequences(numbers, indices)
+    rows = DemonstrationBatch(sequences, sequences, jnp.asarray(indices))
+    drawn = None if weights is None else jnp.asarray(weights[x][indices])
+    log_probs = log_softmax(teacher)[numbers[..., None], BED_E.states[indices]]
+
+    @jax.jit
+    @functools.partial(jax.vmap, in_axes=(None, 0, 0))
+    def gradients(params, batch, signal):
+        def mean(params):
+            out = objective.student_loss(params, None, None, batch, signal, None)
+            return out.total / out.weight
+
+        return jax.grad(mean)(params)["logits"]
+
+    found = gradients(
+        {"logits": jnp.asarray(STUDENT)},
+        ImitationBatch(rows, rows, drawn),
+        TeacherSignal(jnp.asarray(log_probs)),
+    )
+    return np.asarray(found)
+
+
+@pytest.mark.parametrize("sampler", [None, "mixture"])
+def test_the_mean_of_another_row_is_no_bias(sampler):
+    """Over all pairs of rows of a prompt."""
+    table = log_softmax(STUDENT) if sampler is None else SAMPLERS[sampler]
+    weights = token_weights(table).reshape(2, 31, BED_E.horizon)
+    chance = np.exp(BED_E.sequence_log_probs(table))
+    pairs = np.array(list(itertools.product(range(31), repeat=2)))
+    objective, mean = make_minillm(MODEL, baseline="others"), 0.0
+    for x, share in enumerate(BED_E.prompt_weights):
+        given = None if sampler is None else weights
+        each = gradients_of_batches(objective, pairs, x, given, TEACHER)
+        both = chance[x][pairs].prod(axis=1)
+        mean += share * np.tensordot(both, each, 1)
+    np.testing.assert_allclose(mean, EXACT, atol=1e-12)
+
+
+def test_the_mean_of_many_rows_takes_variance_away():
+    """To a teacher far away every credit is large; 2000 batches of 16 rows."""
+    far, spread = -2.0 * STUDENT, {}
+    chance = np.exp(BED_E.sequence_log_probs(log_softmax(STUDENT)))[0]
+    drawn = np.random.default_rng(4).choice(31, size=(2000, 16), p=chance)
+    for baseline in ("none", "others"):
+        objective = make_minillm(MODEL, baseline=baseline)
+        each = gradients_of_batches(objective, drawn, 0, None, far)
+        spread[baseline] = each.var(axis=0).sum()
+    assert spread["others"] < 0.85 * spread["none"]
 
 
 @pytest.mark.parametrize("importance", IMPORTANCE)

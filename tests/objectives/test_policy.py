@@ -154,7 +154,8 @@ def test_weighted_samples_count_the_same_without_logits(importance):
     weights[3, 1] = 0.0
     weights = jnp.where(text.response_mask, jnp.asarray(weights), jnp.nan)
     batch = ImitationBatch(rows, rows, weights)
-    for options in ({}, {"gamma": 0.8, "long_part": "inclusive"}):
+    inclusive = {"gamma": 0.8, "long_part": "inclusive"}
+    for options in ({}, inclusive, {"baseline": "others"}, {"baseline": "whitened"}):
         make = functools.partial(make_minillm, CAPPED, importance=importance, **options)
         agree(make, batch, loud(CAPPED, 1))
 
