@@ -175,7 +175,8 @@ class ImitationBatch:
 
     demonstrations: DemonstrationBatch  # [B]
     imitated: DemonstrationBatch | None = None  # [B], e.g. samples of the student
-    importance_weights: jax.Array | None = None  # float32[B, T], student over sampler
+    importance_weights: jax.Array | None = None  # float32[B, T], of imitated: student
+    # over who wrote it, at every target; None: the student did
 
 
 @struct
