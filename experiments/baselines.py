@@ -151,7 +151,7 @@ class MiniLlmConfig:
     importance: Importance = "per_decision"
     """How samples of the mixture are weighted: exactly, or by each token's own weight
     as published."""
-    baseline: CreditBaseline = "none"
+    baseline: CreditBaseline = "whitened"
     """Of a token's credit: none, the mean of the other rows, or whitened as
     published."""
 
