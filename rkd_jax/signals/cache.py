@@ -209,7 +209,7 @@ class TeacherCache:
             length = len(row.targets)
             ids[row.columns] = response.topk.ids[:length]
             log_probs[row.columns] = response.topk.log_probs[:length]
-        return TopkSignal(ids, log_probs)
+        return TopkSignal(ids, log_probs, self.settings.temperature)
 
     def reference(self, batch: Batch) -> ReferenceSignal:
         """Summed log-probs under the reference, ``[B, 2]`` of pairs, else ``[B]``.
