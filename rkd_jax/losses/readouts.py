@@ -79,25 +79,35 @@ def normalise(plan: Plan, logits: list[jax.Array], columns, data):
     """
     places = plan.loss.places(columns, data)
     if places is None:
-        normalisers = _normalisers(plan, logits)
-        return log_probs_of(logits, normalisers, columns), normalisers
+        normalisers, powers = _normalisers(plan, logits)
+        logs = log_probs_of(logits, normalisers, columns)
+        return logs._replace(power_sums=powers), normalisers
     student, normaliser, apart = _normaliser_in_parts(plan, logits[0], places)
     normalisers = normaliser[:, None]
     logs = log_probs_of([student], normalisers, columns)
     return logs._replace(apart=apart), normalisers
 
 
-def _normalisers(plan: Plan, logits: list[jax.Array]) -> jax.Array:
-    """Log of the sum of exponentials of each side, ``[C, sides]``, or 0."""
+def _normalisers(plan: Plan, logits: list[jax.Array]):
+    """Log of the sum of exponentials of each side, ``[C, sides]``, or 0.
+
+    And those of the student's probabilities to the loss's powers, ``[C, powers]``: the
+    largest token is the same, and all sums go over the shards together.
+    """
     top = jnp.stack([z.max(-1) for z in logits], axis=-1)
     if plan.axis_name is not None:
         top = jax.lax.pmax(top, plan.axis_name)
-    total = [jnp.exp(z - top[:, i, None]).sum(-1) for i, z in enumerate(logits)]
-    total = jnp.stack(total, axis=-1)
+    shifted = [z - top[:, i, None] for i, z in enumerate(logits)]
+    shifted += [power * shifted[0] for power in plan.loss.powers]
+    total = jnp.stack([jnp.exp(z).sum(-1) for z in shifted], axis=-1)
     if plan.axis_name is not None:
         total = jax.lax.psum(total, plan.axis_name)
-    has = jnp.array(plan.normalised[: len(logits)])
-    return jnp.where(has[None], top + jnp.log(total), 0.0)
+    sides, total = len(logits), jnp.log(total)
+    has = jnp.array(plan.normalised[:sides])
+    normalisers = jnp.where(has[None], top + total[:, :sides], 0.0)
+    below = (top - normalisers)[:, :1]  # the largest log-prob
+    powers = jnp.array(plan.loss.powers, total.dtype)
+    return normalisers, powers[None] * below + total[:, sides:]
 
 
 def _normaliser_in_parts(plan: Plan, logits: jax.Array, places: jax.Array):

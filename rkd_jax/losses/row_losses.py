@@ -38,6 +38,7 @@ class Logs(NamedTuple):
     teacher: jax.Array | None
     columns: jax.Array  # int32[V']
     apart: Apart | None = None  # of all shards, if the loss lists tokens
+    power_sums: jax.Array | None = None  # [C, powers], of all shards, if it has any
 
 
 class RowLoss(abc.ABC):
@@ -45,6 +46,9 @@ class RowLoss(abc.ABC):
 
     ``data`` is a pytree of arrays with C rows, such as targets.
     """
+
+    powers: tuple[float, ...] = ()
+    """Of the student's probabilities; the logs of their sums are in `Logs`."""
 
     def places(self, columns: jax.Array, data: Any) -> jax.Array | None:
         """int[C, K]: tokens that the loss lists, as places in ``columns``.
@@ -265,16 +269,14 @@ class SoftValue(BySlopes):
     power: float
     scale: float
 
+    @property
+    def powers(self) -> tuple[float, ...]:
+        """The one."""
+        return (self.power,)
+
     def stats(self, logs: Logs, data: None, axis_name: str | None) -> jax.Array:
         """The log-sum-exp."""
-        scaled = self.power * logs.student
-        top = scaled.max(-1)
-        if axis_name is not None:
-            top = jax.lax.pmax(top, axis_name)
-        total = jnp.exp(scaled - top[:, None]).sum(-1)
-        if axis_name is not None:
-            total = jax.lax.psum(total, axis_name)
-        return top + jnp.log(total)
+        return logs.power_sums[:, 0]
 
     def partial(self, logs: Logs, data: None, stats: jax.Array) -> jax.Array:
         """All of it from the first shard."""

@@ -142,6 +142,7 @@ def test_in_a_mesh_every_device_takes_its_own_rows_and_columns(name, gradient, s
     [
         ("jsd", ["8,2", "8,2"]),  # the maximum and the sum, of 8 rows and both sides
         ("topk", ["8", "8", "8,5"]),  # the same; the listed tokens go with the maximum
+        ("value", ["8,1", "8,2"]),  # with the sum goes that of the powers
     ],
 )
 def test_two_small_collectives_per_chunk_and_no_gather(name, small):
