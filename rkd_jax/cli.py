@@ -90,7 +90,7 @@ class CacheCommand:
     """
 
     after_interrupt: ClassVar[str] = (
-        "the same command goes on from the last finished shard"
+        "the same command goes on from the last finished batch"
     )
 
     data: Path
@@ -124,9 +124,9 @@ class CacheCommand:
     dtype: str | None = None
     """Type the models compute in; float32 if not given."""
     batch_size: int = 8
-    """Records per forward pass; as many as fit."""
+    """Records per forward pass, as many as fit: what an interruption can cost."""
     shard_records: int = 1024
-    """Records per file: what an interruption can cost."""
+    """Records per file."""
 
     def run(self) -> None:
         """Write the cache and say what is in it."""

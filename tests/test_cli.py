@@ -320,7 +320,7 @@ def test_ctrl_c_leaves_something_to_go_on_from(files, tmp_path):
     done = start()
     assert done.returncode == 128 + signal.SIGINT
     assert done.stderr.splitlines()[-1] == (
-        "interrupted; the same command goes on from the last finished shard"
+        "interrupted; the same command goes on from the last finished batch"
     )
     assert "Traceback" not in done.stderr
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())

@@ -42,7 +42,8 @@ from rkd_jax.signals.cache_format import (
 from rkd_jax.signals.cache_identity import model_hash
 from rkd_jax.signals.cache_manifest import Manifest, check_same
 from rkd_jax.signals.cache_shards import damaged, problem
-from rkd_jax.signals.cache_writer import CacheWriter, Source
+from rkd_jax.signals.cache_sources import Source
+from rkd_jax.signals.cache_writer import CacheWriter
 from rkd_jax.types import (
     DemonstrationBatch,
     PreferenceBatch,
