@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -49,10 +49,10 @@ class Answers:
         records: the data set.
         rows: how a record became ids.
         settings: what to keep.
-        teacher: None if nothing is read of it.
-        reference: likewise.
-        oracle: likewise.
         batch_size: records per forward pass.
+        teacher: None if nothing is read of it.
+        reference: None if nothing is read of it, or what it says is known.
+        oracle: None if there are no rewards.
     """
 
     def __init__(
@@ -61,22 +61,24 @@ class Answers:
         rows: TokenizeConfig,
         settings: CacheSettings,
         *,
-        teacher: Source | None,
-        reference: Source | None,
-        oracle: Oracle | None,
         batch_size: int,
+        teacher: Source | None = None,
+        reference: Source | None = None,
+        oracle: Oracle | None = None,
     ):
         self._records, self._rows, self._settings = records, rows, settings
         self._teacher, self._reference, self._oracle = teacher, reference, oracle
         self._batch_size = batch_size
-        if settings.needs_teacher:
+        if teacher is not None:
             self._ask_teacher = make_teacher_scores(teacher.model, settings)
-        if settings.reference:
+        if reference is not None:
             self._ask_reference = make_sequence_scorer(
                 reference.model, temperature=settings.temperature
             )
 
-    def of(self, rows: Sequence[Row]) -> Iterator[Answered]:
+    def of(
+        self, rows: Sequence[Row], known: Mapping[int, CachedRecord] | None = None
+    ) -> Iterator[Answered]:
         """The bytes of rows, in their order.
 
         The models are at work on the next batch when one is given. The oracle is asked
@@ -84,6 +86,7 @@ class Answers:
 
         Args:
             rows: those of a shard, or of its end from where a batch of it begins.
+            known: by number, what the reference said of them, if it was asked before.
 
         Raises:
             CacheError: what is said is no distribution.
@@ -93,6 +96,8 @@ class Answers:
         for batch in _cut(rows, self._batch_size):
             good = [row for row in batch if isinstance(row, Tokenized)]
             found = self._ask_models(good)
+            if known is not None:
+                found[REFERENCE] = _said_before(known, good)
             if before is not None:
                 yield self._packed(*before)
             before = batch, good, found | self._ask_oracle(good)
@@ -102,15 +107,15 @@ class Answers:
     def _ask_models(self, rows: Sequence[Tokenized]) -> dict[str, Any]:
         """What they say of each response; ``batch_size`` rows are seen."""
         found: dict[str, Any] = {}
-        if not rows or not (self._settings.needs_teacher or self._settings.reference):
+        if not rows or (self._teacher is None and self._reference is None):
             return found
         padding = [rows[-1]] * (self._batch_size - len(rows))
         batch = collate([*rows, *padding], self._rows)
-        if self._settings.needs_teacher:
+        if self._teacher is not None:
             seen = _flat(batch.teacher_sequences)
             scores = self._ask_teacher(self._teacher.params, seen)
             found |= {"topk": scores.topk, SHAPING: scores.shaping}
-        if self._settings.reference:
+        if self._reference is not None:
             seen = _flat(batch.sequences)
             found[REFERENCE] = self._ask_reference(self._reference.params, seen)
         return found
@@ -180,6 +185,13 @@ def _cut(rows: Sequence[Row], size: int) -> Iterator[list[Row]]:
             batch, good = [], 0
     if batch:
         yield batch
+
+
+def _said_before(
+    known: Mapping[int, CachedRecord], rows: Sequence[Tokenized]
+) -> np.ndarray:
+    responses = (response for row in rows for response in known[row.index].responses)
+    return np.array([response.values[REFERENCE] for response in responses], np.float32)
 
 
 def _flat(sequences: Sequences) -> Sequences:

@@ -48,11 +48,12 @@ class Journal:
         first: number of the shard's first record.
 
     Attributes:
+        first: number of the shard's first record.
         records: how many were replayed and appended.
     """
 
     def __init__(self, path: Path, identity: Mapping[str, Any], *, first: int):
-        self.path, self._first = path, first
+        self.path, self.first = path, first
         text = json.dumps(identity, sort_keys=True).encode()
         self._key = hashlib.blake2b(text).digest()
         self.records = 0
@@ -81,7 +82,7 @@ class Journal:
         """
         sizes = struct.pack(f"<{len(payloads)}I", *map(len, payloads))
         body = sizes + b"".join(payloads)
-        head = _HEAD.pack(self._first + self.records, len(payloads), len(body))
+        head = _HEAD.pack(self.first + self.records, len(payloads), len(body))
         is_new = not self.path.exists()
         try:
             with self.path.open("ab") as file:
@@ -101,7 +102,7 @@ class Journal:
         if not self.path.exists():
             return
         with self.path.open("rb") as file:
-            size, number = os.fstat(file.fileno()).st_size, self._first
+            size, number = os.fstat(file.fileno()).st_size, self.first
             while payloads := self._entry(file, number, size - file.tell()):
                 yield file.tell(), payloads
                 number += len(payloads)

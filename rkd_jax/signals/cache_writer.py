@@ -7,13 +7,17 @@ Whoever starts again finds either the whole shard or the journal: no record is m
 doubled or half there, and what was computed is not computed again. A shard comes out
 the same, bit for bit, however often the writing was interrupted, because its batches
 start with it and are in the journal as a whole.
+
+Where teacher and reference are both read, the reference comes first, alone: what it
+says is one number per response, and waits in a journal of its own beside each shard.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -21,17 +25,30 @@ from rkd_jax.data.records import Record, RecordError
 from rkd_jax.data.tokenize import TokenizeConfig, Tokenized, tokenize_record
 from rkd_jax.signals import cache_identity as identity
 from rkd_jax.signals.cache_answers import Answers
-from rkd_jax.signals.cache_format import CacheError, CacheSettings
+from rkd_jax.signals.cache_format import (
+    REFERENCE,
+    CachedRecord,
+    CacheError,
+    CacheSettings,
+    unpack_record,
+)
 from rkd_jax.signals.cache_journal import JOURNAL, Journal
 from rkd_jax.signals.cache_manifest import MANIFEST, UNFINISHED, Manifest, check_same
 from rkd_jax.signals.cache_shards import locked, summary, write_shard
-from rkd_jax.signals.cache_sources import Source, check_sources
+from rkd_jax.signals.cache_sources import (
+    Given,
+    HeldModel,
+    check_request,
+    hold_models,
+)
 from rkd_jax.signals.oracles import Oracle
 
 if TYPE_CHECKING:
     from rkd_jax.data.tokenizer import Tokenizer
 
 Advance = Callable[[int, int], None]
+Begin = Callable[[str, int, int], None]
+_CACHE = "cache"  # name of the pass that writes the shards
 
 
 class CacheWriter:
@@ -49,8 +66,11 @@ class CacheWriter:
         tokenizer: of the teacher.
         rows: how a record becomes ids, the one that training will use.
         settings: what to keep.
-        teacher: what the lists and the shaping are read off.
-        reference: whose log-probs are kept, if ``settings.reference``.
+        teacher: what the lists and the shaping are read off: the model, or a function
+            that loads it.
+        reference: whose log-probs are kept, if ``settings.reference``; likewise. If
+            both are loaded by functions, never more than one of them is in memory:
+            the reference speaks of all records before the teacher does.
         oracle: what ``settings.oracle`` names.
         batch_size: records per forward pass, which is what an interruption can cost. It
             decides nothing else but speed and memory, up to rounding.
@@ -73,14 +93,14 @@ class CacheWriter:
         rows: TokenizeConfig,
         settings: CacheSettings,
         *,
-        teacher: Source | None = None,
-        reference: Source | None = None,
+        teacher: Given | None = None,
+        reference: Given | None = None,
         oracle: Oracle | None = None,
         batch_size: int = 8,
         shard_records: int = 1024,
         on_error: Literal["raise", "skip"] = "raise",
     ):
-        check_sources(records, rows, tokenizer, settings, teacher, reference, oracle)
+        check_request(records, settings, teacher, reference, oracle)
         if on_error not in ("raise", "skip"):
             raise ValueError(f"on_error is 'raise' or 'skip', not {on_error!r}")
         if min(batch_size, shard_records) < 1:
@@ -90,16 +110,10 @@ class CacheWriter:
             )
         self.folder = Path(folder)
         self._records, self._tokenizer, self._rows = records, tokenizer, rows
-        self._settings, self._on_error = settings, on_error
-        self._teacher, self._reference = teacher, reference
-        self._answers = Answers(
-            records,
-            rows,
-            settings,
-            teacher=teacher,
-            reference=reference,
-            oracle=oracle,
-            batch_size=batch_size,
+        self._settings, self._oracle = settings, oracle
+        self._batch_size, self._on_error = batch_size, on_error
+        self._teacher, self._reference = hold_models(
+            teacher, reference, tokenizer=tokenizer, rows=rows, settings=settings
         )
         self.folder.mkdir(parents=True, exist_ok=True)
         self._wanted = self._describe(shard_records)
@@ -109,13 +123,19 @@ class CacheWriter:
     @property
     def done(self) -> int:
         """Records that are computed: those in finished shards and in the journal."""
-        return self.manifest.done + self._journal().count()
+        return self.manifest.done + self._journal(len(self.manifest.shards)).count()
 
-    def write(self, advance: Advance | None = None) -> Manifest:
+    def write(
+        self, advance: Advance | None = None, *, begin: Begin | None = None
+    ) -> Manifest:
         """Compute what is missing.
 
         Args:
-            advance: told after each batch how many records and targets it had.
+            advance: told after each batch of a pass how many records and targets it
+                had.
+            begin: told before a pass over the records its name, how many there are and
+                how many are done. There is ``"reference"``, if a teacher is to be read
+                too and something is missing, and ``"cache"``, which is always there.
 
         Returns:
             The manifest of the finished cache.
@@ -128,25 +148,67 @@ class CacheWriter:
                 journal, or another process writes here.
         """
         advance = advance or (lambda records, tokens: None)
+        begin = begin or (lambda name, records, done: None)
         with locked(self.folder):
             for leftover in self.folder.glob(f".*{UNFINISHED}"):
                 leftover.unlink()
             self.manifest = self._there(self._open())
-            for shard in self.manifest.shards:  # of a process killed before it went
-                self._journal_path(shard.file).unlink(missing_ok=True)
-            while not self.manifest.complete:
-                path = self._next_path()
-                if not path.exists():
-                    write_shard(path, self._payloads(advance))
-                self._add(path)
+            for number in range(len(self.manifest.shards)):
+                self._forget(number)  # a process was killed before it could
+            try:
+                if self._reference_is_first:
+                    self._let_reference_speak(advance, begin)
+                self._write_shards(advance, begin)
+            finally:
+                for model in filter(None, (self._teacher, self._reference)):
+                    model.release()
         return self.manifest
+
+    @property
+    def _reference_is_first(self) -> bool:
+        """Whether it has a pass of its own, because the teacher needs the memory."""
+        return None not in (self._teacher, self._reference)
+
+    def _let_reference_speak(self, advance: Advance, begin: Begin) -> None:
+        """Put its words about every shard that is not there in that shard's journal."""
+        manifest = self.manifest
+        size = manifest.shard_records
+        shards = range(len(manifest.shards), -(-manifest.records // size))
+        missing = [n for n in shards if not self._path(n).exists()]
+        journals = [self._journal(n, REFERENCE) for n in missing]
+        left = sum(self._end(j.first) - j.first - j.count() for j in journals)
+        if left:
+            begin(REFERENCE, manifest.records, manifest.records - left)
+        answers = self._asking(self._said_by_reference, reference=self._reference)
+        for journal in journals:
+            for _ in self._kept(journal, answers, advance):
+                pass
+        self._reference.release()
+
+    def _write_shards(self, advance: Advance, begin: Begin) -> None:
+        begin(_CACHE, self.manifest.records, self.done)
+        answers = self._asking(
+            self._settings,
+            teacher=self._teacher,
+            reference=None if self._reference_is_first else self._reference,
+            oracle=self._oracle,
+        )
+        while not self.manifest.complete:
+            number = len(self.manifest.shards)
+            path = self._path(number)
+            if not path.exists():
+                known = self._known(number) if self._reference_is_first else None
+                journal = self._journal(number)
+                write_shard(path, self._kept(journal, answers, advance, known))
+            self._add(path)
+            self._forget(number)
 
     def _describe(self, shard_records: int) -> Manifest:
         """The manifest of a cache that is yet to be written."""
         settings, tokenizer = self._settings, self._tokenizer
         return Manifest(
-            teacher=_hash(self._teacher),
-            reference=_hash(self._reference),
+            teacher=self._teacher and self._teacher.hash,
+            reference=self._reference and self._reference.hash,
             tokenizer=identity.tokenizer_hash(tokenizer),
             rows=identity.rows_hash(tokenizer, self._rows),
             data=identity.data_hash(self._records),
@@ -156,7 +218,7 @@ class CacheWriter:
             settings=settings.to_json(),
             row_settings=identity.row_settings(self._rows),
             max_response=self._rows.max_response,
-            vocabulary=settings.top_k and self._teacher.model.config.vocab_size,
+            vocabulary=settings.top_k and self._teacher.vocabulary,
         )
 
     def _open(self) -> Manifest:
@@ -181,8 +243,8 @@ class CacheWriter:
         )
         return dataclasses.replace(manifest, shards=tuple(shards))
 
-    def _next_path(self) -> Path:
-        return self.folder / f"shard-{len(self.manifest.shards):05d}.array_record"
+    def _path(self, number: int) -> Path:
+        return self.folder / f"shard-{number:05d}.array_record"
 
     def _add(self, path: Path) -> None:
         """Let the manifest list a finished shard."""
@@ -195,28 +257,79 @@ class CacheWriter:
         shards = (*self.manifest.shards, shard)
         self.manifest = dataclasses.replace(self.manifest, shards=shards)
         self.manifest.save(self.folder)
-        self._journal_path(path.name).unlink(missing_ok=True)
 
-    def _journal(self) -> Journal:
-        """That of the next shard."""
-        manifest = self.manifest
-        path = self._journal_path(self._next_path().name)
-        return Journal(path, manifest.identity(), first=manifest.done)
+    def _journal(self, number: int, name: str = _CACHE) -> Journal:
+        """What a pass has found out about a shard."""
+        about = self.manifest.identity() | {"pass": name}
+        first = number * self.manifest.shard_records
+        return Journal(self._journal_path(number, name), about, first=first)
 
-    def _journal_path(self, shard: str) -> Path:
-        return self.folder / f".{shard}{JOURNAL}"
+    def _journal_path(self, number: int, name: str) -> Path:
+        shard = self._path(number).name
+        return self.folder / f".{shard}.{name}{JOURNAL}"
 
-    def _payloads(self, advance: Advance) -> Iterator[bytes]:
-        """The bytes of the next shard's records, in order; each batch is kept first."""
-        journal = self._journal()
+    def _forget(self, number: int) -> None:
+        """Nothing but the shard is needed from now on."""
+        for name in (REFERENCE, _CACHE):
+            self._journal_path(number, name).unlink(missing_ok=True)
+
+    def _end(self, first: int) -> int:
+        """Number behind the last record of the shard that begins with ``first``."""
+        return min(first + self.manifest.shard_records, self.manifest.records)
+
+    def _asking(
+        self,
+        settings: CacheSettings,
+        *,
+        teacher: HeldModel | None = None,
+        reference: HeldModel | None = None,
+        oracle: Oracle | None = None,
+    ) -> Callable[[], Answers]:
+        """What gives `Answers`; models are loaded when they are first needed."""
+
+        @functools.cache
+        def answers() -> Answers:
+            return Answers(
+                self._records,
+                self._rows,
+                settings,
+                batch_size=self._batch_size,
+                teacher=teacher and teacher.source(),
+                reference=reference and reference.source(),
+                oracle=oracle,
+            )
+
+        return answers
+
+    def _kept(
+        self,
+        journal: Journal,
+        answers: Callable[[], Answers],
+        advance: Advance,
+        known: Mapping[int, CachedRecord] | None = None,
+    ) -> Iterator[bytes]:
+        """The bytes of a shard's records, in order; each is in the journal by then."""
         yield from journal.replay()
-        first = self.manifest.done
-        last = min(first + self.manifest.shard_records, self.manifest.records)
-        rows = [self._tokenize(n) for n in range(first + journal.records, last)]
-        for payloads, tokens in self._answers.of(rows):
+        first = journal.first + journal.records
+        rows = [self._tokenize(n) for n in range(first, self._end(journal.first))]
+        if not rows:
+            return
+        for payloads, tokens in answers().of(rows, known):
             journal.append(payloads)
             advance(len(payloads), tokens)
             yield from payloads
+
+    @property
+    def _said_by_reference(self) -> CacheSettings:
+        """Settings of what is kept of the reference until a shard is written."""
+        temperature = self._settings.temperature
+        return CacheSettings(top_k=None, temperature=temperature, reference=True)
+
+    def _known(self, number: int) -> dict[int, CachedRecord]:
+        """What the reference said of a shard's records, by number."""
+        journal, settings = self._journal(number, REFERENCE), self._said_by_reference
+        records = (unpack_record(data, settings) for data in journal.replay())
+        return dict(enumerate(records, journal.first))
 
     def _tokenize(self, number: int) -> Tokenized | str:
         """The row, or why there is none."""
@@ -229,7 +342,3 @@ class CacheWriter:
             return error.reason.removeprefix(f"record {number}: ")
         except ValueError as error:
             raise CacheError(f"record {number}: {error}") from error
-
-
-def _hash(source: Source | None) -> str | None:
-    return None if source is None else identity.model_hash(*source)

@@ -17,6 +17,7 @@ from rkd_jax.signals import (
 )
 from rkd_jax.signals.cache import Manifest, TeacherCache
 from rkd_jax.signals.cache_scores import make_teacher_scores
+from rkd_jax.signals.teacher import make_sequence_scorer as make_scorer
 from tests.signals import tiny_cache
 from tests.signals.tiny_cache import (
     REWARDS,
@@ -115,21 +116,24 @@ class Watched:
 
 
 class Counted:
-    """Numbers of the records that the oracle was asked about, passes of the teacher."""
+    """Numbers of the records that the oracle was asked about, batches of the models."""
 
     def __init__(self, monkeypatch):
-        self.numbers, self.passes = [], 0
+        self.numbers, self.passes = [], {"reference": 0, "cache": 0}
+        self._watch(monkeypatch, "cache", "make_teacher_scores", make_teacher_scores)
+        self._watch(monkeypatch, "reference", "make_sequence_scorer", make_scorer)
 
-        def make(model, settings):
-            ask = make_teacher_scores(model, settings)
+    def _watch(self, monkeypatch, name, function, original):
+        def make(*arguments, **options):
+            ask = original(*arguments, **options)
 
             def counting(*arguments):
-                self.passes += 1
+                self.passes[name] += 1
                 return ask(*arguments)
 
             return counting
 
-        monkeypatch.setattr(cache_answers, "make_teacher_scores", make)
+        monkeypatch.setattr(cache_answers, function, make)
 
     def oracle(self, prompts, responses):
         self.numbers += [int(prompt[:-1]) for prompt in prompts[::2]]  # of pairs
@@ -160,20 +164,34 @@ def test_whatever_a_kill_leaves_nothing_that_was_kept_is_asked_for_again(
             patch.setattr(module, "os", Watched(event))
         tiny_cache.writer(whole, records, oracle=first_oracle).write()
     assert first.numbers == list(range(7))
-    assert first.passes == 5
+    assert first.passes == {"reference": 5, "cache": 5}
     assert len(left) > 25
-    journals, again = 0, set()
+    journals, again, seen = 0, set(), []
     for copy, before in left:
         journals += any(copy.glob("*.journal"))
         second = Counted(monkeypatch)
         writer = tiny_cache.writer(copy, records, oracle=second.oracle)
         kept = writer.done
-        advanced = []
-        writer.write(lambda n, tokens, advanced=advanced: advanced.append(n))
+        batches = {}
+
+        def begin(name, total, done, batches=batches):
+            batches[name] = [done]
+            assert total == 7
+
+        def advance(n, tokens, batches=batches):
+            list(batches.values())[-1].append(n)
+
+        writer.write(advance, begin=begin)
+        assert all(sum(numbers) == 7 for numbers in batches.values())
+        assert batches["cache"][0] == kept
         assert second.numbers == list(range(kept, 7))
-        assert second.passes == len(advanced)
+        assert second.passes == {
+            name: len(batches.get(name, [0])) - 1 for name in ("reference", "cache")
+        }
+        seen.append(batches.get("reference", [7])[0])
         assert files(copy) == files(whole)
         again.add(before - kept)
+    assert sorted(set(seen)) == [0, 2, 3, 5, 6, 7]  # what was kept of the reference
     assert journals > 10
     assert again == {0, 1, 2}  # a batch has two records, or one at a shard's end
 
