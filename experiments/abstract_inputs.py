@@ -200,14 +200,30 @@ def _kd(method, batch: int | None) -> Inputs:
 
 
 @inputs_of.register(baselines.Gkd)
-@inputs_of.register(baselines.MiniLlm)
 def _gkd(method, batch: int | None) -> Inputs:
-    rho = 1.0 if isinstance(method, baselines.MiniLlm) else method.options.rho
+    rho = method.options.rho
+    return _imitating(method, batch, lambda size: _imitation(method.lab, size, rho))
+
+
+@inputs_of.register(baselines.MiniLlm)
+def _minillm(method, batch: int | None) -> Inputs:
+    lab, mixed = method.lab, method.options.alpha > 0.0
+
+    def data(size: int) -> ImitationBatch:
+        width = lab.policy.max_response
+        weights = full(np.float32, size, width) if mixed else None
+        found = _imitation(lab, size, 1.0)
+        return dataclasses.replace(found, importance_weights=weights)
+
+    return _imitating(method, batch, data)
+
+
+def _imitating(method, batch: int | None, data) -> Inputs:
     lab = method.lab
     return _trained(
         method,
         batch,
-        lambda size: _imitation(lab, size, rho),
+        data,
         lambda data: states(lab, _imitated(data).teacher_sequences),
         frozen=lab.frozen,
     )

@@ -127,6 +127,11 @@ def teacher_program(lab: Lab, inputs: Inputs, held: Held, mesh: Mesh) -> Program
 
 def sampler_program(lab: Lab, inputs: Inputs, held: Held, mesh: Mesh) -> Program:
     """One response to every prompt, or in a game the samples of a step."""
+    if getattr(inputs.batch, "importance_weights", None) is not None:
+        raise SettingsError(
+            "there is no program of a sampler in which student and teacher write "
+            "together; choose --program update, or an alpha of 0"
+        )
     policy, count = lab.policy, inputs.records
     game = isinstance(inputs.batch, GameBatch)
     params = held.state.student.params

@@ -151,7 +151,7 @@ class MiniLlmConfig:
     importance: Importance = "per_decision"
     """How samples of the mixture are weighted: exactly, or by each token's own weight
     as published."""
-    baseline: CreditBaseline = "none"
+    baseline: CreditBaseline = "whitened"
     """Of a token's credit: none, the mean of the other rows, or whitened as
     published."""
 
@@ -162,11 +162,11 @@ class MiniLlm:
     metric = "student/divergence"
 
     def __init__(self, lab: Lab, options: MiniLlmConfig):
+        self.lab, self.options = lab, options
         if options.alpha:
             self.prepare = prepare_mixed(lab, alpha=options.alpha)
         else:
             self.prepare = prepare_imitation(lab, rho=1.0, teach=lab.teach)
-        self.frozen = lab.frozen
         objective = make_minillm(
             lab.student,
             teacher=lab.teacher,
@@ -186,7 +186,7 @@ class MiniLlm:
             steps=steps,
             seed=seed,
             prepare=self.prepare,
-            frozen=self.frozen,
+            frozen=self.lab.frozen,
         )
 
 

@@ -133,7 +133,7 @@ def with_fit(fit: FitConfig) -> dict:
 def config() -> CompareConfig:
     """The sentiment task, SmolLM2-135M-Instruct, one seed.
 
-    Preferences, games and MiniLLM take quickstart's steps, likelihoods and divergences
+    Preferences and games take quickstart's steps, likelihoods, divergences and MiniLLM
     larger ones: at 1e-5 a dozen of them leave the student where it was. Prompts and the
     steps of second players are what ninety minutes on two cores allow.
     """
@@ -144,7 +144,8 @@ def config() -> CompareConfig:
         pairs=PairsConfig(held_out_prompts=16),
         fit=large,
         gkd=GkdConfig(fit=large),
-        xkd=XkdConfig(fit=large),
+        minillm=MiniLlmConfig(large),
+        xkd=XkdConfig(fit=large, minillm_fit=large),
         ava=AvaConfig(fit=large),
         mmkd=MmkdConfig(critic=critic),
         mm_pbkd=MmPbkdConfig(critic=critic, anchor_steps=45, keep_distributions=True),

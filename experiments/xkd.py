@@ -36,6 +36,7 @@ from experiments.stages import Desk
 from experiments.system import TOY_FIT, SystemConfig, run_system, toy_system
 from experiments.trainer import Trainer
 from rkd_jax.losses import generalized_jsd
+from rkd_jax.losses.policy_gradient import CreditBaseline
 from rkd_jax.models.api import CausalLM
 from rkd_jax.models.heads import GaussianHead
 from rkd_jax.objectives.reward_inference import RewardInference
@@ -49,7 +50,10 @@ class XkdConfig:
 
     fit: FitConfig = FitConfig()
     minillm_fit: FitConfig = FitConfig()
-    """MiniLLM-style: a policy gradient, which bears smaller steps than a divergence."""
+    """MiniLLM-style: a policy gradient, of MiniLLM and beside reward inference."""
+    minillm_baseline: CreditBaseline = "whitened"
+    """Of a token's credit there: none, the mean of the other rows, or whitened as
+    published."""
     w_x: float = 1.0
     """Weight of the regulariser."""
     q_source: Literal["log_probs", "raw_logits"] = "log_probs"
@@ -185,6 +189,7 @@ def xkd_minillm(lab: Lab, options: XkdConfig) -> Xkd:
             teacher=_teacher(lab, options),
             w_x=options.w_x,
             temperature=lab.policy.temperature,
+            baseline=options.minillm_baseline,
             td_sequences=options.td_sequences,
         ),
         metric="student/divergence",
@@ -245,10 +250,11 @@ def table(lab: Lab, config: XkdExperiment) -> dict:
     """All methods by the names they have in the report."""
     options = config.xkd
     gkd = GkdConfig(fit=options.fit, rho=options.rho, beta=options.beta)
+    minillm = MiniLlmConfig(options.minillm_fit, baseline=options.minillm_baseline)
     return {
         "SeqKD": SeqKd(lab, options.fit),
         "GKD": Gkd(lab, gkd),
-        "MiniLLM": MiniLlm(lab, MiniLlmConfig(options.minillm_fit)),
+        "MiniLLM": MiniLlm(lab, minillm),
         **family(lab, options),
     }
 

@@ -30,12 +30,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple, TypeVar, dataclass_transform
 
 import jax
 
 Params = Any  # a pytree of arrays
 _T = TypeVar("_T")
+_static = partial(dataclasses.field, metadata={"static": True})  # of a struct: no array
 
 
 @dataclass_transform(frozen_default=True)
@@ -175,7 +177,7 @@ class ImitationBatch:
 
     demonstrations: DemonstrationBatch  # [B]
     imitated: DemonstrationBatch | None = None  # [B], e.g. samples of the student
-    importance_weights: jax.Array | None = None  # float32[B, T], student over sampler
+    importance_weights: jax.Array | None = None  # float32[B, T], student over writer
 
 
 @struct
@@ -230,13 +232,12 @@ class TopkSignal:
     """The teacher's most likely tokens at every target, and their log-probs.
 
     The log-probs are those of the full softmax; what they leave is the tail's mass. An
-    entry at -inf counts as absent, whatever its id.
-
-    Example: ``TopkSignal(ids=int32[B, T, 50], log_probs=float32[B, T, 50])``.
+    entry at -inf is absent. Example: ``TopkSignal(int32[B, T, 50], float32[B, T, 50])``
     """
 
     ids: jax.Array  # int32[B, T, K], distinct at each target
     log_probs: jax.Array  # float32[B, T, K], natural log, -inf allowed
+    temperature: float | None = _static(default=None)  # of these; None: not known
 
 
 @struct

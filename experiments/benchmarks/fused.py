@@ -7,6 +7,12 @@ busy machine.
     python -m experiments.benchmarks.fused
     python -m experiments.benchmarks.fused --hidden 4096 --vocab 128256 \\
         --dtype bfloat16 --rows 1024 8192
+
+With `--topology` the TPU's own compiler says what one chip would take. It has to be
+installed (`pip install 'rkd_jax[aot]'`), a TPU does not, and nothing is timed:
+
+    python -m experiments.benchmarks.fused --topology v5e:2x2 --hidden 4096 \\
+        --vocab 128256 --dtype bfloat16 --rows 256 1024 8192
 """
 
 from __future__ import annotations
@@ -23,7 +29,14 @@ import numpy as np
 import tyro
 
 from experiments.host_memory import keep_freed_memory
-from rkd_jax.losses import forward_kl, generalized_jsd, token_log_probs
+from rkd_jax.aot.topology import prefer_the_compiler, slice_devices
+from rkd_jax.losses import (
+    forward_kl,
+    generalized_jsd,
+    reverse_kl,
+    token_log_probs,
+    total_variation,
+)
 from rkd_jax.losses.fused import (
     Tiles,
     linear_divergence,
@@ -31,7 +44,13 @@ from rkd_jax.losses.fused import (
 )
 from rkd_jax.masking import accumulator
 
-DIVERGENCES = {"forward_kl": forward_kl, "jsd": generalized_jsd}
+DIVERGENCES = {
+    "forward_kl": forward_kl,
+    "reverse_kl": reverse_kl,
+    "jsd": generalized_jsd,
+    "total_variation": total_variation,
+}
+Loss = Literal["log_probs", "forward_kl", "reverse_kl", "jsd", "total_variation"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,11 +66,9 @@ class FusedBenchmark:
     vocab: int = 49152
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of states and heads."""
-    losses: tuple[Literal["log_probs", "forward_kl", "jsd"], ...] = (
-        "log_probs",
-        "forward_kl",
-        "jsd",
-    )
+    head_dtype: Literal["float32", "bfloat16"] | None = None
+    """Of the student's head, where it is another: float32 for a master copy."""
+    losses: tuple[Loss, ...] = ("log_probs", "forward_kl", "jsd")
     gradients: tuple[Literal["default", "recompute", "ahead"], ...] = ("default",)
     """What the backward pass does where rows do not fit at once, see `Tiles`; what the
     objectives get is the default."""
@@ -59,6 +76,8 @@ class FusedBenchmark:
     """Times that every version is run; the median counts."""
     most_temp_gib: float = 8.0
     """Versions with more temporaries are compiled, not run."""
+    topology: str | None = None
+    """A TPU slice such as v5e:2x2, for one chip of which everything is compiled."""
     json: bool = False
     """Print one JSON line per row in place of the table."""
 
@@ -74,11 +93,24 @@ def inputs(config: FusedBenchmark, rows: int) -> dict[str, jax.Array]:
 
     return {
         "hidden": normal(keys[0], rows, config.hidden),
-        "head": normal(keys[1], config.hidden, config.vocab, scale=config.hidden**-0.5),
+        "head": normal(
+            keys[1], config.hidden, config.vocab, scale=config.hidden**-0.5
+        ).astype(config.head_dtype or dtype),
         "teacher_hidden": normal(keys[2], rows, width),
         "teacher_head": normal(keys[3], width, config.vocab, scale=width**-0.5),
         "targets": jax.random.randint(keys[4], (rows,), 0, config.vocab),
     }
+
+
+def arguments(config: FusedBenchmark, rows: int) -> dict[str, Any]:
+    """`inputs`, or where nothing is run their shapes, on one chip of the slice."""
+    if config.topology is None:
+        return inputs(config, rows)
+    chip = jax.sharding.SingleDeviceSharding(slice_devices(config.topology)[0])
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=chip),
+        jax.eval_shape(functools.partial(inputs, config, rows)),
+    )
 
 
 def dense(loss: str, hidden, head, given) -> jax.Array:
@@ -86,6 +118,7 @@ def dense(loss: str, hidden, head, given) -> jax.Array:
 
     def logits(states, head):
         wide = accumulator(states)
+        head = head.astype(states.dtype)
         return jnp.matmul(states, head, preferred_element_type=wide)
 
     student = logits(hidden, head)
@@ -115,7 +148,7 @@ def measure(config: FusedBenchmark, loss: str, rows: int) -> dict[str, dict]:
     versions = {"dense": dense} | {
         name: functools.partial(fused, name) for name in config.gradients
     }
-    given = inputs(config, rows)
+    given = arguments(config, rows)
     hidden, head = given.pop("hidden"), given.pop("head")
     found, runs = {}, {}
     for name, version in versions.items():
@@ -123,7 +156,8 @@ def measure(config: FusedBenchmark, loss: str, rows: int) -> dict[str, dict]:
         compiled = step.lower(hidden, head, given).compile()
         temporary = compiled.memory_analysis().temp_size_in_bytes
         found[name] = {"temp_bytes": temporary}
-        if temporary <= config.most_temp_gib * 2**30:
+        runs_here = config.topology is None
+        if runs_here and temporary <= config.most_temp_gib * 2**30:
             runs[name] = compiled
     seconds = {name: [] for name in runs}
     for compiled in runs.values():
@@ -152,15 +186,18 @@ def row_of(loss: str, rows: int, found: dict[str, dict]) -> dict[str, Any]:
 
 def run(config: FusedBenchmark) -> None:
     """Measure and print."""
-    device = jax.devices()[0]
+    if config.topology is not None:
+        prefer_the_compiler()
+        jax.config.update("jax_platforms", "cpu")
+    device = config.topology or jax.devices()[0].device_kind
     title = (
-        f"{device.device_kind}, jax {jax.__version__}: D {config.hidden}, V "
+        f"{device}, jax {jax.__version__}: D {config.hidden}, V "
         f"{config.vocab}, {config.dtype}; value and gradient"
     )
     if not config.json:
         print(title)
         print(
-            f"{'loss':>11} {'rows':>6} {'version':>10} {'temp GiB':>9} {'seconds':>8} "
+            f"{'loss':>15} {'rows':>6} {'version':>10} {'temp GiB':>9} {'seconds':>8} "
             f"{'to dense':>8}"
         )
     for loss in config.losses:
@@ -173,7 +210,7 @@ def run(config: FusedBenchmark) -> None:
             for name in found:
                 seconds, ratio = line[f"{name}_seconds"], line.get(f"{name}_time_ratio")
                 print(
-                    f"{loss:>11} {rows:>6} {name:>10} {line[f'{name}_temp_gib']:>9.3f} "
+                    f"{loss:>15} {rows:>6} {name:>10} {line[f'{name}_temp_gib']:>9.3f} "
                     f"{'' if seconds is None else f'{seconds:.3f}':>8} "
                     f"{'' if ratio is None else f'{ratio:.2f}':>8}"
                 )

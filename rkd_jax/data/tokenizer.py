@@ -214,7 +214,7 @@ class Tokenizer:
 
         Raises:
             ValueError: no template, no messages, an unknown role, content that is
-                not text, or the template itself refuses.
+                not text; RecordError, a kind of it, where the template refuses.
         """
         tokens = {key: name or "" for key, name in self._names.items()}
         return chat.render(

@@ -13,7 +13,7 @@ import jax
 
 from rkd_jax.losses.fused import linear_token_log_probs
 from rkd_jax.losses.fused_plan import TILES, Tiles, run
-from rkd_jax.losses.importance import Importance, shares
+from rkd_jax.losses.importance import Importance, factors
 from rkd_jax.losses.policy_gradient import (
     CreditBaseline,
     LongPart,
@@ -100,7 +100,7 @@ def linear_sequence_reverse_kl(
             tiles=tiles,
         )
 
-    counts = shares(importance_weights, mask, importance)
+    counts = factors(importance_weights, mask, importance)
     ratios = log_probs(*student, student_softcap) - log_probs(*teacher, teacher_softcap)
     credit = long_part_credit(
         ratios,

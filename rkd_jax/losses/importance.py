@@ -14,7 +14,7 @@ the weights so far, and not that of the whole response.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import chex
 import jax
@@ -38,8 +38,9 @@ def per_decision_weights(weights: jax.Array, mask: jax.Array) -> PerDecisionWeig
 
     .. math:: W_{t-1} = \prod_{s < t} w_s, \qquad W_t = W_{t-1}\, w_t
 
-    Means under the sampler with these weights are means under the policy. Both have
-    mean 1 at every step that all responses reach; their spread grows along a response.
+    Means under the sampler with these weights are means under the policy, if the
+    sampler may write whatever the policy may. Both have mean 1 at every step that all
+    responses reach; their spread grows along a response.
 
     Args:
         weights: float[*batch, T], at least 0: policy over sampler at each target.
@@ -67,7 +68,7 @@ def per_decision_weights(weights: jax.Array, mask: jax.Array) -> PerDecisionWeig
     return PerDecisionWeights(fill_masked(before, mask), fill_masked(through, mask))
 
 
-class Shares(NamedTuple):
+class Factors(NamedTuple):
     """How much the parts of a policy gradient count, ``[*batch, T]``; None: all of it.
 
     See `rkd_jax.losses.sequence_reverse_kl` for the parts.
@@ -79,26 +80,26 @@ class Shares(NamedTuple):
     targets: jax.Array | None  # a target in a mean over the policy's own text
 
 
-def shares(
+def factors(
     weights: jax.Array | None, mask: jax.Array, importance: Importance
-) -> Shares:
+) -> Factors:
     """The two kinds of importance weights, out of those of the tokens.
 
     "per_decision" is exact. "token" weighs a target's credit by its own weight alone:
     given its state, these have mean 1, so a single step, which averages over the
     target, is not weighted. Targets of weight 0 add nothing to earlier ones' credit in
-    either. None: the policy wrote the text.
+    either. No weights: the policy wrote the text.
     """
-    check_choice("importance", importance, ("per_decision", "token"))
+    check_choice("importance", importance, get_args(Importance))
     if weights is None:
-        return Shares(None, None, None, None)
+        return Factors(None, None, None, None)
     if importance == "token":
         chex.assert_equal_shape([weights, mask])
         weights = fill_masked(weights.astype(accumulator(weights)), mask)
         weights = jax.lax.stop_gradient(weights)
-        return Shares(None, jnp.sign(weights), weights, weights)
+        return Factors(None, jnp.sign(weights), weights, weights)
     before, through = per_decision_weights(weights, mask)
-    return Shares(before, through, None, through)
+    return Factors(before, through, None, through)
 
 
 def counted(share: jax.Array | None, values: jax.Array) -> jax.Array:

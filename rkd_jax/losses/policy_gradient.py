@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from rkd_jax.losses.divergences import reverse_kl
 from rkd_jax.losses.domain import check_choice, check_domain
-from rkd_jax.losses.importance import Importance, Shares, counted, shares
+from rkd_jax.losses.importance import Factors, Importance, counted, factors
 from rkd_jax.losses.likelihood import token_log_probs
 from rkd_jax.losses.returns import discount_weights, reward_to_go
 from rkd_jax.masking import accumulator, fill_masked, masked_mean
@@ -235,13 +235,13 @@ def sequence_reverse_kl(
             target; None: the student wrote the samples.
         importance: what they multiply. "per_decision", the products above, is exact,
             and spreads with the length. "token" multiplies C_t by w_t alone and
-            nothing else, as MiniLLM does: biased, for states count as the sampler
-            visits them, but bounded as the weights are.
+            nothing else, as MiniLLM does: bounded as the weights are, but biased, for
+            states and the log-ratios behind a target are the sampler's.
         baseline: what C_t is less. "others": its mean over the other rows that reach
             step t, counted by column; unbiased, and with less variance where rows are
-            many and far from the teacher. "whitened": its mean over all targets, and C_t is divided by its
-            standard deviation; biased, and the long part no longer has the scale of
-            the single step.
+            many and far from the teacher. "whitened": its mean over all targets, and
+            C_t is divided by its standard deviation; biased, and the long part no
+            longer has the scale of the single step.
 
     Returns:
         float32[*batch, T]; 0 where the mask is not set. +inf or NaN, honestly, where
@@ -266,10 +266,13 @@ def sequence_reverse_kl(
         normalisation.
     """
     chex.assert_equal_shape([targets, mask])
-    student = fill_masked(student_logits.astype(accumulator(student_logits)), mask)
-    teacher = jax.lax.stop_gradient(fill_masked(teacher_logits, mask))
+    counts = factors(importance_weights, mask, importance)
+    alive = mask  # states of weight 0 are those of no response of the student
+    if counts.states is not None:
+        alive = mask.astype(bool) & (counts.states > 0.0)
+    student = fill_masked(student_logits.astype(accumulator(student_logits)), alive)
+    teacher = jax.lax.stop_gradient(fill_masked(teacher_logits, alive))
     teacher, targets = teacher.astype(student.dtype), fill_masked(targets, mask)
-    counts = shares(importance_weights, mask, importance)
     single_step = counted(counts.states, reverse_kl(student, teacher))
 
     taken = token_log_probs(student, targets)
@@ -296,12 +299,12 @@ def long_part_credit(
     gamma: float,
     long_part: LongPart,
     length_normalised: bool,
-    counts: Shares,
+    counts: Factors,
     baseline: CreditBaseline,
 ) -> jax.Array:
     """C_t of `sequence_reverse_kl` out of ``log pi / pi_E`` of the tokens, [*batch, T].
 
-    Arguments and errors as there; ``counts`` are the `shares` of its weights. Nothing
+    Arguments and errors as there; ``counts`` are the `factors` of its weights. Nothing
     here stops a gradient.
     """
     check_domain("gamma", gamma, "[0, 1]")

@@ -5,8 +5,9 @@ r"""Teacher-mixed sampling: every token from a mixture of teacher and student.
 
 The teacher keeps a weak student's samples readable and close to its own; the student
 sees the states that this leads to. What is learned from such samples has to be weighted
-by student over mixture, token by token: with `Samples` as returned here the weight is
-``exp(log_probs - behaviour_log_probs)``, at most 1 / (1 - alpha), and 1 in padding.
+by student over mixture, see `rkd_jax.losses.sequence_reverse_kl`: with `Samples` as
+returned here a token's weight is ``exp(log_probs - behaviour_log_probs)``, at most
+1 / (1 - alpha), and 1 in padding.
 """
 
 from __future__ import annotations

@@ -264,13 +264,13 @@ def row_terms(
 ) -> Any:
     """What a row's `MOMENTS` come to, ``conclude(moments, mask, data)``, ``[B]``.
 
-    The gradient of a sum over rows of what each comes to is known as soon as a row is
-    read, whatever its terms do together: rows that fit are read once, `action_moments`
-    and a loss of all of them twice.
+    Where a device can hold the log-probs of a row, its gradient is made as soon as it
+    is read, however its moments are combined. A loss of `action_moments` has to read
+    all rows a second time.
 
     Args:
         conclude: (moments [B, .., T], mask [B, .., T], data) to a pytree of [B], of
-            every row by itself.
+            every row by itself. It closes over nothing that is traced: that is data.
         data: a pytree of [B, ..].
         foreseen: like the result, float[B]: up to one factor for all, what the caller
             will multiply it with. It changes no number.
@@ -352,7 +352,7 @@ def _asked(names, q_function, q_rows, sequences, anchor, student, teacher) -> _Q
     )
 
 
-def _on_every_device(of_rows, weights, given) -> Moments:
+def _on_every_device(of_rows, weights, given) -> Any:
     """``of_rows(weights, given)``; every device takes the rows it has, and all weights.
 
     Left to the partitioner, weights that are cut over devices would be put together for

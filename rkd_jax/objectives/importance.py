@@ -1,11 +1,13 @@
 r"""What objectives on samples report of them, whoever wrote them.
 
-Means are over the student's own text: samples of a mixture are weighted. How well that
-goes is in ``student/effective_share``,
+Means are over the student's own text, as far as the samples are weighted: per decision
+all are, by token the targets and not the states. How well that goes is told by
+``student/importance`` and ``student/importance_squared``, the means of w and w^2 over
+targets: of n targets as many as
 
-.. math:: \frac{(\sum w)^2}{n \sum w^2} \in (0, 1]
+.. math:: n\, \frac{\overline{w}^2}{\overline{w^2}}
 
-the share of the n targets that would be worth as much if all had the same weight.
+would be worth as much if all had the same weight.
 """
 
 from __future__ import annotations
@@ -13,8 +15,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from rkd_jax.losses.importance import Importance, counted, shares
-from rkd_jax.masking import fill_masked, masked_sum
+from rkd_jax.losses.importance import Importance, counted, factors
+from rkd_jax.masking import masked_sum
 from rkd_jax.types import DemonstrationBatch, ImitationBatch, Mean
 
 
@@ -38,10 +40,11 @@ def sample_metrics(
     values: jax.Array,
     weights: jax.Array | None,
     mask: jax.Array,
-    importance: Importance,
+    *,
+    importance: Importance = "per_decision",
     log_probs: jax.Array | None = None,
 ) -> dict[str, Mean]:
-    """Means over the student's own text.
+    """Means over the samples, weighted as the module says.
 
     Args:
         metric: name of ``values``.
@@ -53,12 +56,11 @@ def sample_metrics(
 
     Returns:
         ``metric`` and, as far as it is known, ``student/nll``, both in nats per token;
-        with weights ``student/effective_share``. No gradient flows.
+        with weights the two means of these. No gradient flows.
     """
-    counts = shares(weights, mask, importance)
+    counts = factors(weights, mask, importance)
     states, targets = (
-        mask if share is None else fill_masked(share, mask)
-        for share in (counts.states, counts.targets)
+        mask if factor is None else factor for factor in (counts.states, counts.targets)
     )
     total = masked_sum(values, mask)
     metrics = {metric: Mean(total, states.sum().astype(total.dtype))}
@@ -67,6 +69,7 @@ def sample_metrics(
         metrics["student/nll"] = Mean(nll, targets.sum().astype(nll.dtype))
     if counts.targets is not None:
         count = mask.sum().astype(targets.dtype)
-        squares = count * jnp.square(targets).sum()
-        metrics["student/effective_share"] = Mean(jnp.square(targets.sum()), squares)
+        metrics["student/importance"] = Mean(targets.sum(), count)
+        squares = jnp.square(targets).sum()
+        metrics["student/importance_squared"] = Mean(squares, count)
     return jax.lax.stop_gradient(metrics)

@@ -15,8 +15,10 @@ text.
 
 from __future__ import annotations
 
+from typing import get_args
+
 from rkd_jax.losses import token_log_probs
-from rkd_jax.losses.domain import check_domain
+from rkd_jax.losses.domain import check_choice, check_domain
 from rkd_jax.losses.importance import Importance
 from rkd_jax.losses.policy_gradient import CreditBaseline, LongPart
 from rkd_jax.masking import masked_sum
@@ -45,8 +47,9 @@ def make_minillm(
         model: the student.
         teacher: see `make_kd`.
         temperature: the policy is ``softmax(logits / temperature)``; the responses have
-            to be sampled at it, without top-k or top-p, from the current parameters, or
-            the gradient is biased. The signal is taken at the same temperature.
+            to be sampled at it, without top-k or top-p, from the current parameters or
+            with weights of these, or the gradient is biased. The signal is taken at the
+            same temperature.
         gamma, long_part, length_normalised, importance, baseline: see
             `sequence_reverse_kl`; rows are those of a micro-batch. The defaults give
             the exact gradient, a baseline of "others" too, with less variance. A gamma
@@ -57,11 +60,10 @@ def make_minillm(
         `Objective` over an `ImitationBatch` or a `DemonstrationBatch` whose signal is
         that of `make_kd` on the imitated responses. Where these are not the student's
         own the batch has their ``importance_weights``. Unit: nats per response. The
-        value estimates the divergence without bias, but where weights are the tokens'.
-        Metrics, as means over the student's own text: ``student/divergence`` (nats per
-        token) and, out of log-probs, ``student/nll`` (nats per token); with weights
-        ``student/effective_share``, what share of the targets would be worth as much
-        if all had the same weight.
+        value estimates the divergence, without bias unless ``importance`` is "token".
+        Metrics ``student/divergence`` and, out of log-probs, ``student/nll``, both in
+        nats per token, and with weights ``student/importance`` and
+        ``student/importance_squared``; see `rkd_jax.objectives.importance`.
 
     Gradient:
         Flows to the student's parameters only; responses and signal are data.
@@ -74,6 +76,7 @@ def make_minillm(
         Gu et al., MiniLLM, 2306.08543. Deviation: see the module's docstring.
     """
     check_domain("temperature", temperature, "(0, inf)")
+    check_choice("importance", importance, get_args(Importance))
     teaching = Teaching(teacher)
 
     def student_loss(params, critic, frozen, batch, signal, rng):
@@ -97,7 +100,12 @@ def make_minillm(
         if teacher is None:  # out of states it would be another pass of the head
             log_probs = token_log_probs(seen.logits, sequences.targets)
         metrics = sample_metrics(
-            "student/divergence", values, weights, mask, importance, log_probs
+            "student/divergence",
+            values,
+            weights,
+            mask,
+            importance=importance,
+            log_probs=log_probs,
         )
         total = masked_sum(values, mask)
         responses = mask.any(axis=-1).sum().astype(total.dtype)

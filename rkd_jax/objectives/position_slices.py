@@ -46,8 +46,8 @@ def in_slices(
         data: the same, of any kind.
         given: pytrees of arrays [*batch, T, ..], the first of them with no more axes.
         size: positions; ``at`` is called once, with [*batch, T, ..], if T is no larger.
-        along: "rows" cuts the first axis in place of T: ``at`` says something of each
-            row by itself, and may read all of its positions.
+        along: "rows" cuts the first axis, B, in place of T, into slices of ``size``
+            rows: ``at`` says something of each row by itself, and may read all of it.
         foreseen: like the result, up to one factor what it will be multiplied with.
             It changes no number.
 

@@ -42,7 +42,8 @@ def make_topk_kd(model: CausalLM, *, temperature: float = 1.0) -> Objective:
         Flows to the student's parameters only; the signal is data.
 
     Raises:
-        ValueError: temperature out of range.
+        ValueError: temperature out of range; when traced, a signal that says it was
+            taken at another.
 
     References:
         Coarse-grained KL as in DCKD, 2502.17927; see
@@ -55,6 +56,12 @@ def make_topk_kd(model: CausalLM, *, temperature: float = 1.0) -> Objective:
         params, critic, frozen, batch: DemonstrationBatch, signal: TopkSignal, rng
     ):
         del critic, frozen, rng
+        if signal.temperature not in (None, temperature):
+            raise ValueError(
+                f"the teacher's list was taken at temperature {signal.temperature:g}, "
+                f"the student's policy is at {temperature:g}: make the cache, or the "
+                "objective, with the other's"
+            )
         sequences = batch.sequences
         mask = sequences.response_mask
         hidden = fill_masked(response_hidden(model, params, sequences), mask)

@@ -223,6 +223,7 @@ def make_xkd_minillm(
         X-KD, 2602.12674: reconstruction, see the module's docstring. MiniLLM,
         2306.08543.
     """
+    check_choice("importance", importance, get_args(Importance))
     teaching = Teaching(teacher)
 
     def divergences(seen: Reading, frozen, signal, weights) -> jax.Array:
@@ -315,13 +316,9 @@ def _objective(
             log_probs = imitated.log_probs
         elif from_log_probs:  # out of states it would be another pass of the head
             log_probs = token_log_probs(imitated.logits, imitated.sequences.targets)
+        importance = {"importance": base.importance} if base.importance else {}
         metrics = sample_metrics(
-            base.metric,
-            values,
-            weights,
-            mask,
-            base.importance or "per_decision",  # of no weights nothing either way
-            log_probs,
+            base.metric, values, weights, mask, log_probs=log_probs, **importance
         )
         weight = counts.sum()
         metrics["student/regularizer"] = Mean((counts * regularizer).sum(), weight)

@@ -8,14 +8,16 @@ is then::
     objective = make_topk_kd(student, temperature=cache.settings.temperature)
     fit(..., prepare=lambda state, batch: (batch, cache.topk(batch)))
 
-Every row of a batch is recognised before anything is said about it: the cache was made
-of the same data set, in the same order, by the same tokenizer. What a list of K tokens
-costs against the whole distribution: docs/teacher_cache.md.
+Every record of a batch is recognised before anything is said about it: the cache was
+made of the same data set, in the same order, by the same tokenizer. Rows may be packed
+(`rkd_jax.data.make_packed_batches`): what is known of a record is then at its columns
+and its entry of the row. What a list of K tokens costs against the whole distribution:
+docs/teacher_cache.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, SupportsIndex
 
@@ -41,17 +43,11 @@ from rkd_jax.signals.cache_format import (
 )
 from rkd_jax.signals.cache_identity import model_hash
 from rkd_jax.signals.cache_manifest import Manifest, check_same
+from rkd_jax.signals.cache_rows import Batch, Located, located, response_shape
 from rkd_jax.signals.cache_shards import damaged, problem
 from rkd_jax.signals.cache_sources import Source
 from rkd_jax.signals.cache_writer import CacheWriter
-from rkd_jax.types import (
-    DemonstrationBatch,
-    PreferenceBatch,
-    ReferenceSignal,
-    Sequences,
-    ShapingSignal,
-    TopkSignal,
-)
+from rkd_jax.types import ReferenceSignal, ShapingSignal, TopkSignal
 from rkd_jax.untrusted import one_line
 
 if TYPE_CHECKING:
@@ -72,7 +68,8 @@ __all__ = [
     "model_hash",
 ]
 
-Batch = DemonstrationBatch | PreferenceBatch
+# Where a packed row has no record: as `make_pair_scorer` and `collate_packed` fill.
+_FILLERS = {REFERENCE: 0.0, SHAPING: 0.0, REWARD: np.nan}
 
 
 class TeacherCache:
@@ -174,6 +171,8 @@ class TeacherCache:
                     f"{self.path} has records 0 to {len(self) - 1}, not {number}: it "
                     "was made of another data set"
                 )
+        if not len(numbers):  # which the reader takes for an error
+            return []
         try:
             payloads = self.source.__getitems__([n.__index__() for n in numbers])
         except Exception as error:  # of the reader's choice
@@ -189,42 +188,46 @@ class TeacherCache:
         """The teacher's top k at every target of a batch.
 
         Args:
-            batch: rows of the data set, with their ``index``.
+            batch: records of the data set, with their ``index``; packed or not.
 
         Returns:
             ``[B, T, K]``, or ``[B, 2, T, K]`` of pairs, in numpy; at masked positions
-            id 0, and absent.
+            id 0, and absent. ``[B, T, K]`` of packed rows, whatever they hold.
 
         Raises:
-            CacheError: the cache has no lists, or none of a row; the message names the
-            record. CacheMismatch: a row is not the one that was cached.
+            CacheError: the cache has no lists, or none of a record; the message names
+            it. CacheMismatch: a record is not the one that was cached. ValueError:
+            packed rows without an index ``[B, M]``.
         """
         if self.settings.top_k is None:
             raise CacheError(self._lacks("top k"))
-        mask = np.asarray(batch.sequences.response_mask)
-        shape = (*mask.shape, self.settings.top_k)
+        shape = (*np.shape(batch.sequences.response_mask), self.settings.top_k)
         # Read first: what the files hold bounds what is allocated.
         found = list(self._recognised(batch, whole=False))
         ids = np.zeros(shape, np.int32)
         log_probs = np.full(shape, -np.inf, np.float32)
-        for at, length, response in found:
-            ids[at][:length] = response.topk.ids[:length]
-            log_probs[at][:length] = response.topk.log_probs[:length]
-        return TopkSignal(ids, log_probs)
+        for row, response in found:
+            length = len(row.targets)
+            ids[row.columns] = response.topk.ids[:length]
+            log_probs[row.columns] = response.topk.log_probs[:length]
+        return TopkSignal(ids, log_probs, self.settings.temperature)
 
     def reference(self, batch: Batch) -> ReferenceSignal:
         """Summed log-probs under the reference, ``[B, 2]`` of pairs, else ``[B]``.
 
-        Arguments and errors as `topk`; of a response that is cut earlier than in the
-        cache nothing is known.
+        Of packed rows, ``[B, M, 2]`` or ``[B, M]``, 0 where no record is. Arguments and
+        errors as `topk`; of a response that is cut earlier than in the cache nothing is
+        known.
         """
         return ReferenceSignal(*self._values(batch, REFERENCE))
 
     def shaping(self, batch: Batch) -> ShapingSignal:
         """The teacher's shaping, and the reference's log-probs if there are any.
 
-        Arguments, shapes and errors as `reference`.
+        Arguments, shapes and errors as `reference`, but of packed rows: ValueError,
+        since no objective that reads a shaping reads them.
         """
+        refuse_packed(batch.sequences, "the shaping of a teacher cache")
         if not self.settings.reference:
             return ShapingSignal(None, *self._values(batch, SHAPING))
         return ShapingSignal(*self._values(batch, REFERENCE, SHAPING))
@@ -232,7 +235,8 @@ class TeacherCache:
     def rewards(self, batch: Batch) -> np.ndarray:
         """The oracle's rewards of the whole texts, float32.
 
-        Arguments, shapes and errors as `reference`.
+        Arguments, shapes and errors as `reference`; NaN where no record is, as in
+        `PackedPreferenceBatch.rewards`.
         """
         return self._values(batch, REWARD)[0]
 
@@ -241,40 +245,34 @@ class TeacherCache:
         for name in names:
             if name not in self.settings.value_names:
                 raise CacheError(self._lacks(name))
-        shape = np.shape(batch.sequences.response_mask)[:-1]
-        values = [np.zeros(shape, np.float32) for _ in names]
-        for at, _, response in self._recognised(batch, whole=True):
+        found = list(self._recognised(batch, whole=True))
+        shape = response_shape(batch)
+        values = [np.full(shape, _FILLERS[name], np.float32) for name in names]
+        for row, response in found:
             for name, array in zip(names, values, strict=True):
-                array[at] = response.values[name]
+                array[row.place] = response.values[name]
         return values
 
     def _recognised(
         self, batch: Batch, *, whole: bool
-    ) -> Iterator[tuple[tuple[int, ...], int, CachedResponse]]:
-        """Place in the batch, number of targets, and what is known, per response."""
-        refuse_packed(batch.sequences, "a teacher cache")
-        numbers = np.asarray(batch.index).tolist()
-        mask = np.asarray(batch.sequences.response_mask)
-        members = 1 if mask.ndim == 2 else mask.shape[1]
-        student, teacher = map(_unpadded, (batch.sequences, batch.teacher_sequences))
-        for row, record in enumerate(self.read(numbers, lists=not whole)):
+    ) -> Iterator[tuple[Located, CachedResponse]]:
+        """Every response of the batch, and what is known of it."""
+        rows = located(batch)
+        records = self.read([number for number, _ in rows], lists=not whole)
+        for (number, responses), record in zip(rows, records, strict=True):
             if isinstance(record, Skipped):
                 raise CacheError(
-                    f"record {numbers[row]} is not in {self.path}: "
-                    f"{one_line(record.reason)}"
+                    f"record {number} is not in {self.path}: {one_line(record.reason)}"
                 )
-            if len(record.responses) != members:
+            if len(record.responses) != len(responses):
                 raise CacheMismatch(
                     f"{self.path} is a cache of {self.manifest.kind}s, the batch has "
-                    f"{members} responses per record"
+                    f"{len(responses)} responses per record"
                 )
-            for n, response in enumerate(record.responses):
-                at = (row,) if mask.ndim == 2 else (row, n)
-                (prompt, targets), (teacher_prompt, _) = student(at), teacher(at)
-                length = len(targets)
-                found = fingerprint(prompt, teacher_prompt, targets)
-                self._check(numbers[row], response, *found, whole=whole)
-                yield at, length, response
+            for row, response in zip(responses, record.responses, strict=True):
+                found = fingerprint(row.prompt, row.teacher_prompt, row.targets)
+                self._check(number, response, *found, whole=whole)
+                yield row, response
 
     def _check(
         self,
@@ -328,18 +326,3 @@ class TeacherCache:
 
     def _lacks(self, what: str) -> str:
         return f"{self.path} holds no {what}; it was written without"
-
-
-def _unpadded(
-    sequences: Sequences,
-) -> Callable[[tuple[int, ...]], tuple[np.ndarray, np.ndarray]]:
-    """Prompt and targets of any row, without padding."""
-    width, tokens = sequences.prompt_width, np.asarray(sequences.tokens)
-    mask = np.asarray(sequences.token_mask)
-    target_mask = np.asarray(sequences.response_mask)
-
-    def row(at: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-        prompt = tokens[at][:width][mask[at][:width]]
-        return prompt, tokens[at][width:][target_mask[at]]
-
-    return row

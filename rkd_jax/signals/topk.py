@@ -56,6 +56,7 @@ def make_topk(
         return TopkSignal(
             fill_masked(scores.ids, mask),
             fill_masked(scores.log_probs, mask, -jnp.inf),
+            temperature,
         )
 
     return topk

@@ -83,6 +83,20 @@ def test_fused_losses_hold_no_logits(compiled, name):
     assert 0 < compiled(f"fused {name}")["temporaries"] < logits / 2
 
 
+def test_a_fused_loss_of_a_large_head_takes_little_memory():
+    """At D 4096, V 128256 in halves on one chip; the gradient in the head is exact.
+
+    That is 1.05 GB, and would be 2.1 GB in float32: the bound leaves no room for it.
+    """
+    sizes = ("--hidden", "4096", "--vocab", "128256", "--dtype", "bfloat16")
+    options = ("--topology", "v5e:2x2", "--losses", "jsd", "--json")
+    program = "experiments.benchmarks.fused"
+    few, many = lines_of(program, *sizes, *options, "--rows", "256", "8192")
+    assert many["default_temp_gib"] * 2**30 <= 0.6e9
+    assert many["dense_temp_gib"] * 2**30 > 6e9
+    assert few["default_temp_gib"] <= few["dense_temp_gib"]
+
+
 def test_a_step_sends_what_it_has_to(compiled):
     """Parameters twice and gradients once, as whole matrices at the most."""
     found = dict(compiled("fsdp"))

@@ -10,9 +10,11 @@ from experiments import compile_ahead, tvkd
 from experiments.abstract_inputs import inputs_of
 from experiments.abstract_lab import abstract_lab
 from experiments.abstract_programs import PROGRAMS, hold
+from experiments.baselines import MiniLlm, MiniLlmConfig
 from experiments.compile_ahead import EXPERIMENTS, Request, plan
 from experiments.published_shapes import SHAPES, shape_of
 from experiments.settings import SettingsError
+from experiments.system import TOY_FIT
 from experiments.teacher_student import cut_student, load_teacher
 from rkd_jax.models.decoder import Decoder
 from rkd_jax.sharding import MeshConfig, make_mesh
@@ -37,6 +39,25 @@ def test_every_method_has_shapes(name):
         assert all(signal[field] is not None for field in required), label
         critic = inputs.step.objective.critic_loss
         assert (inputs.critic is None) == (critic is None), label
+
+
+def test_a_mixture_has_weights_and_no_sampler():
+    config, _ = experiment("compare_seed_systems")
+    lab = abstract_lab(config, for_tpu=False)
+    method = MiniLlm(lab, MiniLlmConfig(TOY_FIT, alpha=0.2))
+    inputs, mesh = inputs_of(method, 4), make_mesh(MeshConfig())
+    weights, sequences = (
+        inputs.batch.importance_weights,
+        inputs.batch.imitated.sequences,
+    )
+    assert weights.shape == sequences.response_mask.shape
+    given = (inputs.frozen, inputs.batch, inputs.signal, jax.random.key(0))
+    loss = inputs.step.objective.student_loss
+    out = jax.eval_shape(loss, inputs.student, None, *given)
+    assert "student/importance" in out.metrics
+    held = hold(lab, inputs, mesh, warmed=False)
+    with pytest.raises(SettingsError, match="student and teacher write together"):
+        PROGRAMS["sampler"](lab, inputs, held, mesh)
 
 
 @pytest.mark.parametrize("label", ["GKD", "MM-PbKD", "X-KD GKD", "dp-DPO"])

@@ -25,6 +25,7 @@ from rkd_jax.data.tokenize import tokenize_record
 from rkd_jax.evaluation.generation import with_prompts
 from rkd_jax.evaluation.likelihood import sequence_divergences
 from rkd_jax.interop import load_model
+from rkd_jax.objectives.policy import target_log_probs
 from rkd_jax.sharding import MeshConfig, ShardingError
 from rkd_jax.training.metrics import read_metrics
 from rkd_jax.training.progress import Progress
@@ -158,6 +159,35 @@ def test_a_student_learns_from_it_as_on_one_device(apart, tmp_path):
     )
 
 
+def test_the_weights_are_those_of_student_over_mixture():
+    """Each under its own prompts, from the log-probs of fresh passes."""
+    one = open_lab(options(MeshConfig()))
+    records = [
+        DemonstrationRecord(f"number {i}", "yes", f"Be kind. number {i}")
+        for i in range(4)
+    ]
+    rows = [tokenize_record(r, one.tokenizer, one.rows) for r in records]
+    method = MiniLlm(one, MiniLlmConfig(TOY_FIT, alpha=0.4))
+    state = method.trainer.step.begin(
+        one.student_params, rng=jax.random.key(0), mesh=None
+    )
+    batch, _ = method.prepare(state, collate(rows, one.rows))
+    own = batch.imitated.sequences
+    mask = np.asarray(own.response_mask)
+    student, teacher = (
+        np.exp(target_log_probs(model, params, sequences))
+        for model, params, sequences in (
+            (one.student, one.student_params, own),
+            (one.teacher, one.teacher_params, batch.imitated.teacher_sequences),
+        )
+    )
+    wanted = student / (0.4 * teacher + 0.6 * student)
+    weights = np.asarray(batch.importance_weights)
+    np.testing.assert_allclose(weights[mask], wanted[mask], rtol=2e-5)
+    assert weights[mask].std() > 1e-3
+    np.testing.assert_array_equal(weights[~mask], 1.0)
+
+
 def test_a_student_learns_from_what_both_write_together(lab, apart, tmp_path):
     """Samples, their weights and what is learned from them, as on one device."""
     alone = open_lab(options(MeshConfig()))
@@ -167,10 +197,13 @@ def test_a_student_learns_from_what_both_write_together(lab, apart, tmp_path):
         for name, one in (("mesh", lab), ("alone", alone))
     )
     close(found, expected)
-    shares = [line["metrics"]["student/effective_share"] for line in expected[0]]
-    assert all(0.0 < share < 1.0 for share in shares)
+    assert all("student/importance" in line["metrics"] for line in expected[0])
     own, _ = learnt(alone, MiniLlm(alone, MiniLlmConfig(TOY_FIT)), tmp_path / "own")
-    assert "student/effective_share" not in own[0]["metrics"]
+    assert "student/importance" not in own[0]["metrics"]
+    token = dataclasses.replace(mixed, importance="token")
+    _, others = learnt(alone, MiniLlm(alone, token), tmp_path / "token")
+    differences = jax.tree.map(lambda a, b: np.abs(a - b).max(), others, expected[1])
+    assert max(jax.tree.leaves(differences)) > 1e-7
     with pytest.raises(SettingsError, match="leave --teacher-mesh out, or take an"):
         MiniLlm(apart, mixed)
 

@@ -2,8 +2,6 @@
 
 import functools
 
-import hypothesis
-import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +18,6 @@ from rkd_jax.losses import (
     total_variation,
 )
 from rkd_jax.losses.fused import (
-    Tiles,
     linear_divergence,
     linear_expectation,
     linear_soft_value,
@@ -327,49 +324,3 @@ def test_half_precision_is_the_dense_float32_result_up_to_its_rounding(
         assert gradient.dtype == like.dtype
         error = np.abs(np.asarray(gradient, np.float32) - np.asarray(slope))
         assert error.max() <= 2 * eps * np.abs(np.asarray(slope)).max()
-
-
-@hypothesis.settings(max_examples=12, deadline=None, derandomize=True)
-@hypothesis.given(data=st.data())
-def test_any_size_any_cut_any_mask(data):
-    """Ragged rows, columns and widths, cut in any way, are the dense loss."""
-    draw = data.draw
-    rows, width = draw(st.integers(1, 9)), draw(st.integers(1, 4))
-    vocabulary, other = draw(st.integers(2, 11)), draw(st.integers(1, 5))
-    tiles = Tiles(
-        logits=vocabulary * draw(st.integers(8, 9)),
-        block=draw(st.integers(1, 12)),
-        columns=draw(st.integers(1, 12)),
-        gradient=draw(st.sampled_from(["recompute", "ahead"])),
-    )
-    divergence = DIVERGENCES[draw(st.sampled_from(sorted(DIVERGENCES)))]
-    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    mask = rng.random(rows) < draw(st.sampled_from([0.0, 0.5, 1.0]))
-    scale = draw(st.sampled_from([0.1, 1.0, 10.0]))
-    hidden, head = rng.normal(size=(rows, width)), rng.normal(size=(width, vocabulary))
-    teacher = rng.normal(size=(rows, other)), rng.normal(size=(other, vocabulary))
-    cotangent = np.where(mask, rng.normal(size=rows), 0.0)
-
-    def fused(hidden, head):
-        return linear_divergence(
-            hidden, head, *teacher, divergence=divergence, mask=mask, tiles=tiles
-        )
-
-    def dense(hidden, head):
-        values = divergence(logits(hidden, head), logits(*teacher))
-        return jnp.where(mask, values, 0.0)
-
-    def step(loss):
-        def total(sides, weights):
-            return (weights * loss(*sides)).sum()
-
-        return jax.jit(jax.value_and_grad(total))
-
-    sides = (jnp.asarray(scale * hidden), jnp.asarray(head))
-    found, wanted = step(fused), step(dense)
-    for weights in (mask.astype(float), cotangent):
-        jax.tree.map(
-            functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-11),
-            found(sides, weights),
-            wanted(sides, weights),
-        )

@@ -51,7 +51,7 @@ class Case:
     critic_optimizer: optax.GradientTransformation = ADAM
     critic_steps: int = 2
     dual: Any = 1.0
-    slices: bool = False  # of action values, several on every device
+    slices: int | None = None  # of so many numbers, where action values are read
     taught: str | None = None  # by what name the update reads the teacher's head
 
     def optimizers(self):
@@ -86,8 +86,8 @@ class Meshes:
         """Parameters of both players and metrics are those of one device."""
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sharding, "SMALL", 0)
-            if self.case(name).slices:
-                patch.setattr(action_values, "LOGITS", 200)
+            if slices := self.case(name).slices:
+                patch.setattr(action_values, "LOGITS", slices)
             expected, metrics = self._alone(name)
             state, found = self._on_mesh(name, make_mesh(MeshConfig(*sizes)))
         players = _players(state)

@@ -98,7 +98,7 @@ def mm_pbkd(names, critic, axes=None, *, dual=1.0, critics=(), **options):
         critic=critic,
         critic_axes=axes,
         dual=dual,
-        slices=True,
+        slices=200,
         taught="teacher",
     )
 
@@ -122,6 +122,7 @@ def q_anchor():
         white_box_signal("preferences"),
         student=q_params(),
         axes=Q_AXES,
+        slices=600,  # which holds one pair
         taught="anchor",
     )
 

@@ -19,6 +19,7 @@ MESHES = Meshes(POLICIES)
         "dpo": ((8, 1, 1), *USUAL),
         "drdo": ((1, 8, 1), *USUAL),
         "dpo packed": ((2, 2, 2),),
+        "minillm mixed": ((2, 2, 2),),
         "seqkd": ((1, 2, 4),),  # the function is that of sft
     },
 )

@@ -15,7 +15,7 @@ from rkd_jax.models.mixed_sampling import make_mixed_sampler
 from rkd_jax.models.sampling import SamplingConfig
 from rkd_jax.objectives.minillm import make_minillm
 from rkd_jax.objectives.reward_inference import RewardInference
-from rkd_jax.objectives.xkd import make_xkd_minillm
+from rkd_jax.objectives.xkd import make_xkd_gkd, make_xkd_minillm
 from rkd_jax.types import DemonstrationBatch, ImitationBatch, TeacherSignal
 from tests.tabular.bed import (
     BED_E,
@@ -202,6 +202,26 @@ def test_a_target_that_the_student_rules_out(importance):
         np.testing.assert_allclose(slopes[3, :2], without[3, :2], atol=1e-12)
 
 
+def test_states_that_the_student_never_sees_may_be_anything():
+    """What the teacher rules out there is no infinite cost, and no NaN."""
+    teacher, weights = np.array(TEACHER_ROWS), np.array(WEIGHTS)
+    teacher[0, 2, 1], weights[0, 1] = -np.inf, 0.0
+
+    def total(student):
+        return sequence_reverse_kl(
+            student,
+            jnp.asarray(teacher),
+            jnp.asarray(TOKENS),
+            jnp.asarray(MASK),
+            importance_weights=jnp.asarray(weights),
+        ).sum()
+
+    value, slopes = jax.value_and_grad(total)(jnp.asarray(STUDENT_ROWS))
+    assert np.isfinite(value)
+    assert np.isfinite(slopes).all()
+    np.testing.assert_array_equal(slopes[0, 2:], 0.0)
+
+
 def test_products_of_weights_skip_what_is_not_set():
     mask = jnp.array([[True, False, True, True, False]])
     weights = jnp.array([[0.5, jnp.nan, 4.0, 0.25, jnp.inf]])
@@ -258,7 +278,8 @@ def expectation(
         return chances @ totals, jax.tree.map(lambda x: chances @ x, metrics)
 
     (value, metrics), gradient = mean(params)
-    return value, table(gradient)["logits"], metrics
+    gradient = table(gradient)
+    return value, gradient.get("logits", gradient), metrics
 
 
 RATIO = log_softmax(STUDENT) - log_softmax(TEACHER)
@@ -286,7 +307,7 @@ def off(gradient) -> float:
 
 
 def at_the_samplers_states(sampler, weights):
-    """The gradient, and mean divergence, where no state is weighted: from loops."""
+    """Gradient and mean divergence; states and later log-ratios unweighted: loops."""
     chances = BED_E.weights(sampler)
     q = np.exp(log_softmax(STUDENT))
     divergence = (q * RATIO).sum(-1)
@@ -303,8 +324,8 @@ def at_the_samplers_states(sampler, weights):
     return gradient, total
 
 
-def test_weights_of_tokens_are_biased_by_the_states_alone():
-    """That is most of what the missing weights do: 42 % of the norm, without any 43."""
+def test_weights_of_tokens_leave_states_and_later_log_ratios_to_the_sampler():
+    """Here as far off as without any weights, 42 and 43 % of the norm."""
     sampler = SAMPLERS["mixture"]
     objective = make_minillm(MODEL, importance="token")
     _, gradient, metrics = expectation(objective, sampler)
@@ -383,25 +404,43 @@ def test_weights_of_one_are_the_students_own_text(importance):
     )
     np.testing.assert_allclose(gradient, EXACT, atol=1e-12)
     np.testing.assert_allclose(value, DIVERGENCE, rtol=1e-12)
-    share = metrics["student/effective_share"]
-    np.testing.assert_allclose(share.total, share.weight, rtol=1e-12)
-
-
-def test_reward_inference_beside_it():
-    """At no weight of the regulariser the exact gradient again."""
-    table = {"mean": jnp.zeros((2, 15, 3)), "log_std": jnp.zeros((2, 15, 3))}
-    params = {"policy": {"logits": jnp.asarray(STUDENT)}, "reward_head": table}
-    objective = make_xkd_minillm(MODEL, RewardInference(tabular_posterior), w_x=0.0)
-    value, gradient, metrics = expectation(
-        objective, SAMPLERS["mixture"], params, lambda params: params["policy"]
-    )
-    np.testing.assert_allclose(gradient, EXACT, atol=1e-12)
-    np.testing.assert_allclose(value, DIVERGENCE, rtol=1e-12)
-    np.testing.assert_allclose(metrics["student/divergence"].total, DIVERGENCE)
+    for name in ("student/importance", "student/importance_squared"):
+        np.testing.assert_allclose(*metrics[name], rtol=1e-12)
 
 
 @pytest.mark.parametrize("importance", IMPORTANCE)
-def test_the_effective_share_of_a_batch(importance):
+def test_reward_inference_beside_it(importance):
+    """At no weight of the regulariser the objective alone, metrics included."""
+    table = {"mean": jnp.zeros((2, 15, 3)), "log_std": jnp.zeros((2, 15, 3))}
+    params = {"policy": {"logits": jnp.asarray(STUDENT)}, "reward_head": table}
+    inference = RewardInference(tabular_posterior)
+    objective = make_xkd_minillm(MODEL, inference, w_x=0.0, importance=importance)
+    found = expectation(
+        objective, SAMPLERS["mixture"], params, lambda params: params["policy"]
+    )
+    alone = make_minillm(MODEL, importance=importance)
+    value, gradient, metrics = expectation(alone, SAMPLERS["mixture"])
+    np.testing.assert_allclose(found[0], value, rtol=1e-12)
+    np.testing.assert_allclose(found[1], gradient, atol=1e-14)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-12)
+    jax.tree.map(close, {name: found[2][name] for name in metrics}, metrics)
+
+
+def test_a_divergence_at_given_states_reads_no_weights():
+    """GKD with reward inference: neither its value nor its metrics."""
+    table = {"mean": jnp.zeros((2, 15, 3)), "log_std": jnp.zeros((2, 15, 3))}
+    params = {"policy": {"logits": jnp.asarray(STUDENT)}, "reward_head": table}
+    objective = make_xkd_gkd(MODEL, RewardInference(tabular_posterior))
+    with_weights, without = (
+        expectation(objective, SAMPLERS["mixture"], params, dict, weighted=weighted)
+        for weighted in (True, False)
+    )
+    assert "student/importance" not in with_weights[2]
+    jax.tree.map(np.testing.assert_array_equal, with_weights, without)
+
+
+@pytest.mark.parametrize("importance", IMPORTANCE)
+def test_the_weights_of_a_batch_are_reported(importance):
     """From loops over the weights, an empty row among them."""
     numbers, indices = np.array([0, 1, 0, 1]), np.array([9, 0, 4, 6])
     batch = imitation(jnp.asarray(WEIGHTS), numbers, indices)
@@ -424,9 +463,10 @@ def test_the_effective_share_of_a_batch(importance):
         for row in (0, 2, 3)
         for t in range(len(BED_E.sequences[indices[row]]))
     ]
-    found = out.metrics["student/effective_share"]
-    wanted = np.sum(counts) ** 2 / (len(counts) * np.sum(np.square(counts)))
-    np.testing.assert_allclose(found.total / found.weight, wanted, rtol=1e-12)
+    for name, power in (("importance", 1), ("importance_squared", 2)):
+        found = out.metrics[f"student/{name}"]
+        wanted = np.sum(np.power(counts, power)), len(counts)
+        np.testing.assert_allclose(found, wanted, rtol=1e-12)
     assert float(out.weight) == 3
 
 

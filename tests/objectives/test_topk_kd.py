@@ -38,9 +38,10 @@ def demonstrations():
     return DemonstrationBatch(sequences, sequences, jnp.arange(3))
 
 
-def signal_of(top_k, table=TEACHER):
+def signal_of(top_k, table=TEACHER, temperature=1.0):
     sequences = demonstrations().teacher_sequences
-    return make_topk(MODEL, top_k=top_k)({"logits": jnp.asarray(table)}, sequences)
+    topk = make_topk(MODEL, top_k=top_k, temperature=temperature)
+    return topk({"logits": jnp.asarray(table)}, sequences)
 
 
 @functools.cache
@@ -79,7 +80,7 @@ def buckets(scores, top):
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_the_divergence_of_the_buckets_by_hand(temperature):
     objective = make_topk_kd(MODEL, temperature=temperature)
-    out = call(objective, signal_of(1, TEACHER / temperature))
+    out = call(objective, signal_of(1, temperature=temperature))
     total = 0.0
     for x, k, _ in visited():
         top = [TEACHER[x, k].argmax()]
@@ -201,3 +202,14 @@ def test_states_of_padding_may_be_nan_and_logits_are_capped():
 def test_a_temperature_that_is_not_positive_is_refused(temperature):
     with pytest.raises(ValueError, match="temperature"):
         make_topk_kd(MODEL, temperature=temperature)
+
+
+def test_a_list_taken_at_another_temperature_is_refused():
+    """By its own word; one that says nothing is taken as it is."""
+    signal = signal_of(2)
+    assert signal.temperature == 1.0
+    warm = make_topk_kd(MODEL, temperature=2.0)
+    with pytest.raises(ValueError, match=r"taken at temperature 1, .* is at 2: make"):
+        call(warm, signal)
+    silent = dataclasses.replace(signal, temperature=None)
+    assert np.isfinite(call(warm, silent).total)

@@ -339,11 +339,3 @@ def test_a_student_with_fewer_ids_than_the_lists_is_refused(folder):
     assert open_cache(folder, vocabulary=258).manifest.vocabulary == 258
     with pytest.raises(CacheMismatch, match="with 258 vocabulary entries, .* has 257"):
         open_cache(folder, vocabulary=257)
-
-
-def test_packed_rows_are_refused(folder):
-    batch = batch_of(demonstrations())
-    segments = np.asarray(batch.sequences.token_mask, np.int32)
-    packed = dataclasses.replace(batch.sequences, segment_ids=segments)
-    with pytest.raises(ValueError, match="a teacher cache"):
-        open_cache(folder).topk(dataclasses.replace(batch, sequences=packed))
