@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -90,15 +91,17 @@ class CacheCommand:
     """
 
     after_interrupt: ClassVar[str] = (
-        "the same command goes on from the last finished shard"
+        "the same command goes on from the last finished batch"
     )
 
     data: Path
     """Demonstrations or preferences, as JSON Lines."""
-    teacher: Path
-    """Folder with config.json and safetensors, or a GGUF file."""
     out: Path
     """Folder of the cache."""
+    teacher: Path | None = None
+    """Folder with config.json and safetensors, or a GGUF file. Where neither lists nor
+    shaping are kept nothing but its tokenizer is read; then it may be left out if there
+    is a reference."""
     top_k: int | None = 50
     """Most likely tokens kept at every target; None keeps none."""
     log_prob_dtype: Literal["float32", "float16", "uint8"] = "uint8"
@@ -124,9 +127,9 @@ class CacheCommand:
     dtype: str | None = None
     """Type the models compute in; float32 if not given."""
     batch_size: int = 8
-    """Records per forward pass; as many as fit."""
+    """Records per forward pass, as many as fit: what an interruption can cost."""
     shard_records: int = 1024
-    """Records per file: what an interruption can cost."""
+    """Records per file."""
 
     def run(self) -> None:
         """Write the cache and say what is in it."""
@@ -138,9 +141,9 @@ class CacheCommand:
 
         with Progress() as progress:
             writer = self._writer(progress)
-            progress.stage("cache", writer.manifest.records, done=writer.done)
             manifest = writer.write(
-                lambda records, tokens: progress.advance(records, tokens=tokens)
+                lambda records, tokens: progress.advance(records, tokens=tokens),
+                begin=lambda name, all_, done: progress.stage(name, all_, done=done),
             )
         print(_summary(self.out, manifest))
 
@@ -148,12 +151,11 @@ class CacheCommand:
         from rkd_jax.signals.cache import CacheWriter
 
         settings, rows, oracle = self._settings(), self._row_layout(), self._ask()
-        records = self._read(progress)
-        teacher, tokenizer = self._load(self.teacher)
-        reference = None
-        if self.reference is not None:
-            reference, other = self._load(self.reference)
-            _check_vocabularies(tokenizer, other)
+        tokenizer, records = self._tokenizer(settings), self._read(progress)
+        teacher, reference = (
+            None if path is None else functools.partial(self._load, path)
+            for path in (self.teacher, self.reference)
+        )
         return CacheWriter(
             self.out,
             records,
@@ -211,18 +213,34 @@ class CacheCommand:
         progress.note(str(report))
         return records
 
-    def _load(self, path: Path) -> tuple[Source, Tokenizer]:
-        from rkd_jax.data.chat_template import CHATML
+    def _load(self, path: Path) -> Source:
         from rkd_jax.interop import load_model
         from rkd_jax.signals.cache import Source
 
-        model, params, tokenizer = load_model(path, param_dtype=self.param_dtype)
-        if tokenizer is None:
-            raise UsageError(f"{path} holds no tokenizer; put tokenizer.json beside it")
+        model, params, _ = load_model(path, param_dtype=self.param_dtype)
         if self.dtype is not None:
             with _said_by_options():
                 config = dataclasses.replace(model.config, dtype=self.dtype)
             model = dataclasses.replace(model, config=config)
+        return Source(model, params)
+
+    def _tokenizer(self, settings: CacheSettings) -> Tokenizer:
+        """The teacher's, or the reference's if there is no teacher."""
+        from rkd_jax.data.chat_template import CHATML
+        from rkd_jax.data.tokenizer import same_vocabulary
+        from rkd_jax.interop import load_tokenizer
+
+        if settings.needs_teacher and self.teacher is None:
+            raise UsageError("--teacher is missing; without one give --top-k None")
+        paths = [path for path in (self.teacher, self.reference) if path is not None]
+        if not paths:
+            raise UsageError("give --teacher or --reference, whose tokenizer is used")
+        found = [load_tokenizer(path) for path in paths]
+        if None in found:
+            path = paths[found.index(None)]
+            raise UsageError(f"{path} holds no tokenizer; put tokenizer.json beside it")
+        tokenizer = found[0]
+        same_vocabulary(tokenizer, found[-1])
         template = self.chat_template
         if template is not None:
             chatml = template == "chatml"
@@ -231,7 +249,7 @@ class CacheCommand:
             except UnicodeDecodeError as error:
                 raise UsageError(f"{template}: a template is UTF-8: {error}") from error
             tokenizer = tokenizer.with_chat_template(text)
-        return Source(model, params), tokenizer
+        return tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -356,12 +374,6 @@ def _kind(path: Path) -> str:
         f"{path}: the first line has neither 'response' nor 'chosen'; say what the "
         "lines are with --records"
     )
-
-
-def _check_vocabularies(teacher: Tokenizer, reference: Tokenizer) -> None:
-    from rkd_jax.data.tokenizer import same_vocabulary
-
-    same_vocabulary(teacher, reference)
 
 
 def _summary(folder: Path, manifest: Manifest) -> str:

@@ -4,9 +4,11 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import weakref
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from rkd_jax.data.records import DemonstrationRecord, PreferenceRecord
 from rkd_jax.data.sources import write_jsonl
 from rkd_jax.data.tokenize import TokenizeConfig, tokenize_record
 from rkd_jax.data.tokenizer import byte_tokenizer
-from rkd_jax.interop import save_model
+from rkd_jax.interop import load_model, save_model
 from rkd_jax.models.decoder import Decoder, DecoderConfig
 from rkd_jax.signals.cache import TeacherCache, model_hash
 from rkd_jax.signals.retrying_oracle import RetryConfig
@@ -229,6 +231,54 @@ def test_bad_input_is_one_clear_line(files, tmp_path, capsys, options, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_teacher_and_reference_are_never_in_memory_together(
+    files, tmp_path, capsys, monkeypatch
+):
+    loaded, there = [], []
+
+    def load(path, *, load_model=load_model, **options):
+        assert not [name for name in there if name() is not None]
+        model, params, tokenizer = load_model(path, **options)
+        there[:] = map(weakref.ref, jax.tree.leaves(params))
+        loaded.append(path.name)
+        return model, params, tokenizer
+
+    monkeypatch.setattr("rkd_jax.interop.load_model", load)
+    options = ("--top-k", 3, "--reference", files / "student")
+    assert cache_command(files, tmp_path, *options) == 0
+    told = capsys.readouterr().err
+    assert loaded == ["teacher", "student", "teacher"]
+    assert told.index("reference: 3/3") < told.index("cache: 3/3")
+
+
+def test_no_teacher_is_needed_where_nothing_is_read_of_it(files, tmp_path, capsys):
+    """Of one that is given the tokenizer is read, and nothing else."""
+    words = tmp_path / "words"
+    weights = shutil.ignore_patterns("*.safetensors", "config.json")
+    shutil.copytree(files / "student", words, ignore=weights)
+    common = ("cache", "--data", files / "pairs.jsonl", "--oracle", "vader", *SMALL)
+    common += ("--top-k", "None", "--out")
+    for out, options in (
+        ("a", ("--teacher", words)),
+        ("b", ("--reference", files / "student")),
+        ("c", ("--teacher", words, "--reference", files / "student")),
+    ):
+        assert rkd(*common, tmp_path / out, *options) == 0, capsys.readouterr().err
+        cache = TeacherCache(tmp_path / out, tokenizer=byte_tokenizer(), rows=ROWS)
+        assert cache.manifest.teacher is None
+        assert (cache.manifest.reference is None) == (out == "a")
+        rewards = [[r.values["reward"] for r in found.responses] for found in cache]
+        assert np.shape(rewards) == (3, 2)
+    capsys.readouterr()
+    for arguments, message in (
+        (common, "give --teacher or --reference, whose tokenizer is used"),
+        ((*common[:-3], "--out"), "--teacher is missing; without one give --top-k No"),
+    ):
+        assert rkd(*arguments, tmp_path / "d") == 2
+        assert f"error: {message}" in capsys.readouterr().err
+    assert not (tmp_path / "d").exists()
+
+
 @pytest.fixture
 def ctrl_c_is_heard():
     """A job in the background has it ignored, and hands that on to its children."""
@@ -320,7 +370,7 @@ def test_ctrl_c_leaves_something_to_go_on_from(files, tmp_path):
     done = start()
     assert done.returncode == 128 + signal.SIGINT
     assert done.stderr.splitlines()[-1] == (
-        "interrupted; the same command goes on from the last finished shard"
+        "interrupted; the same command goes on from the last finished batch"
     )
     assert "Traceback" not in done.stderr
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())

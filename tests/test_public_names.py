@@ -72,7 +72,7 @@ NAMES = {
     "rkd_jax.models.bucketing": "bucketed",
     "rkd_jax.models.hf_flax": "load_hf_flax",
     "rkd_jax.models.surgery": "keep_layers align_vocab",
-    "rkd_jax.interop": "load_model save_model",
+    "rkd_jax.interop": "load_model load_tokenizer save_model",
     "rkd_jax.data.records": "PromptRecord PreferenceRecord DemonstrationRecord",
     "rkd_jax.signals.oracles": "VaderOracle label_preferences load_oracle",
     "rkd_jax.signals.retrying_oracle": "RetryingOracle RetryConfig stopping",

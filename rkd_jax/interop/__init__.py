@@ -1,10 +1,10 @@
 """Weights in and out, never through torch.
 
 `load_model` opens whatever it is given: a model folder of Hugging Face (safetensors) or
-a GGUF file. `save_model` writes a folder that `transformers` reads. The formats are in
-`rkd_jax.interop.safetensors` and `rkd_jax.interop.gguf`, the translation of
-``config.json`` in `rkd_jax.interop.hf_config`, the table of tensor names in
-`rkd_jax.interop.names`.
+a GGUF file; `load_tokenizer` reads the tokenizer alone. `save_model` writes a folder
+that `transformers` reads. The formats are in `rkd_jax.interop.safetensors` and
+`rkd_jax.interop.gguf`, the translation of ``config.json`` in
+`rkd_jax.interop.hf_config`, the table of tensor names in `rkd_jax.interop.names`.
 """
 
 from __future__ import annotations
@@ -60,24 +60,45 @@ def load_model(
         return tree_shardings(model.logical_axes(), mesh, rules, shapes=shapes)
 
     shardings = None if mesh is None else homes
-    path = Path(path)
-    if path.is_file() and path.suffix != ".gguf":
-        raise FileNotFoundError(f"{path}: give the model's folder, or a .gguf file")
+    path = _there(path)
     if path.is_file():
         file = gguf.GGUFFile(path)
         config, params = gguf.load(
             file, param_dtype=param_dtype or "float32", shardings=shardings
         )
         return Decoder(config), params, gguf.tokenizer(file)
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path}: no such folder or file")
     config, params = safetensors.load(
         path, param_dtype=param_dtype, shardings=shardings
     )
+    return Decoder(config), params, load_tokenizer(path)
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer | None:
+    """The tokenizer that `load_model` returns, without the model.
+
+    Args:
+        path: a model folder or a ``.gguf`` file.
+
+    Raises:
+        FileNotFoundError: nothing there, or not a model.
+        UnsupportedConfigError, WeightsError: a tokenizer that cannot be read.
+    """
+    path = _there(path)
+    if path.is_file():
+        return gguf.tokenizer(path)
     if not (path / "tokenizer.json").is_file():
-        return Decoder(config), params, None
+        return None
     try:
-        tokenizer = from_file(path)
+        return from_file(path)
     except ValueError as error:  # which names the file
         raise WeightsError(str(error)) from error
-    return Decoder(config), params, tokenizer
+
+
+def _there(path: str | Path) -> Path:
+    """The path, if a model may be there."""
+    path = Path(path)
+    if path.is_file() and path.suffix != ".gguf":
+        raise FileNotFoundError(f"{path}: give the model's folder, or a .gguf file")
+    if not path.is_file() and not path.is_dir():
+        raise FileNotFoundError(f"{path}: no such folder or file")
+    return path

@@ -45,7 +45,8 @@ from rkd_jax.signals.cache_identity import model_hash
 from rkd_jax.signals.cache_manifest import Manifest, check_same
 from rkd_jax.signals.cache_rows import Batch, Located, located, response_shape
 from rkd_jax.signals.cache_shards import damaged, problem
-from rkd_jax.signals.cache_writer import CacheWriter, Source
+from rkd_jax.signals.cache_sources import Source
+from rkd_jax.signals.cache_writer import CacheWriter
 from rkd_jax.types import ReferenceSignal, ShapingSignal, TopkSignal
 from rkd_jax.untrusted import one_line
 

@@ -31,22 +31,30 @@ def write_shard(path: Path, payloads: Iterable[bytes]) -> None:
         CacheError: the disk does not take it.
     """
     temporary = path.with_name(f".{path.name}{UNFINISHED}")
-    written = count = 0
-    try:
+    count = 0
+    with _on_disk(path):
         writer = ArrayRecordWriter(str(temporary), _OPTIONS)
-        for payload in payloads:
+    for payload in payloads:  # what fails in here is no fault of the disk
+        with _on_disk(path):
             writer.write(payload)
-            count += 1
+        count += 1
+    with _on_disk(path):
         writer.close()
-        written = _count(temporary)
-    except RuntimeError as error:
-        raise CacheError(f"{path}: cannot be written: {error}; {_REMEDY}") from error
+    written = _count(temporary)
     if written != count:
         raise CacheError(f"{path}: {written} of {count} records arrived; {_REMEDY}")
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)
     sync_directory(path.parent)
+
+
+@contextlib.contextmanager
+def _on_disk(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise CacheError(f"{path}: cannot be written: {error}; {_REMEDY}") from error
 
 
 def summary(path: Path, settings: CacheSettings, *, first: int) -> Shard:

@@ -1,66 +1,54 @@
 """Writing a teacher cache, so that a process killed at any moment has lost little.
 
-A shard is written under a temporary name, flushed to the disk and renamed; then the
-manifest is replaced by one that lists it. Whoever starts again finds either the whole
-shard or none of it: no record is missing, doubled or half there, and the shards that
-were finished are not computed again. A shard comes out the same, bit for bit, however
-often the writing was interrupted, because its batches start with it.
+Every batch is added to the journal of its shard (`rkd_jax.signals.cache_journal`) as
+soon as it is computed. The shard is written under a temporary name, flushed to the disk
+and renamed; then the manifest is replaced by one that lists it, and the journal goes.
+Whoever starts again finds either the whole shard or the journal: no record is missing,
+doubled or half there, and what was computed is not computed again. A shard comes out
+the same, bit for bit, however often the writing was interrupted, because its batches
+start with it and are in the journal as a whole.
+
+Where teacher and reference are both read, the reference comes first, alone: what it
+says is one number per response, and waits in a journal of its own beside each shard.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal
 
-import jax
-import numpy as np
-
-from rkd_jax.data.collate import collate
-from rkd_jax.data.records import (
-    DemonstrationRecord,
-    PreferenceRecord,
-    Record,
-    RecordError,
-)
+from rkd_jax.data.records import Record, RecordError
 from rkd_jax.data.tokenize import TokenizeConfig, Tokenized, tokenize_record
-from rkd_jax.models.api import CausalLM
 from rkd_jax.signals import cache_identity as identity
-from rkd_jax.signals.cache_codec import Topk
+from rkd_jax.signals.cache_answers import Answers
 from rkd_jax.signals.cache_format import (
     REFERENCE,
-    REWARD,
-    SHAPING,
     CachedRecord,
-    CachedResponse,
     CacheError,
     CacheSettings,
-    fingerprint,
-    pack_record,
-    pack_skipped,
+    unpack_record,
 )
+from rkd_jax.signals.cache_journal import JOURNAL, Journal
 from rkd_jax.signals.cache_manifest import MANIFEST, UNFINISHED, Manifest, check_same
-from rkd_jax.signals.cache_scores import make_teacher_scores
 from rkd_jax.signals.cache_shards import locked, summary, write_shard
-from rkd_jax.signals.oracles import Oracle, score
-from rkd_jax.signals.teacher import make_sequence_scorer
-from rkd_jax.types import Params, Sequences
+from rkd_jax.signals.cache_sources import (
+    Given,
+    HeldModel,
+    check_request,
+    hold_models,
+)
+from rkd_jax.signals.oracles import Oracle
 
 if TYPE_CHECKING:
     from rkd_jax.data.tokenizer import Tokenizer
 
 Advance = Callable[[int, int], None]
-_CHECK = "check the weights and the dtype it is computed in"
-
-
-class Source(NamedTuple):
-    """A frozen model."""
-
-    model: CausalLM
-    params: Params
+Begin = Callable[[str, int, int], None]
+_CACHE = "cache"  # name of the pass that writes the shards
 
 
 class CacheWriter:
@@ -78,12 +66,15 @@ class CacheWriter:
         tokenizer: of the teacher.
         rows: how a record becomes ids, the one that training will use.
         settings: what to keep.
-        teacher: what the lists and the shaping are read off.
-        reference: whose log-probs are kept, if ``settings.reference``.
+        teacher: what the lists and the shaping are read off: the model, or a function
+            that loads it.
+        reference: whose log-probs are kept, if ``settings.reference``; likewise. If
+            both are loaded by functions, never more than one of them is in memory:
+            the reference speaks of all records before the teacher does.
         oracle: what ``settings.oracle`` names.
-        batch_size: records per forward pass. It decides nothing but speed and memory,
-            up to rounding.
-        shard_records: records per file; what an interruption can cost.
+        batch_size: records per forward pass, which is what an interruption can cost. It
+            decides nothing else but speed and memory, up to rounding.
+        shard_records: records per file.
         on_error: what to do with a record that cannot be tokenized: ``"raise"``, or
             ``"skip"`` it, counted.
 
@@ -102,14 +93,14 @@ class CacheWriter:
         rows: TokenizeConfig,
         settings: CacheSettings,
         *,
-        teacher: Source | None = None,
-        reference: Source | None = None,
+        teacher: Given | None = None,
+        reference: Given | None = None,
         oracle: Oracle | None = None,
         batch_size: int = 8,
         shard_records: int = 1024,
         on_error: Literal["raise", "skip"] = "raise",
     ):
-        _check(records, rows, tokenizer, settings, teacher, reference, oracle)
+        check_request(records, settings, teacher, reference, oracle)
         if on_error not in ("raise", "skip"):
             raise ValueError(f"on_error is 'raise' or 'skip', not {on_error!r}")
         if min(batch_size, shard_records) < 1:
@@ -121,14 +112,9 @@ class CacheWriter:
         self._records, self._tokenizer, self._rows = records, tokenizer, rows
         self._settings, self._oracle = settings, oracle
         self._batch_size, self._on_error = batch_size, on_error
-        self._teacher, self._reference = teacher, reference
-        self._ask_teacher = self._ask_reference = None
-        if settings.needs_teacher:
-            self._ask_teacher = make_teacher_scores(teacher.model, settings)
-        if settings.reference:
-            self._ask_reference = make_sequence_scorer(
-                reference.model, temperature=settings.temperature
-            )
+        self._teacher, self._reference = hold_models(
+            teacher, reference, tokenizer=tokenizer, rows=rows, settings=settings
+        )
         self.folder.mkdir(parents=True, exist_ok=True)
         self._wanted = self._describe(shard_records)
         with locked(self.folder):
@@ -136,14 +122,20 @@ class CacheWriter:
 
     @property
     def done(self) -> int:
-        """Records that are finished."""
-        return self.manifest.done
+        """Records that are computed: those in finished shards and in the journal."""
+        return self.manifest.done + self._journal(len(self.manifest.shards)).count()
 
-    def write(self, advance: Advance | None = None) -> Manifest:
+    def write(
+        self, advance: Advance | None = None, *, begin: Begin | None = None
+    ) -> Manifest:
         """Compute what is missing.
 
         Args:
-            advance: told after each batch how many records and targets it had.
+            advance: told after each batch of a pass how many records and targets it
+                had.
+            begin: told before a pass over the records its name, how many there are and
+                how many are done. There is ``"reference"``, if a teacher is to be read
+                too and something is missing, and ``"cache"``, which is always there.
 
         Returns:
             The manifest of the finished cache.
@@ -152,27 +144,71 @@ class CacheWriter:
             RecordError: a record that cannot be tokenized, with ``"raise"``.
             OracleError: see `rkd_jax.signals.oracles.score`.
             CacheError: the teacher says something that is no distribution, ``rows``
-                ask for what the tokenizer lacks, the disk does not take a shard, or
-                another process writes here.
+                ask for what the tokenizer lacks, the disk does not take a shard or its
+                journal, or another process writes here.
         """
         advance = advance or (lambda records, tokens: None)
+        begin = begin or (lambda name, records, done: None)
         with locked(self.folder):
             for leftover in self.folder.glob(f".*{UNFINISHED}"):
                 leftover.unlink()
             self.manifest = self._there(self._open())
-            while not self.manifest.complete:
-                path = self._next_path()
-                if not path.exists():
-                    write_shard(path, self._payloads(advance))
-                self._add(path)
+            for number in range(len(self.manifest.shards)):
+                self._forget(number)  # a process was killed before it could
+            try:
+                if self._reference_is_first:
+                    self._let_reference_speak(advance, begin)
+                self._write_shards(advance, begin)
+            finally:
+                for model in filter(None, (self._teacher, self._reference)):
+                    model.release()
         return self.manifest
+
+    @property
+    def _reference_is_first(self) -> bool:
+        """Whether it has a pass of its own, because the teacher needs the memory."""
+        return None not in (self._teacher, self._reference)
+
+    def _let_reference_speak(self, advance: Advance, begin: Begin) -> None:
+        """Put its words about every shard that is not there in that shard's journal."""
+        manifest = self.manifest
+        size = manifest.shard_records
+        shards = range(len(manifest.shards), -(-manifest.records // size))
+        missing = [n for n in shards if not self._path(n).exists()]
+        journals = [self._journal(n, REFERENCE) for n in missing]
+        left = sum(self._end(j.first) - j.first - j.count() for j in journals)
+        if left:
+            begin(REFERENCE, manifest.records, manifest.records - left)
+        answers = self._asking(self._said_by_reference, reference=self._reference)
+        for journal in journals:
+            for _ in self._kept(journal, answers, advance):
+                pass
+        self._reference.release()
+
+    def _write_shards(self, advance: Advance, begin: Begin) -> None:
+        begin(_CACHE, self.manifest.records, self.done)
+        answers = self._asking(
+            self._settings,
+            teacher=self._teacher,
+            reference=None if self._reference_is_first else self._reference,
+            oracle=self._oracle,
+        )
+        while not self.manifest.complete:
+            number = len(self.manifest.shards)
+            path = self._path(number)
+            if not path.exists():
+                known = self._known(number) if self._reference_is_first else None
+                journal = self._journal(number)
+                write_shard(path, self._kept(journal, answers, advance, known))
+            self._add(path)
+            self._forget(number)
 
     def _describe(self, shard_records: int) -> Manifest:
         """The manifest of a cache that is yet to be written."""
         settings, tokenizer = self._settings, self._tokenizer
         return Manifest(
-            teacher=_hash(self._teacher),
-            reference=_hash(self._reference),
+            teacher=self._teacher and self._teacher.hash,
+            reference=self._reference and self._reference.hash,
             tokenizer=identity.tokenizer_hash(tokenizer),
             rows=identity.rows_hash(tokenizer, self._rows),
             data=identity.data_hash(self._records),
@@ -182,7 +218,7 @@ class CacheWriter:
             settings=settings.to_json(),
             row_settings=identity.row_settings(self._rows),
             max_response=self._rows.max_response,
-            vocabulary=settings.top_k and self._teacher.model.config.vocab_size,
+            vocabulary=settings.top_k and self._teacher.vocabulary,
         )
 
     def _open(self) -> Manifest:
@@ -207,8 +243,8 @@ class CacheWriter:
         )
         return dataclasses.replace(manifest, shards=tuple(shards))
 
-    def _next_path(self) -> Path:
-        return self.folder / f"shard-{len(self.manifest.shards):05d}.array_record"
+    def _path(self, number: int) -> Path:
+        return self.folder / f"shard-{number:05d}.array_record"
 
     def _add(self, path: Path) -> None:
         """Let the manifest list a finished shard."""
@@ -222,41 +258,78 @@ class CacheWriter:
         self.manifest = dataclasses.replace(self.manifest, shards=shards)
         self.manifest.save(self.folder)
 
-    def _payloads(self, advance: Advance) -> Iterator[bytes]:
-        """The bytes of the next shard's records, in order."""
-        first = self.manifest.done
-        last = min(first + self.manifest.shard_records, self.manifest.records)
-        rows = [self._tokenize(number) for number in range(first, last)]
-        good = [row for row in rows if isinstance(row, Tokenized)]
-        waiting = deque(rows)
-        if len(rows) > len(good):
-            advance(len(rows) - len(good), 0)
-        for batch, scores in self._asked(good):
-            packed = self._pack(batch, scores)
-            tokens = sum(len(ids) for row in batch for ids in row.responses)
-            advance(len(batch), tokens)
-            while packed:
-                row = waiting.popleft()
-                if isinstance(row, str):
-                    yield pack_skipped(row)
-                else:
-                    yield packed.pop(row.index)
-        for reason in waiting:
-            yield pack_skipped(reason)
+    def _journal(self, number: int, name: str = _CACHE) -> Journal:
+        """What a pass has found out about a shard."""
+        about = self.manifest.identity() | {"pass": name}
+        first = number * self.manifest.shard_records
+        return Journal(self._journal_path(number, name), about, first=first)
 
-    def _asked(
-        self, rows: Sequence[Tokenized]
-    ) -> Iterator[tuple[list[Tokenized], dict[str, Any]]]:
-        """Batches and what the models say; the next is on its way when one is given."""
-        before = None
-        for start in range(0, len(rows), self._batch_size):
-            batch = list(rows[start : start + self._batch_size])
-            after = batch, self._ask(batch)
-            if before is not None:
-                yield before
-            before = after
-        if before is not None:
-            yield before
+    def _journal_path(self, number: int, name: str) -> Path:
+        shard = self._path(number).name
+        return self.folder / f".{shard}.{name}{JOURNAL}"
+
+    def _forget(self, number: int) -> None:
+        """Nothing but the shard is needed from now on."""
+        for name in (REFERENCE, _CACHE):
+            self._journal_path(number, name).unlink(missing_ok=True)
+
+    def _end(self, first: int) -> int:
+        """Number behind the last record of the shard that begins with ``first``."""
+        return min(first + self.manifest.shard_records, self.manifest.records)
+
+    def _asking(
+        self,
+        settings: CacheSettings,
+        *,
+        teacher: HeldModel | None = None,
+        reference: HeldModel | None = None,
+        oracle: Oracle | None = None,
+    ) -> Callable[[], Answers]:
+        """What gives `Answers`; models are loaded when they are first needed."""
+
+        @functools.cache
+        def answers() -> Answers:
+            return Answers(
+                self._records,
+                self._rows,
+                settings,
+                batch_size=self._batch_size,
+                teacher=teacher and teacher.source(),
+                reference=reference and reference.source(),
+                oracle=oracle,
+            )
+
+        return answers
+
+    def _kept(
+        self,
+        journal: Journal,
+        answers: Callable[[], Answers],
+        advance: Advance,
+        known: Mapping[int, CachedRecord] | None = None,
+    ) -> Iterator[bytes]:
+        """The bytes of a shard's records, in order; each is in the journal by then."""
+        yield from journal.replay()
+        first = journal.first + journal.records
+        rows = [self._tokenize(n) for n in range(first, self._end(journal.first))]
+        if not rows:
+            return
+        for payloads, tokens in answers().of(rows, known):
+            journal.append(payloads)
+            advance(len(payloads), tokens)
+            yield from payloads
+
+    @property
+    def _said_by_reference(self) -> CacheSettings:
+        """Settings of what is kept of the reference until a shard is written."""
+        temperature = self._settings.temperature
+        return CacheSettings(top_k=None, temperature=temperature, reference=True)
+
+    def _known(self, number: int) -> dict[int, CachedRecord]:
+        """What the reference said of a shard's records, by number."""
+        journal, settings = self._journal(number, REFERENCE), self._said_by_reference
+        records = (unpack_record(data, settings) for data in journal.replay())
+        return dict(enumerate(records, journal.first))
 
     def _tokenize(self, number: int) -> Tokenized | str:
         """The row, or why there is none."""
@@ -269,129 +342,3 @@ class CacheWriter:
             return error.reason.removeprefix(f"record {number}: ")
         except ValueError as error:
             raise CacheError(f"record {number}: {error}") from error
-
-    def _ask(self, rows: Sequence[Tokenized]) -> dict[str, Any]:
-        """What models and oracle say of each response; ``batch_size`` rows are seen."""
-        padding = [rows[-1]] * (self._batch_size - len(rows))
-        batch = collate([*rows, *padding], self._rows)
-        found: dict[str, Any] = {}
-        if self._ask_teacher is not None:
-            seen = _flat(batch.teacher_sequences)
-            scores = self._ask_teacher(self._teacher.params, seen)
-            found |= {"topk": scores.topk, SHAPING: scores.shaping}
-        if self._ask_reference is not None:
-            seen = _flat(batch.sequences)
-            found[REFERENCE] = self._ask_reference(self._reference.params, seen)
-        if self._oracle is not None:
-            records = [self._records[row.index] for row in rows]
-            texts = [(r.prompt, text) for r in records for text in _responses(r)]
-            prompts, responses = map(list, zip(*texts, strict=True))
-            found[REWARD] = score(self._oracle, prompts, responses)
-        return found
-
-    def _pack(
-        self, rows: Sequence[Tokenized], found: dict[str, Any]
-    ) -> dict[int, bytes]:
-        """The bytes of each row's record, by its number."""
-        found = jax.tree.map(np.asarray, found)
-        position, packed = 0, {}
-        for row in rows:
-            responses = []
-            for targets in row.responses:
-                responses.append(self._response(row, targets, found, position))
-                position += 1
-            try:
-                packed[row.index] = pack_record(
-                    CachedRecord(tuple(responses)), self._settings
-                )
-            except ValueError as error:
-                raise CacheError(f"record {row.index}: {error}; {_CHECK}") from error
-        return packed
-
-    def _response(
-        self, row: Tokenized, targets: list[int], found: dict[str, Any], position: int
-    ) -> CachedResponse:
-        digest, checks = fingerprint(row.prompt, row.teacher_prompt, targets)
-        values = {
-            name: float(np.float32(found[name][position]))
-            for name in self._settings.value_names
-        }
-        if not np.all(np.isfinite(list(values.values()))):
-            raise CacheError(f"record {row.index}: {values}; {_CHECK}")
-        topk = None
-        if self._settings.top_k is not None:
-            topk = Topk(*(part[position, : len(targets)] for part in found["topk"]))
-        return CachedResponse(digest, len(targets), values, checks, topk)
-
-
-def _check(
-    records: Sequence[Record],
-    rows: TokenizeConfig,
-    tokenizer: Tokenizer,
-    settings: CacheSettings,
-    teacher: Source | None,
-    reference: Source | None,
-    oracle: Oracle | None,
-) -> None:
-    """Everything that can be known to go wrong before a model runs."""
-    kinds = {type(record) for record in records}
-    if len(kinds) != 1 or not kinds <= {DemonstrationRecord, PreferenceRecord}:
-        names = ", ".join(sorted(kind.__name__ for kind in kinds)) or "no record"
-        raise CacheError(
-            f"{names}: a cache is of demonstrations or of preferences, at least one"
-        )
-    if jax.process_count() > 1:
-        raise CacheError("a cache is written by one process; start it on one host")
-    parts = {
-        "teacher": (teacher, settings.needs_teacher, rows.teacher_prompt_widths),
-        "reference": (reference, settings.reference, rows.prompt_widths),
-        "oracle": (oracle, settings.oracle is not None, ()),
-    }
-    for name, (part, needed, prompts) in parts.items():
-        if (part is None) == needed:
-            raise CacheError(f"{name}: {'missing' if needed else 'not asked for'}")
-        if part is not None and prompts:
-            width = prompts[-1] + rows.response_widths[-1]
-            _check_model(name, part.model, tokenizer, width)
-    if settings.needs_teacher:
-        _check_width(settings, teacher.model.config.vocab_size)
-
-
-def _check_width(settings: CacheSettings, vocabulary: int) -> None:
-    asked = {"top_k": settings.top_k}
-    if settings.shaping is not None and settings.shaping.support is not None:
-        asked["one more than support"] = settings.shaping.support + 1
-    for name, count in asked.items():
-        if count is not None and count > vocabulary:
-            raise CacheError(
-                f"{name}={count} exceeds the teacher's {vocabulary} vocabulary entries"
-            )
-
-
-def _check_model(name: str, model: CausalLM, tokenizer: Tokenizer, width: int) -> None:
-    config = model.config
-    if tokenizer.vocab_size > config.vocab_size:
-        raise CacheError(
-            f"the tokenizer has {tokenizer.vocab_size} ids, the {name} "
-            f"{config.vocab_size} vocabulary entries: they do not belong together"
-        )
-    if width > config.max_length:
-        raise CacheError(
-            f"rows of up to {width} tokens exceed the {name}'s context of "
-            f"{config.max_length}; lower max_prompt or max_response"
-        )
-
-
-def _hash(source: Source | None) -> str | None:
-    return None if source is None else identity.model_hash(*source)
-
-
-def _flat(sequences: Sequences) -> Sequences:
-    """Rows of responses, whether or not they come in pairs."""
-    return jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), sequences)
-
-
-def _responses(record: Record) -> tuple[str, ...]:
-    if isinstance(record, PreferenceRecord):
-        return record.chosen, record.rejected
-    return (record.response,)

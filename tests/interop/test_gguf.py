@@ -10,7 +10,13 @@ import numpy as np
 import pytest
 
 from rkd_jax.data.chat_template import CHATML
-from rkd_jax.interop import WeightsError, find_packaged_gguf, gguf, load_model
+from rkd_jax.interop import (
+    WeightsError,
+    find_packaged_gguf,
+    gguf,
+    load_model,
+    load_tokenizer,
+)
 from rkd_jax.interop.hf_config import UnsupportedConfigError
 from rkd_jax.models.api import positions_from_mask
 from rkd_jax.models.decoder import Decoder, DecoderConfig
@@ -180,6 +186,7 @@ def test_load_model_opens_a_file(path):
     assert decoder.config == dataclasses.replace(CONFIG, param_dtype="bfloat16")
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
     assert tokenizer.vocab_size == 8
+    assert load_tokenizer(path).fingerprint() == tokenizer.fingerprint()
 
 
 # Files that are not what they should be

@@ -278,7 +278,7 @@ def test_the_teacher_is_asked_in_one_shape_and_pads_nothing_into_the_data(tmp_pa
     maker = writer(tmp_path, demonstrations(), LISTS)
     advanced = []
     maker.write(lambda records, tokens: advanced.append((records, tokens)))
-    assert maker._teacher.model.traces == 1
+    assert maker._teacher.source().model.traces == 1
     assert [records for records, _ in advanced] == [2, 1, 2, 1, 1]
     tokens = [len(r.response) + 1 for r in demonstrations()]
     tokens = [min(n, 9) for n in tokens]

@@ -296,7 +296,7 @@ def test_what_cannot_be_written_is_said_before_a_model_runs(tmp_path):
 def test_a_teacher_that_says_nan_is_named_with_the_record(tmp_path):
     records = [DemonstrationRecord("0?", "a"), DemonstrationRecord("1?", "b.c")]
     maker = writer(tmp_path, records, LISTS)
-    maker._teacher.params["table"][ord("."), 3] = np.nan
+    maker._teacher.source().params["table"][ord("."), 3] = np.nan
     with pytest.raises(CacheError, match="record 1: log-probs of the teacher are NaN"):
         maker.write()
 
