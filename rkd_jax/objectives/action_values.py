@@ -237,15 +237,7 @@ def action_moments(
         head's gradient adds up over slices in the dtype of its parameters.
     """
     question = _asked(names, q_function, q_rows, sequences, anchor, student, teacher)
-    at, width = question.at, question.width
-
-    def of_rows(weights, given):
-        (mask, *_), _ = given
-        size = (logits or LOGITS) // (math.prod(mask.shape[:-1]) * width)
-        return _in_slices(at, weights, given, max(size, 1), "positions")
-
-    given = sequences.response_mask, sequences.targets, question.states
-    return _on_every_device(of_rows, question.weights, (given, foreseen))
+    return _along_positions(question, sequences, foreseen, logits or LOGITS)
 
 
 def row_terms(
@@ -257,8 +249,7 @@ def row_terms(
     sequences: Sequences,
     *,
     anchor: Player,
-    student: Rows | None = None,
-    teacher: Rows | None = None,
+    teacher: Rows,
     foreseen: Any,
     logits: int | None = None,
 ) -> Any:
@@ -274,7 +265,7 @@ def row_terms(
         data: a pytree of [B, ..].
         foreseen: like the result, float[B]: up to one factor for all, what the caller
             will multiply it with. It changes no number.
-        names, q_function, q_rows, sequences, anchor, student, teacher, logits: see
+        names, q_function, q_rows, sequences, anchor, teacher, logits: see
             `action_moments`.
 
     Returns:
@@ -283,20 +274,11 @@ def row_terms(
     Gradient:
         As `action_moments` with ``foreseen``.
     """
-    question = _asked(names, q_function, q_rows, sequences, anchor, student, teacher)
-    mask = sequences.response_mask
-    size = (logits or LOGITS) // (math.prod(mask.shape[1:]) * question.width)
+    question = _asked(names, q_function, q_rows, sequences, anchor, None, teacher)
+    mask, logits = sequences.response_mask, logits or LOGITS
+    size = logits // (math.prod(mask.shape[1:]) * question.width)
     if not size:
-        moments = action_moments(
-            names,
-            q_function,
-            q_rows,
-            sequences,
-            anchor=anchor,
-            student=student,
-            teacher=teacher,
-            logits=logits,
-        )
+        moments = _along_positions(question, sequences, None, logits)
         return conclude(moments, mask, data)
 
     def at(critic, others, mask, targets, states, data):
@@ -350,6 +332,20 @@ def _asked(names, q_function, q_rows, sequences, anchor, student, teacher) -> _Q
         {who: one.states for who, one in rows.items()},
         max(one.vocabulary for one in rows.values()),
     )
+
+
+def _along_positions(
+    question: _Question, sequences: Sequences, foreseen: Any, logits: int
+) -> Moments:
+    """Slices along T; foreseen as in `action_moments`."""
+
+    def of_rows(weights, given):
+        (mask, *_), _ = given
+        size = logits // (math.prod(mask.shape[:-1]) * question.width)
+        return _in_slices(question.at, weights, given, max(size, 1), "positions")
+
+    given = sequences.response_mask, sequences.targets, question.states
+    return _on_every_device(of_rows, question.weights, (given, foreseen))
 
 
 def _on_every_device(of_rows, weights, given) -> Any:

@@ -6,6 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rkd_jax.losses import (
+    forward_kl,
+    generalized_jsd,
+    reverse_kl,
+    skew_forward_kl,
+    skew_reverse_kl,
+    total_variation,
+)
 from rkd_jax.losses.fused import Tiles
 
 # More units than rows of a chunk, so that gradients of heads come in tiles.
@@ -15,6 +23,17 @@ TILES = {  # by how the gradient comes about; one chunk holds all rows of the la
     "recompute": SMALL(gradient="recompute"),
     "ahead": SMALL(gradient="ahead"),
     "keep": Tiles(),
+}
+DIVERGENCES = {
+    "forward": forward_kl,
+    "reverse": reverse_kl,
+    "jsd-0": functools.partial(generalized_jsd, beta=0),
+    "jsd-0.1": functools.partial(generalized_jsd, beta=0.1),
+    "jsd-0.5": functools.partial(generalized_jsd, beta=0.5),
+    "jsd-1": functools.partial(generalized_jsd, beta=1),
+    "skew-forward": functools.partial(skew_forward_kl, alpha=0.3),
+    "skew-reverse": functools.partial(skew_reverse_kl, alpha=0.3),
+    "total-variation": total_variation,
 }
 RNG = np.random.default_rng(0)
 

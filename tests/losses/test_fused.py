@@ -11,7 +11,6 @@ from rkd_jax.losses import (
     forward_kl,
     generalized_jsd,
     reverse_kl,
-    skew_forward_kl,
     skew_reverse_kl,
     soft_value,
     token_log_probs,
@@ -26,6 +25,7 @@ from rkd_jax.losses.fused import (
 from tests.losses.fused_rows import (
     ANY,
     BIAS,
+    DIVERGENCES,
     HEAD,
     HIDDEN,
     MASK,
@@ -42,18 +42,6 @@ from tests.losses.fused_rows import (
 )
 
 pytestmark = pytest.mark.usefixtures("x64")
-
-DIVERGENCES = {
-    "forward": forward_kl,
-    "reverse": reverse_kl,
-    "jsd-0": functools.partial(generalized_jsd, beta=0),
-    "jsd-0.1": functools.partial(generalized_jsd, beta=0.1),
-    "jsd-0.5": functools.partial(generalized_jsd, beta=0.5),
-    "jsd-1": functools.partial(generalized_jsd, beta=1),
-    "skew-forward": functools.partial(skew_forward_kl, alpha=0.3),
-    "skew-reverse": functools.partial(skew_reverse_kl, alpha=0.3),
-    "total-variation": total_variation,
-}
 
 
 @pytest.mark.parametrize("gradient", TILES)

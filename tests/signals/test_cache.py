@@ -23,6 +23,7 @@ from rkd_jax.signals.topk import make_topk
 from rkd_jax.training import init_state, make_update
 from rkd_jax.types import TopkSignal
 from tests.signals.tiny_cache import (
+    KINDS,
     LISTS,
     ROWS,
     SETTINGS,
@@ -32,22 +33,10 @@ from tests.signals.tiny_cache import (
     batch_of,
     demonstrations,
     open_cache,
-    preferences,
     source,
     table,
     writer,
 )
-
-KINDS = {"demonstrations": demonstrations, "preferences": preferences}
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """A cache of everything, for each kind of record."""
-    root = tmp_path_factory.mktemp("caches")
-    for kind, records in KINDS.items():
-        writer(root / kind, records()).write()
-    return root
 
 
 def log_softmax(x):

@@ -27,6 +27,7 @@ from rkd_jax.signals.teacher import make_pair_scorer
 from rkd_jax.training import init_state, make_update
 from rkd_jax.types import ReferenceSignal, TopkSignal
 from tests.signals.tiny_cache import (
+    KINDS,
     REWARDS,
     ROWS,
     TOKENIZER,
@@ -38,20 +39,9 @@ from tests.signals.tiny_cache import (
     open_cache,
     preferences,
     source,
-    writer,
 )
 
 ROW = 34  # a pair of the longest has 32 columns
-KINDS = {"demonstrations": demonstrations, "preferences": preferences}
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """A cache of everything, for each kind of record."""
-    root = tmp_path_factory.mktemp("caches")
-    for kind, records in KINDS.items():
-        writer(root / kind, records()).write()
-    return root
 
 
 def packed_of(records, rows=ROWS, numbers=None, spare=1):

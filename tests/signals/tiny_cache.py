@@ -65,6 +65,9 @@ def preferences(count=7):
     ]
 
 
+KINDS = {"demonstrations": demonstrations, "preferences": preferences}
+
+
 def table(seed):
     return 2 * np.random.default_rng(seed).normal(size=(VOCABULARY,) * 2)
 
