@@ -18,6 +18,7 @@ from rkd_jax.data.records import RecordError
 from rkd_jax.data.tokenizer import VocabularyMismatch
 from rkd_jax.interop import UnsupportedConfigError, WeightsError
 from rkd_jax.sharding import ShardingError
+from rkd_jax.signals.cache_format import CacheError
 from rkd_jax.signals.oracles import OracleError
 from rkd_jax.training import leave, leave_soon
 from rkd_jax.training.checkpoint import CheckpointError
@@ -30,6 +31,7 @@ NO_CACHE, DISTRIBUTED = "--no-compilation-cache", "--distributed"
 
 # What a user can cause and mend. Anything else is our bug and keeps its traceback.
 MENDABLE = (
+    CacheError,
     CheckpointError,
     Diverged,
     OracleError,

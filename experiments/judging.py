@@ -278,6 +278,11 @@ def differences(
     ]
 
 
+def plain(interval: Interval) -> str:
+    """Mean and interval."""
+    return f"{interval.mean:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
+
+
 def signed(interval: Interval) -> str:
     """Mean and interval with their signs."""
     return f"{interval.mean:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"

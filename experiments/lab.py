@@ -9,22 +9,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
-from jax.sharding import Mesh
 
 from experiments.devices import open_meshes
+from experiments.pupil import Pupil
 from experiments.settings import (
     ExperimentConfig,
     PolicyConfig,
     RewardConfig,
     SettingsError,
 )
-from experiments.several_processes import AskedOnce, widest
+from experiments.several_processes import AskedOnce
 from experiments.teacher_student import cut_student, head_on, load_teacher, lower_part
-from rkd_jax.data.pipeline import BatchIterator, make_batches
-from rkd_jax.data.records import DemonstrationRecord, PreferenceRecord
 from rkd_jax.data.tokenize import TokenizeConfig
 from rkd_jax.data.tokenizer import Tokenizer
 from rkd_jax.models.api import CausalLM
@@ -39,7 +37,7 @@ from rkd_jax.models.heads import (
 from rkd_jax.models.sampling import Samples, SamplingConfig, make_sampler
 from rkd_jax.objectives.reward_model import TokenRewards
 from rkd_jax.placement import follow_parameters
-from rkd_jax.sharding import mesh_of, mesh_shard, row_shards
+from rkd_jax.sharding import mesh_of
 from rkd_jax.signals.oracles import Oracle, load_oracle
 from rkd_jax.signals.teacher import (
     Scorer,
@@ -58,8 +56,9 @@ Sampler = Callable[[Params, Prompts, jax.Array], Samples]
 
 
 @dataclasses.dataclass(frozen=True)
-class Lab:
-    """The equipment of one experiment.
+class Lab(Pupil):
+    """The equipment of one experiment; everything is on the student's mesh but perhaps
+    the teacher.
 
     ``trunk`` is the lower part of the teacher whose states the reward player reads, and
     ``reward_head`` what it trains on them; a player with a trained trunk starts from a
@@ -67,13 +66,9 @@ class Lab:
     """
 
     policy: PolicyConfig
-    tokenizer: Tokenizer
-    rows: TokenizeConfig
     oracle: Oracle
     teacher: CausalLM
     teacher_params: Params
-    student: CausalLM
-    student_params: Params  # before any training
     trunk: CausalLM
     trunk_params: Params
     reward_head: ScalarHead
@@ -101,43 +96,9 @@ class Lab:
         return TeacherStates(self.teacher_states(self.teacher_params, sequences))
 
     @property
-    def widths(self) -> int:
-        """How many shapes a batch may have: one per width of the teacher's prompts."""
-        return len(self.rows.teacher_prompt_buckets or (1,))
-
-    @property
-    def mesh(self) -> Mesh | None:
-        """Where everything is but perhaps the teacher; None for one device."""
-        return mesh_of(self.student_params)
-
-    def batches(
-        self,
-        records: Sequence[DemonstrationRecord] | Sequence[PreferenceRecord],
-        *,
-        batch_size: int,
-        seed: int,
-    ) -> BatchIterator:
-        """Shuffled batches, for ever; each process reads the rows its devices hold."""
-        return make_batches(
-            records,
-            self.tokenizer,
-            self.rows,
-            batch_size=batch_size,
-            seed=seed,
-            shard=mesh_shard(self.mesh),
-            agree=widest,
-        )
-
-    def check_rows(self, what: str, rows: int, accumulation: int = 1) -> None:
-        """Raise SettingsError unless the rows of an update divide over the mesh."""
-        shards = row_shards(self.mesh)
-        if self.mesh is not None and rows % (accumulation * shards):
-            raise SettingsError(
-                f"{what}: {rows} rows in {accumulation} micro-batches do not divide "
-                f"over data x fsdp = {shards} devices; take a multiple of "
-                f"{accumulation * shards}, fewer micro-batches, or more of --mesh on "
-                "tensor"
-            )
+    def context(self) -> int:
+        """Columns of the longest row that every model here can read."""
+        return min(super().context, self.teacher.config.max_length)
 
     def new_reward(self, rng: jax.Array) -> Params:
         """What a reward player trains: it gives 0 everywhere."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
+from experiments.cached_lessons import Lessons, Part
 from experiments.lab import Lab
-from experiments.settings import ModelConfig, PairsConfig
-from experiments.teacher_student import teacher_path
+from experiments.settings import PairsConfig
+from experiments.teacher_student import weights_path
 from rkd_jax.data.records import DemonstrationRecord, PreferenceRecord, PromptRecord
 from rkd_jax.data.sources import ReadReport, read_jsonl
 from rkd_jax.data.tokenize import TokenizeReport, survey
@@ -108,15 +109,29 @@ def prompt_source(
     read: int,
 ) -> DataSource:
     """What became of the ``read`` prompts of a file, or of the built-in ones."""
-    skipped = [
-        Incident(reason, entry.count, tuple(entry.places), entry.remedy)
-        for reason, entry in (report.skipped if report else {}).items()
-    ]
+    skipped = _unread(report)
     if read > len(records):
         limit = "beyond the number of prompts asked for"
         skipped.append(Incident(limit, read - len(records), (len(records) + 1,)))
     cut = survey(records, lab.tokenizer, lab.rows)
     return DataSource(name, len(records), skipped, _cuts(cut))
+
+
+def read_source(name: str, part: Part, lessons: Lessons) -> DataSource:
+    """Records of a cached data set that were used, and what was left out of it."""
+    skipped = _unread(lessons.read) + [
+        Incident(f"not in the cache: {reason}", len(numbers), tuple(numbers[:5]))
+        for reason, numbers in lessons.skipped.items()
+    ]
+    cut = survey(part.records, lessons.tokenizer, lessons.rows)
+    return DataSource(name, len(part.records), skipped, _cuts(cut))
+
+
+def _unread(report: ReadReport | None) -> list[Incident]:
+    return [
+        Incident(reason, entry.count, tuple(entry.places), entry.remedy)
+        for reason, entry in (report.skipped if report else {}).items()
+    ]
 
 
 def _cuts(report: TokenizeReport) -> list[Incident]:
@@ -144,9 +159,9 @@ def package_versions() -> dict[str, str]:
     return {name: value or "unknown" for name, value in versions().items()}
 
 
-def asset_hashes(models: ModelConfig) -> dict[str, str]:
-    """sha256 of the teacher's weights, where they are one file."""
-    path = teacher_path(models)
+def asset_hashes(name: str) -> dict[str, str]:
+    """sha256 of the weights that an option names, where they are one file."""
+    path = weights_path(name)
     if path is None or not path.is_file():
         return {}
     with path.open("rb") as file:

@@ -169,7 +169,7 @@ def conclude(config, desk, lab, judge: Judge, data, started: float) -> Report:
         data=ledger.data_sources(lab, desk.run, config.pairs, data),
         settings=dataclasses.asdict(config),
         versions=ledger.package_versions(),
-        assets=ledger.asset_hashes(config.models),
+        assets=ledger.asset_hashes(config.models.teacher),
         timings={
             **desk.progress.timings,
             "total": time.monotonic() - started,

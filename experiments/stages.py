@@ -237,6 +237,7 @@ def train(
     steps: int,
     config,
     prepare: Callable | None = None,
+    look_up: Callable | None = None,
     probe: Callable | None = None,
     frozen=None,
     checkpoint_every: int | None = None,
@@ -245,6 +246,8 @@ def train(
 
     ``steps`` counts from the state's step 0, as in `fit`. ``config`` is what the
     checkpoints are bound to. Where the state is on a mesh, rows are cut over it.
+    ``look_up`` takes the place of ``prepare`` where nothing is computed: it is given
+    the host's own rows of a batch, and returns them with their signal.
     """
     with (
         CostedCheckpoints(
@@ -258,7 +261,7 @@ def train(
             batches,
             steps=steps,
             frozen=frozen,
-            prepare=_placing(prepare, mesh_of(state), batches),
+            prepare=_placing(prepare, look_up, mesh_of(state), batches),
             probe=probe,
             checkpoints=checkpoints,
             metrics=metrics,
@@ -269,13 +272,24 @@ def train(
 
 
 def _placing(
-    prepare: Callable | None, mesh: Mesh | None, batches: BatchIterator | ZippedBatches
+    prepare: Callable | None,
+    look_up: Callable | None,
+    mesh: Mesh | None,
+    batches: BatchIterator | ZippedBatches,
 ) -> Callable | None:
-    """``prepare`` with its rows on the mesh.
+    """``prepare``, or ``look_up``, with its rows on the mesh.
 
     A process brings the rows that its devices hold. Only the numbers of the records are
     whole in each, to look up by.
     """
+    if look_up is not None:
+
+        def looked_up(state, batch):
+            del state
+            found = look_up(batch)
+            return found if mesh is None else shard_batch(found, mesh)
+
+        return looked_up
     if mesh is None:
         return prepare
 

@@ -213,7 +213,7 @@ def evidence(
         "data": data,
         "settings": dataclasses.asdict(config),
         "versions": ledger.package_versions(),
-        "assets": ledger.asset_hashes(config.models),
+        "assets": ledger.asset_hashes(config.models.teacher),
     }
 
 

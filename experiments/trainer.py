@@ -11,7 +11,7 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from experiments.lab import Lab
+from experiments.pupil import Pupil
 from experiments.settings import FitConfig, SettingsError
 from experiments.stages import Desk, train, training_key
 from rkd_jax.data.pipeline import BatchIterator
@@ -139,7 +139,7 @@ class _UpdateOnMesh:
 
 def record_batches(
     what: str,
-    lab: Lab,
+    lab: Pupil,
     records: Sequence[Record],
     *,
     batch_size: int,
@@ -150,7 +150,7 @@ def record_batches(
 
     Args:
         what: needs them, for messages.
-        lab: its tokenizer and limits.
+        lab: its tokenizer, limits and mesh.
         records: demonstrations or pairs, one kind.
         batch_size: rows. Packed ones may be fewer in an epoch; then a batch holds rows
             of several.
@@ -172,11 +172,10 @@ def record_batches(
     limits = lab.rows
     prompt = max(limits.max_prompt, limits.max_teacher_prompt or 0)
     least = members * (prompt + limits.max_response)
-    contexts = (lab.student.config.max_length, lab.teacher.config.max_length)
-    if not least <= row_length <= min(contexts):
+    if not least <= row_length <= lab.context:
         raise SettingsError(
             f"{what}: row_length {row_length}; the longest record that --policy allows "
-            f"takes {least} columns, the models' context has {min(contexts)}"
+            f"takes {least} columns, the models' context has {lab.context}"
         )
     return make_packed_batches(
         records,
@@ -198,7 +197,7 @@ class Trainer:
         params = trainer.train(desk, "4-sft", start, records, steps=20, seed=0)
     """
 
-    def __init__(self, lab: Lab, objective: Objective, options: FitConfig):
+    def __init__(self, lab: Pupil, objective: Objective, options: FitConfig):
         self.lab, self.objective, self.options = lab, objective, options
         self.optimizer = constant_rate(options.learning_rate)
         self.step = Step(objective, self.optimizer, accumulation=options.accumulation)
@@ -235,6 +234,7 @@ class Trainer:
         steps: int,
         seed: int,
         prepare: Callable | None = None,
+        look_up: Callable | None = None,
         batches=None,
         frozen=None,
     ) -> Params:
@@ -248,6 +248,7 @@ class Trainer:
             steps: updates.
             seed: of the order of the records and of everything drawn.
             prepare: ``(state, batch) -> (batch, signal)``.
+            look_up: ``batch -> (batch, signal)`` in its place, see `stages.train`.
             batches: in place of those of ``records``.
             frozen: what the objective reads and does not train.
         """
@@ -268,6 +269,7 @@ class Trainer:
             steps=steps,
             config=config,
             prepare=prepare,
+            look_up=look_up,
             frozen=frozen,
         )
         return state.student.params

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -31,6 +32,22 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 """ChatML without a default system turn: only what the messages say is rendered."""
+
+
+def named_template(name: str) -> str:
+    """The template that an option names: ``chatml``, or a file with a Jinja template.
+
+    Raises:
+        ValueError: the file is not UTF-8.
+        OSError: it cannot be read.
+    """
+    if name == "chatml":
+        return CHATML
+    try:
+        return Path(name).read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name}: a template is UTF-8: {error}") from error
+
 
 _PRIVATE = "\ue000"  # of the private use area: has no meaning in any text
 _MOST_REPEATED = 1 << 20  # characters or items

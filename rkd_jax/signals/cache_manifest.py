@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rkd_jax.data.tokenize import TokenizeConfig
 from rkd_jax.signals.cache_format import CacheError, CacheMismatch, CacheSettings
 from rkd_jax.untrusted import is_plain_name, one_line, refused, shown
 
@@ -116,6 +117,18 @@ class Manifest:
             for reason, count in shard.skipped.items():
                 total[reason] = total.get(reason, 0) + count
         return total
+
+    def row_layout(self) -> TokenizeConfig:
+        """How records became ids, without buckets.
+
+        Example: ``TeacherCache(path, tokenizer=tokenizer,
+        rows=Manifest.load(path).row_layout())``.
+
+        Raises:
+            CacheError: it is one of another version.
+        """
+        with refused("row_settings of the manifest are not known here", CacheError):
+            return TokenizeConfig(**self.row_settings, max_response=self.max_response)
 
     def identity(self) -> dict[str, Any]:
         """All that has to be the same for a cache to be gone on with."""

@@ -1,0 +1,72 @@
+"""A student, and how records become batches for it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from jax.sharding import Mesh
+
+from experiments.settings import SettingsError
+from experiments.several_processes import widest
+from rkd_jax.data.pipeline import BatchIterator, make_batches
+from rkd_jax.data.records import DemonstrationRecord, PreferenceRecord
+from rkd_jax.data.tokenize import TokenizeConfig
+from rkd_jax.data.tokenizer import Tokenizer
+from rkd_jax.models.api import CausalLM
+from rkd_jax.sharding import mesh_of, mesh_shard, row_shards
+from rkd_jax.types import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Pupil:
+    """What any training needs; its parameters say on which devices it is."""
+
+    tokenizer: Tokenizer
+    rows: TokenizeConfig
+    student: CausalLM
+    student_params: Params  # before any training
+
+    @property
+    def widths(self) -> int:
+        """How many shapes a batch may have: one per width of the teacher's prompts."""
+        return len(self.rows.teacher_prompt_buckets or (1,))
+
+    @property
+    def mesh(self) -> Mesh | None:
+        """Where the student is; None for one device."""
+        return mesh_of(self.student_params)
+
+    @property
+    def context(self) -> int:
+        """Columns of the longest row that every model here can read."""
+        return self.student.config.max_length
+
+    def batches(
+        self,
+        records: Sequence[DemonstrationRecord] | Sequence[PreferenceRecord],
+        *,
+        batch_size: int,
+        seed: int,
+    ) -> BatchIterator:
+        """Shuffled batches, for ever; each process reads the rows its devices hold."""
+        return make_batches(
+            records,
+            self.tokenizer,
+            self.rows,
+            batch_size=batch_size,
+            seed=seed,
+            shard=mesh_shard(self.mesh),
+            agree=widest,
+        )
+
+    def check_rows(self, what: str, rows: int, accumulation: int = 1) -> None:
+        """Raise SettingsError unless the rows of an update divide over the mesh."""
+        shards = row_shards(self.mesh)
+        if self.mesh is not None and rows % (accumulation * shards):
+            raise SettingsError(
+                f"{what}: {rows} rows in {accumulation} micro-batches do not divide "
+                f"over data x fsdp = {shards} devices; take a multiple of "
+                f"{accumulation * shards}, fewer micro-batches, or more of --mesh on "
+                "tensor"
+            )

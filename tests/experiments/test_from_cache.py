@@ -1,0 +1,415 @@
+"""Training on a teacher cache: the numbers of a live teacher, and what is refused."""
+
+import dataclasses
+import io
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import from_cache, toy_cache
+from experiments.cached_lessons import Part
+from experiments.cached_methods import METHODS
+from experiments.devices import open_meshes
+from experiments.sentiment_task import letter_share
+from experiments.settings import SettingsError
+from experiments.stages import Desk, as_key
+from experiments.trainer import Trainer
+from rkd_jax.data.collate import collate
+from rkd_jax.data.packing import collate_packed
+from rkd_jax.data.records import DemonstrationRecord, PreferenceRecord
+from rkd_jax.data.sources import read_jsonl, write_jsonl
+from rkd_jax.data.tokenize import tokenize_record
+from rkd_jax.data.tokenizer import byte_tokenizer
+from rkd_jax.interop import load_model, save_model
+from rkd_jax.models.decoder import Decoder
+from rkd_jax.sharding import MeshConfig
+from rkd_jax.signals.cache import CacheSettings, CacheWriter, Source
+from rkd_jax.signals.cache_rows import Located, located
+from rkd_jax.signals.teacher import make_sequence_scorer
+from rkd_jax.signals.topk import make_topk
+from rkd_jax.signals.values import make_shaping
+from rkd_jax.training.metrics import read_metrics
+from rkd_jax.training.progress import Progress
+from rkd_jax.training.run import RunFolder
+from rkd_jax.types import ReferenceSignal, ShapingSignal
+
+pytestmark = pytest.mark.usefixtures("compiled_programs")
+SEED = 3
+PICKY = (
+    "{% if messages[0].content == 'refuse' %}{{ raise_exception('no') }}{% endif %}"
+    "{{ messages[0].content }}"
+)
+
+
+def options(folder, method, **changes):
+    """The toy, its student not the default one."""
+    config = from_cache.tiny()
+    student = dataclasses.replace(config.student, seed=SEED)
+    return dataclasses.replace(
+        config, out=str(folder), method=method, student=student, **changes
+    )
+
+
+@pytest.fixture(scope="module")
+def runs(compiled_programs, tmp_path_factory):
+    """A finished run of every method, by name."""
+    root = tmp_path_factory.mktemp("from-cache")
+    for method in METHODS:
+        from_cache.run(options(root / method, method))
+    return {method: root / method for method in METHODS}
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys):
+    """The line that a command ends with, and nothing but that line."""
+
+    def run(*arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["from_cache", "--tiny", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            from_cache.main()
+        assert end.value.code == 2
+        line = capsys.readouterr().err
+        assert line.startswith("error: ")
+        assert line.count("\n") == 1
+        return line
+
+    return run
+
+
+def report_of(folder: Path) -> dict:
+    return json.loads((folder / "report" / "report.json").read_text("utf-8"))
+
+
+def losses(folder: Path) -> list[float]:
+    return [entry["metrics"]["student/loss"] for entry in read_metrics(folder)]
+
+
+def toy_models():
+    """Teacher and reference of the toy's cache."""
+    model = Decoder(toy_cache.RANDOM_TEACHER)
+    return model, *(model.init(jax.random.key(seed)) for seed in (SEED + 1, SEED))
+
+
+def live(method, temperature):
+    """``batch -> (batch, signal)`` by the models themselves."""
+    model, teacher, reference = toy_models()
+    top = make_topk(model, top_k=toy_cache.EVERYTHING.top_k, temperature=temperature)
+    scores = make_sequence_scorer(model, temperature=temperature)
+    shaping = make_shaping(model, temperature=temperature)
+
+    def rewards(batch):
+        texts = [
+            byte_tokenizer().decode(row[mask][:-1].tolist())
+            for row, mask in zip(
+                batch.sequences.targets.reshape(-1, 12),
+                batch.sequences.response_mask.reshape(-1, 12),
+                strict=True,
+            )
+        ]
+        found = np.array(letter_share(None, texts), np.float32).reshape(-1, 2)
+        return dataclasses.replace(batch, rewards=found)
+
+    return {
+        "kd": lambda batch: (batch, top(teacher, batch.teacher_sequences)),
+        "dpo": lambda batch: (
+            batch,
+            ReferenceSignal(scores(reference, batch.sequences)),
+        ),
+        "tvkd": lambda batch: (
+            batch,
+            ShapingSignal(
+                scores(reference, batch.sequences),
+                shaping(teacher, batch.teacher_sequences),
+            ),
+        ),
+        "drdo": lambda batch: (rewards(batch), ()),
+    }[method]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_updates_are_those_of_the_models_themselves(method, runs, tmp_path):
+    config = options(tmp_path / "run", method)
+    run = RunFolder.open(config.out, {})
+    pupil, lessons = from_cache.open_school(config, run, None)
+    found = METHODS[method]
+    trainer = Trainer(
+        pupil, found.objective(pupil.student, config, lessons), config.fit
+    )
+    with Progress(io.StringIO()) as progress:
+        trainer.train(
+            Desk(run, progress, 100),
+            "live",
+            found.begin(pupil, jax.random.key(config.seed)),
+            lessons.taught.records,
+            steps=config.updates,
+            seed=config.seed,
+            look_up=live(method, lessons.cache.settings.temperature),
+        )
+    cached = losses(runs[method] / "1-training")
+    assert len(cached) == config.updates
+    np.testing.assert_allclose(cached, losses(run.path / "live"), rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_report_measures_what_nobody_trained_on(method, runs):
+    report = report_of(runs[method])
+    (difference,) = report["differences"]
+    assert (difference["first"], difference["second"]) == ("student", "start")
+    assert difference["quantity"] == METHODS[method].unit
+    assert difference["difference"]["n"] == 2  # prompts
+    better = "lower" if method == "kd" else "higher"
+    assert np.sign(difference["difference"]["mean"]) == (-1 if better == "lower" else 1)
+    trained, held_out = (source["used"] for source in report["data"])
+    assert (trained, held_out) == (22, 2)
+    assert [len(sample["responses"]) for sample in report["samples"]] == [2, 2]
+    assert report["assets"]["data of the cache"]
+
+
+def log_softmax(model, params, row: Located) -> np.ndarray:
+    """Of the model at every target of a row by itself, without padding."""
+    tokens = np.concatenate([row.prompt, row.targets])[None].astype(np.int32)
+    logits = np.asarray(model.logits(params, tokens)[0], np.float64)
+    logits = logits[len(row.prompt) - 1 : -1]
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+@pytest.mark.parametrize("method", ["kd", "dpo"])
+def test_held_out_values_are_those_of_the_exported_student(method, runs):
+    """KL of a list and its bucket, and margins, by hand and in float64."""
+    model, params, tokenizer = load_model(runs[method] / "student")
+    config = options(runs[method], method)
+    pupil, lessons = from_cache.open_school(config, RunFolder(runs[method], {}), None)
+    batch = lessons.tabulate(lessons.held_out)
+    if method == "dpo":
+        chosen, rejected = (
+            [
+                log_softmax(model, params, row)[
+                    np.arange(len(row.targets)), row.targets
+                ]
+                for row in (responses[n] for _, responses in located(batch))
+            ]
+            for n in range(2)
+        )
+        expected = [a.sum() - b.sum() for a, b in zip(chosen, rejected, strict=True)]
+    else:
+        expected = []
+        teacher = lessons.cache.topk(batch)
+        for _, (row,) in located(batch):
+            p = np.exp(teacher.log_probs[row.columns].astype(np.float64))
+            q = log_softmax(model, params, row)
+            q = np.exp(np.take_along_axis(q, teacher.ids[row.columns], -1))
+            rest = [1 - x.sum(-1, keepdims=True) for x in (p, q)]
+            p, q = (np.concatenate(x, -1) for x in zip((p, q), rest, strict=True))
+            expected.append((p * np.log(p / q)).sum(-1).mean())
+    expected = np.array(expected)
+    found = METHODS[method].measure(pupil, lessons)(params)
+    np.testing.assert_allclose(found, expected, rtol=2e-4, atol=1e-6)
+    mean = report_of(runs[method])["differences"][0]["difference"]["mean"]
+    start = METHODS[method].measure(pupil, lessons)(pupil.student_params)
+    np.testing.assert_allclose(mean, (expected - start).mean(), rtol=1e-2, atol=1e-6)
+    assert tokenizer.eos_id == pupil.tokenizer.eos_id
+
+
+def test_the_same_command_again_is_the_same_run(runs, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(runs["kd"], folder)
+    shutil.rmtree(folder / "report")
+    from_cache.run(options(folder, "kd"))
+    assert report_of(folder)["differences"] == report_of(runs["kd"])["differences"]
+
+
+def test_on_a_mesh_it_is_the_same_run(runs, tmp_path):
+    mesh = MeshConfig(data=2, fsdp=1, tensor=2)
+    assert open_meshes(mesh, None)[0].size == 4
+    for method in ("kd", "drdo"):
+        folder = tmp_path / method
+        from_cache.run(options(folder, method, mesh=mesh))
+        found, expected = (losses(x / "1-training") for x in (folder, runs[method]))
+        np.testing.assert_allclose(found, expected, rtol=2e-5)
+        one, many = (
+            report_of(x)["differences"][0]["difference"]["mean"]
+            for x in (runs[method], folder)
+        )
+        np.testing.assert_allclose(many, one, rtol=1e-3, atol=1e-6)
+
+
+def test_own_data_and_student_from_files(runs, tmp_path, monkeypatch, capsys):
+    """As a user has them: nothing of the toy but what is on the disk."""
+    toys = runs["dpo"] / "toys"
+    model, _, params = toy_models()
+    save_model(tmp_path / "student", model.config, params, tokenizer=byte_tokenizer())
+    command = ["from_cache", "--data", toys / "data.jsonl", "--cache", toys / "cache"]
+    command += ["--student.model", tmp_path / "student", "--method", "dpo"]
+    command += ["--fit.batch-size", 4, "--fit.learning-rate", 1e-3, "--updates", 4]
+    command += ["--samples-shown", 0, "--out", tmp_path / "run"]
+    monkeypatch.setattr(sys, "argv", [*map(str, command)])
+    from_cache.main()
+    assert "margin of the chosen response" in capsys.readouterr().out
+    np.testing.assert_allclose(
+        losses(tmp_path / "run" / "1-training"), losses(runs["dpo"] / "1-training")
+    )
+
+
+def skipping_cache(folder: Path) -> tuple[Path, Path]:
+    """Ten records of which the fourth is refused by the template."""
+    records = [DemonstrationRecord(f"say {n}", "see") for n in range(10)]
+    records[3] = DemonstrationRecord([{"role": "user", "content": "refuse"}], "see")
+    model, teacher, _ = toy_models()
+    tokenizer = byte_tokenizer().with_chat_template(PICKY)
+    data, cache = folder / "data.jsonl", folder / "cache"
+    write_jsonl(data, records)
+    (folder / "template").write_text(PICKY)
+    manifest = CacheWriter(
+        cache,
+        records,
+        tokenizer,
+        toy_cache.ROWS,
+        CacheSettings(top_k=3),
+        teacher=Source(model, teacher),
+        on_error="skip",
+    ).write()
+    assert sum(manifest.skipped.values()) == 1
+    return data, cache
+
+
+def test_what_the_cache_skipped_is_left_out_and_counted(tmp_path):
+    data, cache = skipping_cache(tmp_path)
+    student = dataclasses.replace(
+        from_cache.tiny().student, chat_template=str(tmp_path / "template")
+    )
+    config = dataclasses.replace(
+        from_cache.tiny(),
+        out=str(tmp_path / "run"),
+        data=str(data),
+        cache=str(cache),
+        student=student,
+        samples_shown=0,
+    )
+    _, lessons = from_cache.open_school(config, RunFolder(tmp_path, {}), None)
+    assert sorted(lessons.taught.numbers) == [0, 1, 2, 4, 5, 6, 7, 8]
+    assert list(lessons.held_out.numbers) == [9]
+    from_cache.run(config)
+    trained, _ = report_of(tmp_path / "run")["data"]
+    (incident,) = trained["skipped"]
+    assert incident["reason"].startswith("not in the cache: ")
+    assert (incident["count"], incident["places"]) == (1, [3])
+
+
+def test_prompts_are_trained_on_or_held_out_never_both(tmp_path):
+    """The last tenth, with all that has its prompts."""
+    records = [PreferenceRecord(f"p{n % 7}", "see", f"no. {n}") for n in range(20)]
+    model, _, reference = toy_models()
+    write_jsonl(tmp_path / "data.jsonl", records)
+    CacheWriter(
+        tmp_path / "cache",
+        records,
+        byte_tokenizer(),
+        toy_cache.ROWS,
+        CacheSettings(top_k=None, reference=True),
+        reference=Source(model, reference),
+    ).write()
+    lessons = from_cache.open_lessons(
+        str(tmp_path / "data.jsonl"),
+        str(tmp_path / "cache"),
+        byte_tokenizer(),
+        vocabulary=model.config.vocab_size,
+    )
+    assert list(lessons.held_out.numbers) == [4, 5, 11, 12, 18, 19]
+    prompts = [
+        set(map(as_key, part.records)) for part in (lessons.taught, lessons.held_out)
+    ]
+    assert not prompts[0] & prompts[1]
+    assert len(lessons.taught.records) == 14
+    assert [records[n] for n in lessons.taught.numbers] == lessons.taught.records
+
+
+def test_numbers_of_packed_rows_leave_their_gaps_alone():
+    records = [DemonstrationRecord("a", "b" * n) for n in (1, 2, 3)]
+    rows = [
+        tokenize_record(r, byte_tokenizer(), toy_cache.ROWS, i)
+        for i, r in enumerate(records)
+    ]
+    part = Part(records, np.array([5, 7, 9], np.int32))
+    packed = collate_packed([rows[:2], rows[2:]], row_length=16)
+    found = part.numbered(packed).index
+    expected = {0: 5, 1: 7, 2: 9}
+    for before, after in zip(packed.index.ravel(), found.ravel(), strict=True):
+        assert after == expected.get(int(before), before)
+    assert (found < 0).any()
+    plain = collate(rows, toy_cache.ROWS)
+    assert part.numbered(plain).index.tolist() == [5, 7, 9]
+
+
+def test_of_other_data_is_refused_with_both_hashes(runs, tmp_path, refused):
+    toys = runs["kd"] / "toys"
+    records = read_jsonl(toys / "data.jsonl", DemonstrationRecord)[0]
+    write_jsonl(tmp_path / "data.jsonl", records[::-1])
+    line = refused(
+        *("--data", tmp_path / "data.jsonl", "--cache", toys / "cache"),
+        *("--out", tmp_path / "run"),
+    )
+    manifest = json.loads((toys / "cache" / "manifest.json").read_text("utf-8"))
+    assert "a cache of other data" in line
+    assert manifest["data"] in line
+    assert str(tmp_path / "data.jsonl") in line
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments", "said"),
+    [
+        ("kd", ("--method", "dpo"), "dpo reads PreferenceRecords"),
+        ("dpo", ("--method", "kd"), "kd reads DemonstrationRecords"),
+        ("kd", ("--student.drop-layers", "7"), "names layer 7"),
+        ("kd", ("--student.chat-template", __file__), "template and row layout"),
+        ("kd", ("--student.chat-template", "/nowhere"), "/nowhere"),
+        ("kd", ("--fit.batch-size", "64"), "22 records for batches of 64"),
+        ("kd", ("--cache", "/nowhere"), "/nowhere"),
+        ("tvkd", ("--fit.row-length", "300"), "reads a row for each record"),
+    ],
+)
+def test_what_does_not_go_together_is_one_line(
+    method, arguments, said, runs, tmp_path, refused
+):
+    toys = runs[method] / "toys"
+    own = ("--data", toys / "data.jsonl", "--cache", toys / "cache")
+    own += ("--out", tmp_path / "run", "--method", method)
+    assert said in refused(*own, *arguments)
+
+
+def test_a_part_that_the_cache_lacks_is_said_before_anything_is_compiled(tmp_path):
+    data, cache = tmp_path / "data.jsonl", tmp_path / "cache"
+    records = [PreferenceRecord(f"p{n}", "see", "no") for n in range(10)]
+    write_jsonl(data, records)
+    model, _, reference = toy_models()
+    CacheWriter(
+        cache,
+        records,
+        byte_tokenizer(),
+        toy_cache.ROWS,
+        CacheSettings(top_k=None, reference=True),
+        reference=Source(model, reference),
+    ).write()
+    config = options(tmp_path / "run", "tvkd", data=str(data), cache=str(cache))
+    with pytest.raises(ValueError, match="holds no shaping"):
+        from_cache.run(config)
+    assert not (tmp_path / "run" / "1-training").exists()
+    one = tmp_path / "one.jsonl"
+    write_jsonl(one, records[:1] * 3)
+    CacheWriter(
+        tmp_path / "one",
+        records[:1] * 3,
+        byte_tokenizer(),
+        toy_cache.ROWS,
+        CacheSettings(top_k=None, reference=True),
+        reference=Source(model, reference),
+    ).write()
+    config = options(
+        tmp_path / "run", "dpo", data=str(one), cache=str(tmp_path / "one")
+    )
+    with pytest.raises(SettingsError, match="none is left to hold out"):
+        from_cache.run(dataclasses.replace(config, fresh=True))
