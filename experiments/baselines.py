@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 from experiments.course import Course
 from experiments.imitation import prepare_imitation, prepare_mixed
-from experiments.judging import pair_log_probs
 from experiments.lab import Lab
+from experiments.references import reference_log_probs
 from experiments.settings import FitConfig
 from experiments.stages import Desk
 from experiments.trainer import Trainer
@@ -220,9 +220,9 @@ class Dpo:
         seed: int,
         pairs: Sequence[PreferenceRecord] | None = None,
     ) -> Params:
-        """The start's scores are computed once; the trained student."""
+        """The trained student; the start's scores are computed once in a run."""
         pairs = course.pairs if pairs is None else pairs
-        reference = pair_log_probs(self.lab, course.start, pairs)
+        reference = reference_log_probs(self.lab, desk, course.start, pairs)
         return self.trainer.train(
             desk,
             stage,

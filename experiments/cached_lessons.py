@@ -8,14 +8,16 @@ from typing import Any
 
 import numpy as np
 
+from experiments import ledger
 from experiments.course import hold_out
 from experiments.settings import SettingsError
 from experiments.stages import as_key
 from rkd_jax.data.collate import collate
 from rkd_jax.data.records import DemonstrationRecord, PreferenceRecord
 from rkd_jax.data.sources import ReadReport, read_jsonl
-from rkd_jax.data.tokenize import TokenizeConfig, tokenize_record
+from rkd_jax.data.tokenize import TokenizeConfig, survey, tokenize_record
 from rkd_jax.data.tokenizer import Tokenizer
+from rkd_jax.evaluation.content import DataSource, Incident
 from rkd_jax.signals.cache import (
     CachedRecord,
     CacheMismatch,
@@ -86,6 +88,15 @@ class Lessons:
             for record, number in found
         ]
         return collate(rows, self.rows)
+
+    def source(self, name: str, part: Part) -> DataSource:
+        """A part in the report, with what was left out of the data set."""
+        left_out = ledger.unread(self.read) + [
+            Incident(f"not in the cache: {reason}", len(numbers), tuple(numbers[:5]))
+            for reason, numbers in self.skipped.items()
+        ]
+        cut = survey(part.records, self.tokenizer, self.rows)
+        return DataSource(name, len(part.records), left_out, ledger.cuts(cut))
 
 
 def open_lessons(

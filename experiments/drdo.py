@@ -21,6 +21,7 @@ from experiments.course import Course
 from experiments.edpo import EdpoConfig, RewardDistillation
 from experiments.game import TextBook
 from experiments.lab import Lab
+from experiments.references import kept, tabulated
 from experiments.reward_models import (
     OracleRewards,
     RewardSource,
@@ -38,11 +39,10 @@ from experiments.settings import (
 from experiments.stages import Desk
 from experiments.system import TOY_FIT, SystemConfig, run_system, toy_system
 from experiments.trainer import Trainer
-from rkd_jax.data.collate import collate
-from rkd_jax.data.tokenize import tokenize_record
 from rkd_jax.models.heads import RewardModel, ScalarHead
 from rkd_jax.objectives.drdo import make_drdo, make_drdo_oracle
 from rkd_jax.placement import follow_parameters
+from rkd_jax.signals.cache_identity import data_hash
 from rkd_jax.types import Params
 
 
@@ -80,7 +80,7 @@ class DrdoOracle:
     members = 1
 
     def __init__(self, lab: Lab, options: DrdoConfig):
-        self.lab, self.steps = lab, options.oracle_steps
+        self.lab, self.options = lab, options
         self.model = RewardModel(lab.student, ScalarHead())
         fit = dataclasses.replace(
             options.fit, learning_rate=options.oracle_learning_rate
@@ -98,6 +98,14 @@ class DrdoOracle:
     ) -> np.ndarray:
         """``float32[n, 2, 1]``; the trunk starts as the student does."""
         del stage
+        of = [data_hash(course.pairs), dataclasses.asdict(self.options), seed]
+
+        def rewards() -> np.ndarray:
+            return self._rewards(desk, course, seed)
+
+        return kept(desk, "3-oracle-rewards", of, rewards)
+
+    def _rewards(self, desk: Desk, course: Course, seed: int) -> np.ndarray:
         lab, pairs = self.lab, course.pairs
         width = lab.student.config.hidden_size
         start = {
@@ -105,13 +113,10 @@ class DrdoOracle:
             "head": self.model.head.init(jax.random.key(seed), width),
         }
         params = self.trainer.train(
-            desk, "3-oracle", start, pairs, steps=self.steps, seed=seed
+            desk, "3-oracle", start, pairs, steps=self.options.oracle_steps, seed=seed
         )
-        rows = [
-            tokenize_record(r, lab.tokenizer, lab.rows, i) for i, r in enumerate(pairs)
-        ]
         book = TextBook(lambda rows: self._score(params, rows))
-        return book.look_up(collate(rows, lab.rows).sequences)[:, :, None]
+        return book.look_up(tabulated(lab, pairs).sequences)[:, :, None]
 
 
 class Drdo:

@@ -15,8 +15,8 @@ from typing import Literal
 from experiments.baselines import Dpo, DpoConfig
 from experiments.command import run_command
 from experiments.course import Course
-from experiments.judging import pair_log_probs
 from experiments.lab import Lab
+from experiments.references import reference_log_probs
 from experiments.reward_models import (
     OracleRewards,
     RewardModels,
@@ -91,7 +91,7 @@ class RewardDistillation:
     def train(self, desk: Desk, stage: str, course: Course, *, steps, seed) -> Params:
         """Rewards are scaled to differences of root mean square 1, each model's own."""
         rewards = scaled(self.source.of_pairs(desk, stage, course, seed=seed))
-        reference = pair_log_probs(self.lab, course.start, course.pairs)
+        reference = reference_log_probs(self.lab, desk, course.start, course.pairs)
 
         def signal(index):
             return EnsembleSignal(reference[index], rewards[index])
@@ -125,7 +125,7 @@ class Pdpo:
 
     def train(self, desk: Desk, stage: str, course: Course, *, steps, seed) -> Params:
         """On labels, held back by samples of the start."""
-        reference = pair_log_probs(self.lab, course.start, course.pairs)
+        reference = reference_log_probs(self.lab, desk, course.start, course.pairs)
         return train_anchored(
             self.trainer,
             desk,

@@ -313,7 +313,7 @@ def conclude(
         differences=[compared],
         losses={method.metric: ledger.series(desk.run, ["1-training"], method.metric)},
         data=[
-            ledger.read_source(f"{name} ({config.data or 'toy data'})", part, lessons)
+            lessons.source(f"{name} ({config.data or 'toy data'})", part)
             for name, part in (
                 ("trained on", lessons.taught),
                 ("held out", lessons.held_out),

@@ -10,8 +10,8 @@ import jax
 import numpy as np
 
 from experiments.course import Course
-from experiments.game import TextBook
 from experiments.lab import Lab, Sampler
+from experiments.references import pair_log_probs, reference_log_probs
 from experiments.settings import EvaluationConfig
 from experiments.stages import Desk, as_key, write_responses
 from rkd_jax.data.collate import collate
@@ -207,7 +207,7 @@ class Judge:
         out.
         """
         now = pair_log_probs(self.lab, params, self._pairs)
-        then = pair_log_probs(self.lab, self._start, self._pairs)
+        then = reference_log_probs(self.lab, self.desk, self._start, self._pairs)
         gain = np.diff(now - then, axis=-1)[:, 0]  # of the rejected over the chosen
         hits = dict[str, list[float]]()
         for pair, excess in zip(self._pairs, gain, strict=True):
@@ -242,15 +242,6 @@ def open_judge(
         course.config.evaluation,
         rng=jax.random.fold_in(jax.random.key(seed), 4),
     )
-
-
-def pair_log_probs(
-    lab: Lab, params: Params, pairs: Sequence[PreferenceRecord]
-) -> np.ndarray:
-    """Summed log-probs of both responses of every pair, ``float32[n, 2]``."""
-    rows = [tokenize_record(r, lab.tokenizer, lab.rows, i) for i, r in enumerate(pairs)]
-    scores = TextBook(lambda rows: lab.reference_scores(params, rows))
-    return scores.look_up(collate(rows, lab.rows).sequences)
 
 
 def _row(name: str, role: str, result: GenerationResult, rewards, found) -> Policy:

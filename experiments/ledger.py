@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
-from experiments.cached_lessons import Lessons, Part
 from experiments.lab import Lab
 from experiments.settings import PairsConfig
 from experiments.teacher_student import weights_path
@@ -97,7 +96,7 @@ def data_sources(
         records = read_jsonl(path, record_type)[0]
         cut = survey(records, lab.tokenizer, lab.rows)
         title = f"{name.replace('-', ' ')}: {path.stem}"
-        sources.append(DataSource(title, counts["kept"], left_out, _cuts(cut)))
+        sources.append(DataSource(title, counts["kept"], left_out, cuts(cut)))
     return sources
 
 
@@ -109,32 +108,24 @@ def prompt_source(
     read: int,
 ) -> DataSource:
     """What became of the ``read`` prompts of a file, or of the built-in ones."""
-    skipped = _unread(report)
+    skipped = unread(report)
     if read > len(records):
         limit = "beyond the number of prompts asked for"
         skipped.append(Incident(limit, read - len(records), (len(records) + 1,)))
     cut = survey(records, lab.tokenizer, lab.rows)
-    return DataSource(name, len(records), skipped, _cuts(cut))
+    return DataSource(name, len(records), skipped, cuts(cut))
 
 
-def read_source(name: str, part: Part, lessons: Lessons) -> DataSource:
-    """Records of a cached data set that were used, and what was left out of it."""
-    skipped = _unread(lessons.read) + [
-        Incident(f"not in the cache: {reason}", len(numbers), tuple(numbers[:5]))
-        for reason, numbers in lessons.skipped.items()
-    ]
-    cut = survey(part.records, lessons.tokenizer, lessons.rows)
-    return DataSource(name, len(part.records), skipped, _cuts(cut))
-
-
-def _unread(report: ReadReport | None) -> list[Incident]:
+def unread(report: ReadReport | None) -> list[Incident]:
+    """Lines of a file that are no record."""
     return [
         Incident(reason, entry.count, tuple(entry.places), entry.remedy)
         for reason, entry in (report.skipped if report else {}).items()
     ]
 
 
-def _cuts(report: TokenizeReport) -> list[Incident]:
+def cuts(report: TokenizeReport) -> list[Incident]:
+    """Records that lost something when they became ids."""
     return [
         Incident(event, count, tuple(report.first[event]))
         for event, count in report.counts.items()

@@ -15,12 +15,14 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 from experiments.baselines import Dpo, DpoConfig
 from experiments.command import run_command
 from experiments.course import Course
 from experiments.game import TextBook
-from experiments.judging import pair_log_probs
 from experiments.lab import Lab
+from experiments.references import kept, reference_log_probs, tabulated
 from experiments.settings import (
     FitConfig,
     ModelConfig,
@@ -32,10 +34,9 @@ from experiments.settings import (
 from experiments.stages import Desk
 from experiments.system import TOY_FIT, SystemConfig, run_system, toy_system
 from experiments.trainer import Trainer
-from rkd_jax.data.collate import collate
-from rkd_jax.data.tokenize import tokenize_record
 from rkd_jax.objectives.tvkd import make_tvkd
 from rkd_jax.placement import follow_parameters
+from rkd_jax.signals.cache_identity import data_hash
 from rkd_jax.signals.values import make_shaping
 from rkd_jax.types import Params, ShapingSignal
 
@@ -71,14 +72,13 @@ class Tvkd:
 
     def __init__(self, lab: Lab, options: TvkdConfig):
         self.lab = lab
-        shaping = make_shaping(
-            lab.teacher,
-            gamma=options.gamma,
-            power=options.power,
-            terminal=options.terminal,
-            temperature=lab.policy.temperature,
-        )
-        self.shaping = follow_parameters(shaping)
+        self.settings = {
+            "gamma": options.gamma,
+            "power": options.power,
+            "terminal": options.terminal,
+            "temperature": lab.policy.temperature,
+        }
+        self.shaping = follow_parameters(make_shaping(lab.teacher, **self.settings))
         objective = make_tvkd(
             lab.student,
             beta=options.beta,
@@ -91,13 +91,13 @@ class Tvkd:
     def train(self, desk: Desk, stage: str, course: Course, *, steps, seed) -> Params:
         """No teacher and no reference is needed once the table is there."""
         lab, pairs = self.lab, course.pairs
-        rows = [
-            tokenize_record(r, lab.tokenizer, lab.rows, i) for i, r in enumerate(pairs)
-        ]
-        seen_by_teacher = collate(rows, lab.rows).teacher_sequences
-        values = TextBook(lambda rows: self.shaping(lab.teacher_params, rows))
-        shaping = values.look_up(seen_by_teacher)
-        reference = pair_log_probs(lab, course.start, pairs)
+
+        def shape() -> np.ndarray:
+            book = TextBook(lambda rows: self.shaping(lab.teacher_params, rows))
+            return book.look_up(tabulated(lab, pairs).teacher_sequences)
+
+        shaping = kept(desk, "3-shaping", [data_hash(pairs), self.settings], shape)
+        reference = reference_log_probs(lab, desk, course.start, pairs)
         return self.trainer.train(
             desk,
             stage,

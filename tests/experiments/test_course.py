@@ -77,7 +77,10 @@ def test_the_prompt_is_the_unit_of_a_ranking(margins, expected, monkeypatch):
     pairs.append(pair("c", label=0.5))
     scores = {"start": np.zeros((6, 2)), "now": np.array([[m, 0.0] for m in margins])}
     monkeypatch.setattr(judging, "pair_log_probs", lambda lab, who, pairs: scores[who])
-    judge = types.SimpleNamespace(lab=None, _pairs=pairs, _start="start")
+    monkeypatch.setattr(
+        judging, "reference_log_probs", lambda lab, desk, who, pairs: scores[who]
+    )
+    judge = types.SimpleNamespace(lab=None, desk=None, _pairs=pairs, _start="start")
     found = Judge._ranking(judge, "now")
     assert found.mean == pytest.approx(expected)
     assert found.n == 2

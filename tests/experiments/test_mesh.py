@@ -14,8 +14,8 @@ from experiments import pbkd, tvkd
 from experiments.baselines import Gkd, GkdConfig, MiniLlm, MiniLlmConfig
 from experiments.course import load_prompts, take_course
 from experiments.devices import open_meshes
-from experiments.judging import pair_log_probs
 from experiments.lab import open_lab
+from experiments.references import pair_log_probs
 from experiments.settings import SettingsError
 from experiments.stages import Desk
 from experiments.system import TOY_FIT
