@@ -7,7 +7,8 @@ dot_product  `jax.nn.dot_product_attention` as XLA compiles it: everywhere
 cudnn        the same by cuDNN's flash attention: NVIDIA GPUs, bfloat16 and float16
 splash       `jax.experimental.pallas.ops.tpu.splash_attention`: TPUs; no ``[L, L]``
              array, blocks above the diagonal or outside the window are left out
-auto         splash on TPUs where it is legal and the row is not short, else xla
+auto         splash on TPUs where it is legal and the row is not short, cudnn on NVIDIA
+             GPUs that can where dtype and head_dim allow, else xla
 ===========  ===========================================================================
 
 All of them say the same within rounding: a query sees the keys of its own segment at or
@@ -18,19 +19,23 @@ finite. A step of decoding reads a cache and is always ``xla``, whatever is name
 a TPU on a host without one. On several devices a kernel has to know who holds what: the
 update tells it, and so does ``jax.set_mesh(mesh)`` around anything else; without either
 ``auto`` is xla, and ``splash`` is refused by JAX. ``cudnn`` is JAX's own function with
-the arguments of ``dot_product``. It has not been run on a GPU yet, so ``auto`` does not
-take it.
+the arguments of ``dot_product``; its mask is an array ``[B, 1, L, L]`` in the dtype of
+the queries, one for all heads. It has been lowered for GPUs, and not run on one yet:
+name ``xla`` where it does not do what it should.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+import re
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
+from rkd_jax.models.config import CUDNN_DTYPES, DecoderConfig
 from rkd_jax.sharding import ambient_axes
 
 RESIDUALS = "attention"
@@ -40,22 +45,34 @@ _LANES = 128  # of a TPU: rows of keys and queries come in multiples
 _BLOCKS = (512, 384, 256, 128)
 
 
-def choose(implementation: str, length: int, *, has_cache: bool) -> str:
+def choose(config: DecoderConfig, length: int, *, has_cache: bool) -> str:
     """The implementation of one pass; "auto" is decided here.
 
     Args:
-        implementation: a name of the module's table.
+        config: names it, or what it depends on.
         length: L, columns of the pass.
         has_cache: keys of earlier passes are attended to.
     """
     if has_cache:
         return "xla"
-    if implementation != "auto":
-        return implementation
-    mesh = jax.sharding.get_abstract_mesh()
-    placed = not mesh.empty or jax.device_count() == 1
-    here = jax.default_backend() == "tpu" and placed
-    return "splash" if here and long_enough_for_splash(length) else "xla"
+    if config.attention != "auto":
+        return config.attention
+    mesh, backend = jax.sharding.get_abstract_mesh(), jax.default_backend()
+    if mesh.empty and jax.device_count() > 1:
+        return "xla"
+    if backend == "tpu" and long_enough_for_splash(length):
+        return "splash"
+    return "cudnn" if backend == "gpu" and _cudnn_can(config) else "xla"
+
+
+def _cudnn_can(config: DecoderConfig) -> bool:
+    """Whether cuDNN's flash attention has kernels for it, on the GPUs that are here."""
+    if config.dtype not in CUDNN_DTYPES or config.head_dim % 8 or config.head_dim > 128:
+        return False
+    # Of NVIDIA "8.0", "9.0"; AMD has names there.
+    found = getattr(jax.devices()[0], "compute_capability", "")
+    numbers = re.fullmatch(r"(\d+)\.(\d+)", str(found))
+    return bool(numbers) and int(numbers[1]) >= 8
 
 
 def long_enough_for_splash(length: int) -> bool:
@@ -104,6 +121,35 @@ def dot_product_attention(
         )
 
 
+def cudnn_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    segment_ids: jax.Array,
+    *,
+    window: int | None,
+    implementation: str = "cudnn",
+) -> jax.Array:
+    """`dot_product_attention` by cuDNN, which differentiates rows of even length only.
+
+    Arguments and result as there; on a mesh as in `splash_attention`.
+    """
+
+    def attend(query, key, value, segment_ids):
+        length = query.shape[1]
+        odd = ((0, 0), (0, length % 2))
+        rows = (jnp.pad(x, (*odd, (0, 0), (0, 0))) for x in (query, key, value))
+        mixed = dot_product_attention(
+            *rows,
+            jnp.pad(segment_ids, odd),
+            window=window,
+            implementation=implementation,
+        )
+        return mixed[:, :length]
+
+    return _by_device(attend, query, key, value, segment_ids)
+
+
 def splash_attention(
     query: jax.Array,
     key: jax.Array,
@@ -121,6 +167,17 @@ def splash_attention(
     the devices are repeated until they do.
     """
     attend = functools.partial(_splash, window=window, interpret=interpret)
+    return _by_device(attend, query, key, value, segment_ids)
+
+
+def _by_device(
+    attend: Callable,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    segment_ids: jax.Array,
+) -> jax.Array:
+    """``attend`` on the rows and heads that each device has; see `splash_attention`."""
     mesh = jax.sharding.get_abstract_mesh()
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
     here = {name for name, kind in kinds if kind != AxisType.Manual}
@@ -143,7 +200,7 @@ def splash_attention(
 
 KERNELS = {
     "dot_product": dot_product_attention,
-    "cudnn": functools.partial(dot_product_attention, implementation="cudnn"),
+    "cudnn": cudnn_attention,
     "splash": splash_attention,
 }
 """By name: ``(query, key, value, segment_ids, *, window)``."""

@@ -117,7 +117,7 @@ def _attend(
     shared: Shared,
 ) -> tuple[jax.Array, KeyValue | Slots | None]:
     """By a kernel where segments are all there is to know, else by the bias."""
-    name = choose(config.attention, query.shape[1], has_cache=cached is not None)
+    name = choose(config, query.shape[1], has_cache=cached is not None)
     if name in KERNELS:
         attend = functools.partial(KERNELS[name], window=config.sliding_window)
         seen = shared.segment_ids

@@ -14,6 +14,7 @@ _POSITIVE = (
     *("num_kv_heads", "head_dim", "max_length", "rope_theta", "norm_eps"),
     "embed_scale",
 )
+CUDNN_DTYPES = ("bfloat16", "float16")
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
 _REMAT = ("none", "attention", "dots", "full")
 _ATTENTION = ("auto", "xla", "dot_product", "cudnn", "splash")
@@ -90,7 +91,7 @@ class DecoderConfig:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} is not one of {list(choices)}"
                 )
-        if self.attention == "cudnn" and self.dtype not in ("bfloat16", "float16"):
+        if self.attention == "cudnn" and self.dtype not in CUDNN_DTYPES:
             raise ValueError(
                 f"attention='cudnn' computes in bfloat16 or float16, not in "
                 f"dtype={self.dtype!r}"

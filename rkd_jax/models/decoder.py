@@ -256,7 +256,7 @@ class Decoder:
         )
         cos, sin = rope_table(positions, frequencies, dtype)
         length, has_cache = segment_ids.shape[1], cache is not None
-        if choose(config.attention, length, has_cache=has_cache) in KERNELS:
+        if choose(config, length, has_cache=has_cache) in KERNELS:
             return Shared(cos, sin, None, segment_ids)
         slots = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
         key_slots, key_segments = slots, segment_ids

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
+from rkd_jax.models import attention_kernels
 from rkd_jax.models.attention import (
     attention_bias,
     causal_attention,
@@ -18,6 +20,7 @@ from rkd_jax.models.attention import (
 from rkd_jax.models.attention_kernels import (
     KERNELS,
     choose,
+    cudnn_attention,
     dot_product_attention,
     splash_attention,
 )
@@ -34,6 +37,7 @@ L = 20
 SEGMENTS = np.array([[0] * 3 + [1] * 12 + [2] * 4 + [0], [1] * 9 + [2] * 11], np.int32)
 REAL = SEGMENTS != 0
 interpreted = functools.partial(splash_attention, interpret=True)
+as_cudnn = functools.partial(cudnn_attention, implementation="xla")
 
 
 def heads():
@@ -135,15 +139,58 @@ def test_kernels_equal_numpy_and_their_gradients_the_plain_one(attend, window):
         np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_splash_attention_on_a_mesh_equals_that_on_one_device():
+@pytest.mark.parametrize("attend", [interpreted, as_cudnn], ids=["splash", "cudnn"])
+def test_kernels_on_a_mesh_equal_those_on_one_device(attend):
     """Two key heads over a tensor axis of four are repeated."""
     arrays = heads()
-    expected = interpreted(*arrays, SEGMENTS, window=None)
+    expected = attend(*arrays, SEGMENTS, window=None)
     with jax.set_mesh(make_mesh(MeshConfig(data=2, tensor=4))):
-        run = jax.jit(lambda *x: interpreted(*x, window=None))
+        run = jax.jit(lambda *x: attend(*x, window=None))
         got = run(*arrays, SEGMENTS)
         assert "shard_map" in str(jax.make_jaxpr(run)(*arrays, SEGMENTS))
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("length", [L, L - 1])
+def test_cudnn_is_given_rows_of_even_length(length, monkeypatch):
+    """As it needs to differentiate; the column more is seen by nobody."""
+    lengths = []
+
+    def seen(query, *rest, **options):
+        lengths.append(query.shape[1])
+        return dot_product_attention(query, *rest, **options)
+
+    arrays = [x[:, :length] for x in heads()]
+    expected = dot_product_attention(*arrays, SEGMENTS[:, :length], window=5)
+    monkeypatch.setattr(attention_kernels, "dot_product_attention", seen)
+    found = as_cudnn(*arrays, SEGMENTS[:, :length], window=5)
+    assert lengths == [L]
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.skipif(
+    jax.default_backend() != "gpu",
+    reason="cuDNN needs an NVIDIA GPU; JAX_PLATFORMS=cuda",
+)
+@pytest.mark.parametrize("window", [None, 5])
+def test_cudnn_equals_the_plain_one_on_a_gpu(window):
+    bfloat = functools.partial(jax.tree.map, lambda x: x.astype(jnp.bfloat16))
+
+    def rounded(attend):
+        def run(*arrays, window):
+            *heads, segments = arrays
+            return attend(*bfloat(heads), segments, window=window).astype(jnp.float32)
+
+        return value_and_grad(run, window)
+
+    out, grads = rounded(cudnn_attention)
+    expected, wanted = rounded(dot_product_attention)
+    np.testing.assert_allclose(out[REAL], expected[REAL], rtol=2e-2, atol=2e-2)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=5e-2, atol=5e-2),
+        grads,
+        wanted,
+    )
 
 
 def shapes_on_a_device(jaxpr) -> set:
@@ -234,16 +281,40 @@ def test_decoding_with_a_cache_is_plain_whatever_is_named():
 
 
 def test_auto_is_splash_on_a_tpu_where_it_is_legal_and_the_row_long(monkeypatch):
-    assert choose("auto", 256, has_cache=False) == "xla"
+    named = dataclasses.replace(LLAMA, attention="cudnn", dtype="bfloat16")
+    assert choose(LLAMA, 256, has_cache=False) == "xla"
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    assert choose("auto", 256, has_cache=False) == "xla"  # eight devices, no mesh
+    assert choose(LLAMA, 256, has_cache=False) == "xla"  # eight devices, no mesh
     with jax.set_mesh(make_mesh(MeshConfig(data=8))):
-        assert choose("auto", 256, has_cache=False) == "splash"
-        assert choose("auto", 127, has_cache=False) == "xla"
-        assert choose("auto", 256, has_cache=True) == "xla"
-        assert choose("cudnn", 256, has_cache=False) == "cudnn"
+        assert choose(LLAMA, 256, has_cache=False) == "splash"
+        assert choose(LLAMA, 127, has_cache=False) == "xla"
+        assert choose(LLAMA, 256, has_cache=True) == "xla"
+        assert choose(named, 256, has_cache=False) == "cudnn"
     monkeypatch.setattr(jax, "device_count", lambda: 1)
-    assert choose("auto", 256, has_cache=False) == "splash"
+    assert choose(LLAMA, 256, has_cache=False) == "splash"
+
+
+def test_auto_is_cudnn_on_gpus_that_have_kernels_for_it(monkeypatch):
+    def here(capability):
+        device = types.SimpleNamespace(compute_capability=capability)
+        monkeypatch.setattr(jax, "devices", lambda: [device])
+
+    half = dataclasses.replace(LLAMA, dtype="bfloat16", head_dim=64)
+    mesh = make_mesh(MeshConfig(data=8))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    here("9.0")
+    assert choose(half, 256, has_cache=False) == "xla"  # eight devices, no mesh
+    with jax.set_mesh(mesh):
+        assert choose(half, 256, has_cache=False) == "cudnn"
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    assert choose(half, 33, has_cache=False) == "cudnn"
+    assert choose(half, 256, has_cache=True) == "xla"
+    for other in ({"dtype": "float32"}, {"head_dim": 68}, {"head_dim": 256}):
+        config = dataclasses.replace(half, **other)
+        assert choose(config, 256, has_cache=False) == "xla", other
+    for capability, name in (("12.0", "cudnn"), ("7.5", "xla"), ("gfx942", "xla")):
+        here(capability)
+        assert choose(half, 256, has_cache=False) == name, capability
 
 
 def test_parameters_are_drawn_without_the_kernel_of_another_platform(rng):
