@@ -95,8 +95,15 @@ class Lessons:
             Incident(f"not in the cache: {reason}", len(numbers), tuple(numbers[:5]))
             for reason, numbers in self.skipped.items()
         ]
-        cut = survey(part.records, self.tokenizer, self.rows)
-        return DataSource(name, len(part.records), left_out, ledger.cuts(cut))
+        cut = ledger.cuts(survey(part.records, self.tokenizer, self.rows))
+        # Positions in the part become lines of the file, as it is with the others.
+        changed = [
+            dataclasses.replace(
+                incident, places=tuple(part.numbers[list(incident.places)].tolist())
+            )
+            for incident in cut
+        ]
+        return DataSource(name, len(part.records), left_out, changed)
 
 
 def open_lessons(

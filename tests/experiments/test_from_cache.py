@@ -37,6 +37,7 @@ from rkd_jax.training.metrics import read_metrics
 from rkd_jax.training.progress import Progress
 from rkd_jax.training.run import RunFolder
 from rkd_jax.types import ReferenceSignal, ShapingSignal
+from tests.experiments.two_processes import run_two
 
 pytestmark = pytest.mark.usefixtures("compiled_programs")
 SEED = 3
@@ -238,6 +239,21 @@ def test_on_a_mesh_it_is_the_same_run(runs, tmp_path):
         np.testing.assert_allclose(many, one, rtol=1e-3, atol=1e-6)
 
 
+def test_two_processes_read_their_own_rows_and_make_the_same_run(runs, tmp_path):
+    folder = tmp_path / "run"
+    toys = runs["kd"] / "toys"
+    options = ("--data", toys / "data.jsonl", "--cache", toys / "cache")
+    options += ("--student.seed", SEED, "--mesh.data", -1, "--out", folder)
+    ends = run_two("experiments.from_cache", "--tiny", *map(str, options))
+    assert [status for status, _, _ in ends] == [0, 0], ends
+    found, expected = (losses(x / "1-training") for x in (folder, runs["kd"]))
+    np.testing.assert_allclose(found, expected, rtol=2e-5)
+    one, many = (
+        report_of(x)["differences"][0]["difference"] for x in (runs["kd"], folder)
+    )
+    np.testing.assert_allclose(many["mean"], one["mean"], rtol=1e-3, atol=1e-6)
+
+
 def test_own_data_and_student_from_files(runs, tmp_path, monkeypatch, capsys):
     """As a user has them: nothing of the toy but what is on the disk."""
     toys = runs["dpo"] / "toys"
@@ -293,6 +309,13 @@ def test_what_the_cache_skipped_is_left_out_and_counted(tmp_path):
     _, lessons = from_cache.open_school(config, RunFolder(tmp_path, {}), None)
     assert sorted(lessons.taught.numbers) == [0, 1, 2, 4, 5, 6, 7, 8]
     assert list(lessons.held_out.numbers) == [9]
+    records = [
+        dataclasses.replace(r, response="see " * 9) for r in lessons.taught.records
+    ]
+    (cut,) = lessons.source(
+        "", dataclasses.replace(lessons.taught, records=records)
+    ).changed
+    assert (cut.reason, cut.places) == ("response truncated", (0, 1, 2, 4, 5))
     from_cache.run(config)
     trained, _ = report_of(tmp_path / "run")["data"]
     (incident,) = trained["skipped"]
