@@ -295,9 +295,7 @@ def conclude(
         STUDENT, START, paired_interval(means[STUDENT], means[START]), method.unit
     )
     told = [
-        Verdict(
-            f"{name}, {len(prompts)} held-out records: {plain(mean_interval(found))}"
-        )
+        Verdict(f"{name}: {method.unit} {plain(mean_interval(found))}")
         for name, found in means.items()
     ]
     gain = values[STUDENT] - values[START]
@@ -307,7 +305,7 @@ def conclude(
     return Report(
         title=f"{config.method.upper()} from a teacher cache",
         created=datetime.now().strftime("%Y-%m-%d %H:%M"),
-        command=f"python -m experiments.from_cache --out {config.out}",
+        command=command(config),
         summary=told,
         policies=table,
         differences=[compared],
@@ -327,6 +325,16 @@ def conclude(
             for role in ("teacher", "reference", "data")
             if (name := getattr(manifest, role))
         },
+    )
+
+
+def command(config: FromCacheConfig) -> str:
+    """What produces the report, but for options that the settings show."""
+    read = f"--data {config.data} --cache {config.cache}"
+    read += f" --student.model {config.student.model}"
+    return (
+        f"python -m experiments.from_cache {'--tiny' if config.data is None else read} "
+        f"--method {config.method} --out {config.out}"
     )
 
 

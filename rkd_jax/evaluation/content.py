@@ -202,7 +202,8 @@ class Report:
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
     assets: Mapping[str, str] = dataclasses.field(default_factory=dict)  # name: hash
-    timings: Mapping[str, float] = dataclasses.field(default_factory=dict)  # seconds
+    # Seconds by stage; "total" has what lies between them too.
+    timings: Mapping[str, float] = dataclasses.field(default_factory=dict)
     nll_shift: float = 0.5  # see `quality_flags`
     distinct_drop: float = 0.5  # see `quality_flags`
 

@@ -269,17 +269,19 @@ def _places(incident: Incident) -> str:
 
 
 def _timings(timings: Mapping[str, float]) -> str:
-    """A bar per stage, relative to the longest."""
-    longest = max(timings.values(), default=0.0) or 1.0
+    """A bar per stage, relative to the longest, and "total", or else their sum."""
+    stages = {name: seconds for name, seconds in timings.items() if name != "total"}
+    longest = max(stages.values(), default=0.0) or 1.0
     rows = "".join(
         f'<tr><th scope="row">{escape(stage)}</th><td>{duration(seconds)}</td>'
         f'<td><span class="bar" style="width:{100 * seconds / longest:.1f}%"></span>'
         "</td></tr>"
-        for stage, seconds in timings.items()
+        for stage, seconds in stages.items()
     )
+    whole = timings.get("total", sum(stages.values()))
     total = (
         f'<tr class="total"><th scope="row">total</th>'
-        f"<td>{duration(sum(timings.values()))}</td><td></td></tr>"
+        f"<td>{duration(whole)}</td><td></td></tr>"
     )
     return (
         f'<table class="timings"><tbody>{rows}{total}</tbody></table>' if rows else ""

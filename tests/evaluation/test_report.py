@@ -5,6 +5,7 @@ import html.parser
 import io
 import json
 import math
+import re
 import sys
 
 import jax.numpy as jnp
@@ -162,6 +163,19 @@ def page(folder):
     reader.close()
     assert reader.open == []
     return reader
+
+
+@pytest.mark.parametrize(
+    ("whole", "shown"), [({}, "1 min 04 s"), ({"total": 70.0}, "1 min 10 s")]
+)
+def test_the_total_of_a_run_is_one_row_however_it_is_known(whole, shown, tmp_path):
+    timings = {"train": 61.2, "evaluate": 3.04} | whole
+    path = write_report(tmp_path, Report("A run", timings=timings))
+    rows = re.findall("<tr.*?</tr>", path.read_text(encoding="utf-8"))
+    (total,) = [row for row in rows if ">total<" in row]
+    assert shown in total
+    bars = [row for row in rows if "bar" in row]
+    assert ["width:100.0%" in row for row in bars] == [True, False]
 
 
 def test_page_holds_every_part(page):
