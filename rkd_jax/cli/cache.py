@@ -1,20 +1,14 @@
-"""The command line of the library: ``rkd COMMAND --help``.
-
-What is heavy is imported when a command runs, so that help comes at once.
-"""
+"""``rkd cache``: a teacher reads a data set once, and what it says is kept."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import json
-import sys
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-import tyro
+from rkd_jax.cli.usage import UsageError, said_by_options
 
 if TYPE_CHECKING:
     from rkd_jax.data.records import Record
@@ -23,10 +17,6 @@ if TYPE_CHECKING:
     from rkd_jax.signals.cache import CacheSettings, CacheWriter, Manifest, Source
     from rkd_jax.signals.oracles import Oracle
     from rkd_jax.training.progress import Progress
-
-
-class UsageError(ValueError):
-    """Options that contradict each other; the message is one line."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +165,7 @@ class CacheCommand:
         from rkd_jax.signals.oracles import load_oracle
         from rkd_jax.signals.retrying_oracle import RetryConfig, RetryingOracle
 
-        with _said_by_options():
+        with said_by_options():
             calls = RetryConfig(**dataclasses.asdict(self.oracle_calls))
         if self.oracle is None:
             return None
@@ -186,7 +176,7 @@ class CacheCommand:
 
         shaping = dataclasses.asdict(self.shaping)
         keep = shaping.pop("keep")
-        with _said_by_options():
+        with said_by_options():
             return CacheSettings(
                 top_k=self.top_k,
                 log_prob_dtype=self.log_prob_dtype,
@@ -199,7 +189,7 @@ class CacheCommand:
     def _row_layout(self) -> TokenizeConfig:
         from rkd_jax.data.tokenize import TokenizeConfig
 
-        with _said_by_options():
+        with said_by_options():
             return TokenizeConfig(**dataclasses.asdict(self.rows))
 
     def _read(self, progress: Progress) -> list[Record]:
@@ -219,7 +209,7 @@ class CacheCommand:
 
         model, params, _ = load_model(path, param_dtype=self.param_dtype)
         if self.dtype is not None:
-            with _said_by_options():
+            with said_by_options():
                 config = dataclasses.replace(model.config, dtype=self.dtype)
             model = dataclasses.replace(model, config=config)
         return Source(model, params)
@@ -250,111 +240,6 @@ class CacheCommand:
                 raise UsageError(f"{template}: a template is UTF-8: {error}") from error
             tokenizer = tokenizer.with_chat_template(text)
         return tokenizer
-
-
-@dataclasses.dataclass(frozen=True)
-class CompileCommand:
-    """Compile a step of an experiment for a TPU slice that is not here, run nothing.
-
-    Says, per device, whether it fits, and what bounds its speed. Needs the TPU's
-    compiler: pip install 'rkd_jax[aot]'.
-    """
-
-    after_interrupt: ClassVar[str] = "nothing was compiled"
-
-    experiment: tyro.conf.Positional[str]
-    """Name of a module of experiments, such as tvkd; its config() is compiled."""
-    topology: str
-    """Chip and grid of the slice, such as v5e:16x16, v5p:8x8x8 or v6e:16x16."""
-    mesh: tuple[int, int, int] = (1, -1, 1)
-    """Devices along data, fsdp and tensor; -1 is all that remain."""
-    method: str | None = None
-    """Of the experiment's report, such as DPO; the last of it if not given."""
-    program: Literal["update", "teacher", "sampler"] = "update"
-    """The update, the teacher's pass before it, or the student's sampler."""
-    batch: int | None = None
-    """Records of one update; the experiment's if not given."""
-    accumulation: int | None = None
-    """Micro-batches of one update; if not given, as the experiment's or fewer."""
-    remat: Literal["none", "attention", "dots", "full"] | None = None
-    """What the student's blocks compute again; the experiment's if not given."""
-    tiny: bool = False
-    """Compile tiny() in place of config()."""
-    json: bool = False
-    """Print one JSON line."""
-
-    def run(self) -> None:
-        """Print what was found."""
-        from rkd_jax.aot.topology import TopologyError, prefer_the_compiler
-
-        prefer_the_compiler()
-        from experiments.compile_ahead import Request, plan
-        from experiments.settings import SettingsError
-
-        options = dataclasses.asdict(self)
-        as_json = options.pop("json")
-        try:
-            found = plan(Request(**options))
-        except (SettingsError, TopologyError) as error:
-            raise UsageError(str(error)) from error
-        print(json.dumps(found.as_dict()) if as_json else found)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of ``rkd``.
-
-    Exit codes: 0 done, 2 bad input, 130 interrupted (the same command resumes).
-    """
-    command = tyro.extras.subcommand_cli_from_dict(
-        {"cache": CacheCommand, "compile": CompileCommand},
-        prog="rkd",
-        description="Reward-guided and preference-based distillation.",
-        args=None if arguments is None else list(arguments),
-    )
-    try:
-        command.run()
-    except KeyboardInterrupt:
-        print(f"\ninterrupted; {command.after_interrupt}", file=sys.stderr)
-        sys.exit(130)
-    except Exception as error:
-        if not isinstance(error, _mendable()):
-            raise
-        print(f"error: {_one_line(error)}", file=sys.stderr)
-        sys.exit(2)
-
-
-def _mendable() -> tuple[type[Exception], ...]:
-    """What a user can cause and mend. Anything else keeps its traceback."""
-    from rkd_jax.data.records import RecordError
-    from rkd_jax.data.tokenizer import VocabularyMismatch
-    from rkd_jax.interop import UnsupportedConfigError, WeightsError
-    from rkd_jax.signals.cache import CacheError
-    from rkd_jax.signals.oracles import OracleError
-
-    return (
-        CacheError,
-        ImportError,  # an extra that is not installed
-        OracleError,
-        OSError,  # no such file, full disk, read-only folder
-        RecordError,
-        UnsupportedConfigError,
-        UsageError,
-        VocabularyMismatch,
-        WeightsError,
-    )
-
-
-@contextlib.contextmanager
-def _said_by_options() -> Iterator[None]:
-    """A value that a configuration refuses was given as an option."""
-    try:
-        yield
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def _kind(path: Path) -> str:
@@ -391,7 +276,3 @@ def _summary(folder: Path, manifest: Manifest) -> str:
         f"teacher {manifest.teacher}",
     ]
     return f"{folder}: {', '.join(parts)}"
-
-
-if __name__ == "__main__":
-    main()

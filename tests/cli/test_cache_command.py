@@ -16,67 +16,21 @@ import jax
 import numpy as np
 import pytest
 
-from rkd_jax import cli
+from rkd_jax.cli.cache import OracleCalls, Rows
 from rkd_jax.data.collate import collate
-from rkd_jax.data.records import DemonstrationRecord, PreferenceRecord
+from rkd_jax.data.records import DemonstrationRecord
 from rkd_jax.data.sources import write_jsonl
 from rkd_jax.data.tokenize import TokenizeConfig, tokenize_record
 from rkd_jax.data.tokenizer import byte_tokenizer
-from rkd_jax.interop import load_model, save_model
-from rkd_jax.models.decoder import Decoder, DecoderConfig
+from rkd_jax.interop import load_model
 from rkd_jax.signals.cache import TeacherCache, model_hash
 from rkd_jax.signals.retrying_oracle import RetryConfig
 from rkd_jax.signals.teacher import make_sequence_scorer
 from rkd_jax.signals.topk import make_topk
 from rkd_jax.signals.values import make_shaping
+from tests.cli.small_command import MODEL, PAIRS, ROWS, SMALL, cache_command, rkd
 
-ROOT = Path(__file__).parents[1]
-MODEL = Decoder(
-    DecoderConfig(
-        vocab_size=258,
-        hidden_size=16,
-        intermediate_size=16,
-        num_layers=1,
-        num_heads=2,
-        num_kv_heads=1,
-        head_dim=8,
-        max_length=64,
-    )
-)
-ROWS = TokenizeConfig(max_prompt=8, max_response=8)
-PAIRS = [
-    PreferenceRecord("Name a prime.", "7", "9"),
-    PreferenceRecord("2 + 2?", "4", "five"),
-    PreferenceRecord([{"role": "user", "content": "Hi"}], "Hello!", "What?"),
-]
-SMALL = ["--rows.max-prompt", "8", "--rows.max-response", "8", "--batch-size", "2"]
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    """Two models with a tokenizer, and data."""
-    folder = tmp_path_factory.mktemp("files")
-    for seed, name in enumerate(("teacher", "student")):
-        params = MODEL.init(jax.random.key(seed))
-        save_model(folder / name, MODEL.config, params, tokenizer=byte_tokenizer())
-    write_jsonl(folder / "pairs.jsonl", PAIRS)
-    return folder
-
-
-def rkd(*arguments):
-    """Exit status of a command in this process."""
-    try:
-        cli.main([str(argument) for argument in arguments])
-    except SystemExit as stop:
-        return stop.code
-    return 0
-
-
-def cache_command(files, out, *more):
-    return rkd(
-        *("cache", "--data", files / "pairs.jsonl", "--teacher", files / "teacher"),
-        *("--out", out, *SMALL, *more),
-    )
+ROOT = Path(__file__).parents[2]
 
 
 def test_help_is_quick_and_complete():
@@ -93,13 +47,13 @@ def test_help_is_quick_and_complete():
     options = set(re.findall(r"--([a-z-]+)", done.stdout))
     assert {"data", "teacher", "out", "top-k", "log-prob-dtype", "oracle"} <= options
     # Whatever changes the ids of a row can be said.
-    for name in dataclasses.asdict(cli.Rows()):
+    for name in dataclasses.asdict(Rows()):
         assert f"--rows.{name.replace('_', '-')}" in done.stdout
 
 
 def test_an_oracle_is_asked_as_patiently_as_by_an_experiment():
     """But that a cache lacks no reward."""
-    calls = dataclasses.asdict(cli.OracleCalls())
+    calls = dataclasses.asdict(OracleCalls())
     assert calls | {"on_failure": "stop"} == dataclasses.asdict(RetryConfig())
 
 
