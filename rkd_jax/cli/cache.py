@@ -120,15 +120,20 @@ class CacheCommand:
     """Records per forward pass, as many as fit: what an interruption can cost."""
     shard_records: int = 1024
     """Records per file."""
+    compilation_cache: bool = True
+    """Keep compiled programs in the user's cache folder, for the next command."""
 
     def run(self) -> None:
         """Write the cache and say what is in it."""
+        from rkd_jax.training.compiled_programs import keep_compiled_programs
         from rkd_jax.training.progress import Progress
 
         for name in ("batch_size", "shard_records"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name}={getattr(self, name)}; at least 1 is needed")
 
+        if self.compilation_cache:
+            keep_compiled_programs()
         with Progress() as progress:
             writer = self._writer(progress)
             manifest = writer.write(

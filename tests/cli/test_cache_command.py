@@ -30,6 +30,7 @@ from rkd_jax.signals.topk import make_topk
 from rkd_jax.signals.values import make_shaping
 from tests.cli.small_command import MODEL, PAIRS, ROWS, SMALL, cache_command, rkd
 
+pytestmark = pytest.mark.usefixtures("users_cache")
 ROOT = Path(__file__).parents[2]
 
 
