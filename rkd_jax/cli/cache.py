@@ -53,6 +53,11 @@ class Shaping:
     """Of the probabilities in a soft value; not 1."""
     scale: float = 1.0
     """Of a soft value."""
+    value_source: Literal["log_probs", "raw_logits"] = "log_probs"
+    """What values are taken of: probabilities, or logits as they are."""
+    support: int | None = None
+    """Most likely tokens whose probabilities are told apart, one bucket for all others;
+    None tells all apart."""
     terminal: Literal["zero", "last_prefix", "after_eos"] = "zero"
     """Value after the last target."""
     center: float = 0.0

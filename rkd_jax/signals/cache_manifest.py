@@ -10,7 +10,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +156,8 @@ class Manifest:
                 "write the cache again"
             )
         with refused(f"{path}: not the manifest of a cache", CacheError):
-            CacheSettings.from_json(data["settings"])
+            # With what settings that came later are in a manifest from before them.
+            data["settings"] = CacheSettings.from_json(data["settings"]).to_json()
             shards = tuple(Shard(**shard) for shard in data.pop("shards"))
             manifest = cls(**data, shards=shards)
             _check(manifest)
@@ -217,11 +218,7 @@ def check_same(folder: str | Path, found: Manifest, wanted: Mapping[str, Any]) -
     for name, here in wanted.items():
         there = getattr(found, name)
         if isinstance(here, dict):  # settings: one phrase for each of them
-            differing += [
-                f"{key} is {shown(there.get(key))} there, {shown(here.get(key))} here"
-                for key in sorted(there.keys() | here.keys())
-                if there.get(key) != here.get(key)
-            ]
+            differing += _differing(there, here)
         elif there != here:
             differing.append(f"{_MEANING[name]} is {there} there, {here} here")
     if differing:
@@ -229,3 +226,15 @@ def check_same(folder: str | Path, found: Manifest, wanted: Mapping[str, Any]) -
             f"{folder} is a cache of something else: {one_line('; '.join(differing))}; "
             "use what it was written with, or write another"
         )
+
+
+def _differing(
+    there: Mapping[str, Any], here: Mapping[str, Any], group: str = ""
+) -> Iterator[str]:
+    """A phrase for each setting that is another one, those in groups by themselves."""
+    for key in sorted(there.keys() | here.keys()):
+        old, new = there.get(key), here.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from _differing(old, new, f"{key}.")
+        elif old != new:
+            yield f"{group}{key} is {shown(old)} there, {shown(new)} here"

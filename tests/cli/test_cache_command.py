@@ -32,6 +32,7 @@ from tests.cli.small_command import MODEL, PAIRS, ROWS, SMALL, cache_command, rk
 
 pytestmark = pytest.mark.usefixtures("users_cache")
 ROOT = Path(__file__).parents[2]
+RAW = ("--shaping.value-source", "raw_logits")
 
 
 def test_help_is_quick_and_complete():
@@ -174,6 +175,8 @@ def test_messages_that_the_template_refuses_stop_it_or_are_counted(
         (["--chat-template", "nowhere.jinja"], "nowhere.jinja"),
         (["--chat-template", sys.executable], f"{sys.executable}: a template is UTF-8"),
         (["--shaping.keep", "--shaping.power", "1"], "power = 1 on normalised"),
+        (["--shaping.keep", "--shaping.support", "258"], "support=259 exceeds the te"),
+        (["--shaping.keep", *RAW, "--shaping.support", "3"], "raw_logits have none"),
     ],
 )
 def test_bad_input_is_one_clear_line(files, tmp_path, capsys, options, message):

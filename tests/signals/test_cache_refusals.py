@@ -251,6 +251,23 @@ def test_a_manifest_that_is_none(folder, tmp_path):
             open_cache(tmp_path)
 
 
+def test_settings_that_came_after_a_manifest_are_the_defaults(tmp_path):
+    """It can be read, and gone on with."""
+    records = demonstrations()
+    settings = CacheSettings(None, shaping=ShapingSettings(gamma=0.5))
+    writer(tmp_path, records, settings).write()
+    path = tmp_path / "manifest.json"
+    before = json.loads(path.read_text())
+    for name in ("value_source", "support"):
+        del before["settings"]["shaping"][name]
+    path.write_text(json.dumps(before))
+    assert open_cache(tmp_path).settings == settings
+    assert writer(tmp_path, records, settings).done == len(records)
+    other = ShapingSettings(gamma=0.5, support=3)
+    with pytest.raises(CacheMismatch, match="shaping.support is None there, 3 here"):
+        writer(tmp_path, records, CacheSettings(None, shaping=other))
+
+
 def test_parts_that_were_not_written_are_not_read(tmp_path):
     records = demonstrations()
     writer(tmp_path, records, REWARDS).write()
