@@ -273,10 +273,11 @@ def _kind(path: Path) -> str:
 
 def _summary(folder: Path, manifest: Manifest) -> str:
     """What a finished cache holds, in one line."""
+    from rkd_jax.signals.cache_manifest import few_reasons
+
     each = manifest.bytes / max(manifest.tokens, 1)
-    left_out = [
-        f"{count} skipped ({reason})" for reason, count in manifest.skipped.items()
-    ]
+    reasons = few_reasons(manifest.skipped, most=3)
+    left_out = [f"{count} skipped ({reason})" for reason, count in reasons.items()]
     parts = [
         f"{manifest.records} record{'s' * (manifest.records != 1)}",
         *left_out,

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,11 +36,14 @@ _MEANING = {
 _HASH = re.compile("[0-9a-f]{16}")
 _KINDS = ("DemonstrationRecord", "PreferenceRecord")
 _MOST = 2**53  # of anything that is counted
+OTHER_REASONS = "other reasons"
+_MOST_REASONS = 8  # that a shard tells apart
+_LONGEST_REASON = 120  # characters
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """A finished file; ``skipped`` counts by reason.
+    """A finished file; ``skipped`` counts by reason, as `few_reasons` says it.
 
     Example: ``Shard("shard-00000.array_record", records=1024, responses=2046,
     tokens=391204, bytes=45875200, skipped={"response: encodes to no token": 1})``.
@@ -110,12 +114,14 @@ class Manifest:
 
     @property
     def skipped(self) -> dict[str, int]:
-        """How many records were left out, by reason."""
-        total: dict[str, int] = {}
+        """How many records were left out, by reason, as `few_reasons` says it.
+
+        A reason counts in the shards that name it; the counts add up to all records.
+        """
+        total: Counter[str] = Counter()
         for shard in self.shards:
-            for reason, count in shard.skipped.items():
-                total[reason] = total.get(reason, 0) + count
-        return total
+            total.update(shard.skipped)
+        return few_reasons(total)
 
     def identity(self) -> dict[str, Any]:
         """All that has to be the same for a cache to be gone on with."""
@@ -162,6 +168,32 @@ class Manifest:
             manifest = cls(**data, shards=shards)
             _check(manifest)
         return manifest
+
+
+def few_reasons(counts: Mapping[str, int], most: int = _MOST_REASONS) -> dict[str, int]:
+    """The most frequent reasons, and `OTHER_REASONS` for all others together.
+
+    A reason may quote what a template says of one record, so there may be as many as
+    records; each record has its own, in full (`rkd_jax.signals.cache.Skipped`).
+
+    >>> few_reasons({"a": 1, "b": 3, "c": 1, "d": 2}, most=2)
+    {'b': 3, 'd': 2, 'other reasons': 2}
+
+    Args:
+        counts: how many records have a reason.
+        most: how many reasons are named.
+
+    Returns:
+        The same sum of counts; no reason has more than 120 characters.
+    """
+    short: Counter[str] = Counter()
+    for reason, count in counts.items():
+        cut = len(reason) > _LONGEST_REASON
+        short[f"{reason[: _LONGEST_REASON - 3]}..." if cut else reason] += count
+    others = short.pop(OTHER_REASONS, 0)
+    named = sorted(short.items(), key=lambda item: (-item[1], item[0]))
+    others += sum(count for _, count in named[most:])
+    return dict(named[:most]) | ({OTHER_REASONS: others} if others else {})
 
 
 def _check(manifest: Manifest) -> None:

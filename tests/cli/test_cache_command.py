@@ -155,6 +155,21 @@ def test_messages_that_the_template_refuses_stop_it_or_are_counted(
     assert f"1 skipped ({reason})" in capsys.readouterr().out
 
 
+def test_many_reasons_are_one_short_line(files, tmp_path, capsys):
+    prompts = [[{"role": "user", "content": f"No. {i}"}] for i in range(20)]
+    told = [DemonstrationRecord(prompt, "yes") for prompt in prompts]
+    write_jsonl(tmp_path / "data.jsonl", told)
+    (tmp_path / "strict.jinja").write_text("{{ raise_exception(messages[0].content) }}")
+    options = ("--data", tmp_path / "data.jsonl", "--top-k", 3, "--on-error", "skip")
+    options += ("--chat-template", tmp_path / "strict.jinja")
+    assert cache_command(files, tmp_path / "out", *options) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert re.findall(r"(\d+) skipped \((?:the chat|other reasons\))", line) == [
+        *("1", "1", "1"),
+        "17",
+    ]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
