@@ -44,6 +44,7 @@ def _mendable() -> tuple[type[Exception], ...]:
     from rkd_jax.data.records import RecordError
     from rkd_jax.data.tokenizer import VocabularyMismatch
     from rkd_jax.interop import UnsupportedConfigError, WeightsError
+    from rkd_jax.sharding import ShardingError
     from rkd_jax.signals.cache import CacheError
     from rkd_jax.signals.oracles import OracleError
 
@@ -53,6 +54,7 @@ def _mendable() -> tuple[type[Exception], ...]:
         OracleError,
         OSError,  # no such file, full disk, read-only folder
         RecordError,
+        ShardingError,  # no such mesh, or an axis that does not divide over it
         UnsupportedConfigError,
         UsageError,
         VocabularyMismatch,

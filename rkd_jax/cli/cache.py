@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from rkd_jax.cli.usage import UsageError, said_by_options
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from rkd_jax.data.records import Record
     from rkd_jax.data.tokenize import TokenizeConfig
     from rkd_jax.data.tokenizer import Tokenizer
@@ -121,8 +123,12 @@ class CacheCommand:
     """Type of the parameters, such as bfloat16; as stored if not given."""
     dtype: str | None = None
     """Type the models compute in; float32 if not given."""
+    mesh: tuple[int, int, int] = (1, 1, 1)
+    """Devices along data, fsdp and tensor that share the models; -1 is all that remain.
+    An interrupted cache may go on with others."""
     batch_size: int = 8
-    """Records per forward pass, as many as fit: what an interruption can cost."""
+    """Records per forward pass, as many as fit: what an interruption can cost. Its
+    responses should divide over data x fsdp devices."""
     shard_records: int = 1024
     """Records per file."""
     compilation_cache: bool = True
@@ -140,20 +146,34 @@ class CacheCommand:
         if self.compilation_cache:
             keep_compiled_programs()
         with Progress() as progress:
-            writer = self._writer(progress)
+            mesh = self._open_mesh(progress)
+            writer = self._writer(mesh, progress)
             manifest = writer.write(
                 lambda records, tokens: progress.advance(records, tokens=tokens),
                 begin=lambda name, all_, done: progress.stage(name, all_, done=done),
             )
         print(_summary(self.out, manifest))
 
-    def _writer(self, progress: Progress) -> CacheWriter:
+    def _open_mesh(self, progress: Progress) -> Mesh | None:
+        """Where the models go; None is one device."""
+        from rkd_jax.placement import describe_mesh
+        from rkd_jax.sharding import MeshConfig, make_mesh
+        from rkd_jax.signals.cache_sources import check_one_process
+
+        check_one_process()
+        mesh = make_mesh(MeshConfig(*self.mesh))
+        if mesh.size == 1:
+            return None
+        progress.note(f"mesh: {describe_mesh(mesh)}")
+        return mesh
+
+    def _writer(self, mesh: Mesh | None, progress: Progress) -> CacheWriter:
         from rkd_jax.signals.cache import CacheWriter
 
         settings, rows, oracle = self._settings(), self._row_layout(), self._ask()
         tokenizer, records = self._tokenizer(settings), self._read(progress)
         teacher, reference = (
-            None if path is None else functools.partial(self._load, path)
+            None if path is None else functools.partial(self._load, path, mesh)
             for path in (self.teacher, self.reference)
         )
         return CacheWriter(
@@ -213,11 +233,11 @@ class CacheCommand:
         progress.note(str(report))
         return records
 
-    def _load(self, path: Path) -> Source:
+    def _load(self, path: Path, mesh: Mesh | None) -> Source:
         from rkd_jax.interop import load_model
         from rkd_jax.signals.cache import Source
 
-        model, params, _ = load_model(path, param_dtype=self.param_dtype)
+        model, params, _ = load_model(path, param_dtype=self.param_dtype, mesh=mesh)
         if self.dtype is not None:
             with said_by_options():
                 config = dataclasses.replace(model.config, dtype=self.dtype)
