@@ -10,7 +10,6 @@ from typing import TypeVar
 import jax
 import tyro
 
-from experiments.compiled_programs import keep_compiled_programs
 from experiments.host_memory import keep_freed_memory
 from experiments.settings import SettingsError
 from experiments.several_processes import meet
@@ -22,6 +21,7 @@ from rkd_jax.signals.cache_format import CacheError
 from rkd_jax.signals.oracles import OracleError
 from rkd_jax.training import leave, leave_soon
 from rkd_jax.training.checkpoint import CheckpointError
+from rkd_jax.training.compiled_programs import keep_compiled_programs
 from rkd_jax.training.interrupt import Interrupted, PeerLost, blaming_peers
 from rkd_jax.training.loop import Diverged
 from rkd_jax.training.run import RunMismatch
@@ -57,8 +57,8 @@ def run_command(
 
     ``--tiny``, or the name of another preset, replaces the defaults of ``config``;
     ``--no-compilation-cache`` leaves no compiled program behind
-    (`experiments.compiled_programs`); ``--distributed`` is for one of several processes
-    (`experiments.several_processes`). Freed memory is kept for the next array
+    (`rkd_jax.training.compiled_programs`); ``--distributed`` is for one of several
+    processes (`experiments.several_processes`). Freed memory is kept for the next array
     (`experiments.host_memory`).
 
     Exit codes: 0 done; 1 a fault of ours, with its traceback; 2 something the user can

@@ -9,6 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from experiments.settings import SettingsError
+from rkd_jax.placement import describe_mesh
 from rkd_jax.sharding import MeshConfig, make_mesh
 
 
@@ -67,6 +68,4 @@ def open_meshes(
 
 
 def _tell(name: str, mesh: Mesh) -> None:
-    sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    devices = f"{mesh.size} of {jax.device_count()} devices"
-    print(f"{name}: {sizes}, {devices}", file=sys.stderr)
+    print(f"{name}: {describe_mesh(mesh)}", file=sys.stderr)

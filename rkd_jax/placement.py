@@ -21,9 +21,15 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
-from rkd_jax.sharding import batch_sharding, check_divisible, mesh_of, row_shards
+from rkd_jax.sharding import (
+    ambient_axes,
+    batch_sharding,
+    check_divisible,
+    mesh_of,
+    row_shards,
+)
 
 
 def on_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager:
@@ -34,6 +40,12 @@ def on_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager:
     if mesh is None:
         return contextlib.nullcontext()
     return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+
+def describe_mesh(mesh: Mesh) -> str:
+    """Its sizes, and how many devices there are, in a few words for a terminal."""
+    sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    return f"{sizes}, {mesh.size} of {jax.device_count()} devices"
 
 
 def jit_on(mesh: Mesh, function: Callable) -> Any:
@@ -78,6 +90,38 @@ def follow_parameters(function: Callable, *, to_host: bool = False) -> Callable:
         return found
 
     return follow
+
+
+def on_own_rows(function: Callable, weights: Any, rows: Any) -> Any:
+    """``function(weights, rows)`` while tracing: every device does the rows it has.
+
+    For a loop over rows or positions. Left to the partitioner all devices would do all
+    rows, or put weights that are cut over devices together in every round, and sum
+    their gradients over devices as often.
+
+    Args:
+        function: of weights and a pytree of rows ``[B, ...]``, to a pytree of
+            ``[B, ...]``. No row may depend on another.
+        weights: every device has them as a whole, but for what is cut over axes along
+            which no rows are.
+        rows: pytree of arrays ``[B, ...]``.
+
+    Returns:
+        What ``function`` returns; it is called as it is where rows are not cut, see
+        `rkd_jax.sharding.ambient_axes`.
+    """
+    axes = ambient_axes("batch", jax.tree.leaves(rows)[0].shape[0])
+    if not axes:
+        return function(weights, rows)
+
+    def own(weights, rows):
+        return function(jax.lax.pcast(weights, axes, to="varying"), rows)
+
+    cut = PartitionSpec(axes)
+    specs = PartitionSpec(), cut
+    return jax.shard_map(own, in_specs=specs, out_specs=cut, axis_names=set(axes))(
+        weights, rows
+    )
 
 
 def place_rows(rows: Any, mesh: Mesh) -> Any:

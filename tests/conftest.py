@@ -38,6 +38,21 @@ def x64(request):
         yield
 
 
+@pytest.fixture
+def users_cache(monkeypatch, tmp_path_factory):
+    """An empty folder as the user's for caches; the settings of JAX as they were."""
+    folder = tmp_path_factory.mktemp("users_cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    names = ("jax_compilation_cache_dir", "jax_compilation_cache_max_size")
+    before = [getattr(jax.config, name) for name in names]
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+    yield folder
+    for name, value in zip(names, before, strict=True):
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
 @pytest.fixture(scope="module")
 def compiled_programs(tmp_path_factory):
     """Programs that one test compiled are there for the next: the folder of them.

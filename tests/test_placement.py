@@ -1,5 +1,7 @@
 """Functions go where their parameters are; rows are cut, filled up and fetched."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from rkd_jax.placement import (
     fetch,
     fill_rows,
     follow_parameters,
+    on_own_rows,
     place_rows,
 )
 from rkd_jax.sharding import (
@@ -96,6 +99,21 @@ def test_inside_a_jitted_function_nothing_is_placed(params):
     follow = follow_parameters(product)
     found = jax.jit(follow)(params, {"x": ROWS["x"][:3]})["y"]
     np.testing.assert_allclose(found, expected(3))
+
+
+def test_every_device_does_its_own_rows(mesh, params):
+    """With weights that are whole, and rows that are all of them without a mesh."""
+    seen = []
+
+    def function(weights, rows):
+        seen.append((rows["x"].shape, weights["w"].shape))
+        return jax.lax.map(lambda row: row @ weights["w"], rows["x"])
+
+    follow = follow_parameters(functools.partial(on_own_rows, function))
+    np.testing.assert_allclose(follow(params, ROWS), expected(8))
+    assert seen == [((2, 4), (4, 2))]
+    np.testing.assert_allclose(follow(PARAMS, ROWS), expected(8))
+    assert seen[1:] == [((8, 4), (4, 2))]
 
 
 def test_fill_rows_repeats_the_last_row():

@@ -14,7 +14,8 @@ NAMES = {
     "rkd_jax.data.windows": "make_packed_batches make_bucketed_batches",
     "rkd_jax.sharding": "MeshConfig ShardingError make_mesh tree_shardings "
     "parameter_shardings mesh_of batch_sharding shard_batch row_shards mesh_shard",
-    "rkd_jax.placement": "follow_parameters place_rows fetch fill_rows on_mesh jit_on",
+    "rkd_jax.placement": "follow_parameters place_rows fetch fill_rows on_mesh jit_on "
+    "on_own_rows describe_mesh",
     "rkd_jax.losses": "token_log_probs forward_kl reverse_kl generalized_jsd "
     "skew_forward_kl skew_reverse_kl total_variation topk_forward_kl dpo ipo simpo "
     "linear_token_log_probs linear_divergence linear_topk_divergence "

@@ -20,7 +20,6 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
 from rkd_jax.losses import anchored_advantages, centered_q, moment_gap, one_step
 from rkd_jax.losses.domain import check_domain
@@ -30,7 +29,7 @@ from rkd_jax.models.api import CausalLM, response_hidden
 from rkd_jax.models.projection import project
 from rkd_jax.objectives.policy import frozen_params
 from rkd_jax.objectives.position_slices import Along, in_slices
-from rkd_jax.sharding import ambient_axes
+from rkd_jax.placement import on_own_rows
 from rkd_jax.types import Params, Sequences
 
 LOGITS = 2**25
@@ -289,7 +288,7 @@ def row_terms(
         return _in_slices(at, weights, given, size, "rows")
 
     given = mask, sequences.targets, question.states, data
-    return _on_every_device(of_rows, question.weights, (given, foreseen))
+    return on_own_rows(of_rows, question.weights, (given, foreseen))
 
 
 class _Question(NamedTuple):
@@ -345,31 +344,9 @@ def _along_positions(
         return _in_slices(question.at, weights, given, max(size, 1), "positions")
 
     given = sequences.response_mask, sequences.targets, question.states
-    return _on_every_device(of_rows, question.weights, (given, foreseen))
-
-
-def _on_every_device(of_rows, weights, given) -> Any:
-    """``of_rows(weights, given)``; every device takes the rows it has, and all weights.
-
-    Left to the partitioner, weights that are cut over devices would be put together for
-    every slice, forward and backward, and their gradients summed over devices as often.
-    """
-    (mask, *_), _ = given
-    axes = ambient_axes("batch", mask.shape[0]) if mask.ndim > 1 else ()
-    if not axes:
-        return of_rows(weights, given)
-
-    def of_own_rows(weights, given):
-        weights = jax.lax.pcast(weights, axes, to="varying")
-        return of_rows(weights, given)
-
-    own = PartitionSpec(axes)
-    return jax.shard_map(
-        of_own_rows,
-        in_specs=(PartitionSpec(), own),
-        out_specs=own,
-        axis_names=set(axes),
-    )(weights, given)
+    if sequences.response_mask.ndim == 1:
+        return of_rows(question.weights, (given, foreseen))
+    return on_own_rows(of_rows, question.weights, (given, foreseen))
 
 
 def _in_slices(at, weights, given, size: int, along: Along) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +11,8 @@ import numpy as np
 from rkd_jax.data.collate import collate
 from rkd_jax.data.records import PreferenceRecord, Record
 from rkd_jax.data.tokenize import TokenizeConfig, Tokenized
+from rkd_jax.placement import fill_rows, follow_parameters
+from rkd_jax.sharding import mesh_of, row_shards
 from rkd_jax.signals.cache_codec import Topk
 from rkd_jax.signals.cache_format import (
     REFERENCE,
@@ -28,7 +30,7 @@ from rkd_jax.signals.cache_scores import make_teacher_scores
 from rkd_jax.signals.cache_sources import Source
 from rkd_jax.signals.oracles import Oracle, score
 from rkd_jax.signals.teacher import make_sequence_scorer
-from rkd_jax.types import Sequences
+from rkd_jax.types import Params, Sequences
 
 _CHECK = "check the weights and the dtype it is computed in"
 
@@ -49,7 +51,8 @@ class Answers:
         records: the data set.
         rows: how a record became ids.
         settings: what to keep.
-        batch_size: records per forward pass.
+        batch_size: records per forward pass, filled up to divide over the devices that
+            parameters are on.
         teacher: None if nothing is read of it.
         reference: None if nothing is read of it, or what it says is known.
         oracle: None if there are no rewards.
@@ -67,14 +70,17 @@ class Answers:
         oracle: Oracle | None = None,
     ):
         self._records, self._rows, self._settings = records, rows, settings
-        self._teacher, self._reference, self._oracle = teacher, reference, oracle
-        self._batch_size = batch_size
+        self._oracle, self._batch_size = oracle, batch_size
+        self._teacher = self._reference = None
         if teacher is not None:
-            self._ask_teacher = make_teacher_scores(teacher.model, settings)
+            self._teacher = _asking(
+                make_teacher_scores(teacher.model, settings), teacher.params
+            )
         if reference is not None:
-            self._ask_reference = make_sequence_scorer(
+            scorer = make_sequence_scorer(
                 reference.model, temperature=settings.temperature
             )
+            self._reference = _asking(scorer, reference.params)
 
     def of(
         self, rows: Sequence[Row], known: Mapping[int, CachedRecord] | None = None
@@ -112,12 +118,10 @@ class Answers:
         padding = [rows[-1]] * (self._batch_size - len(rows))
         batch = collate([*rows, *padding], self._rows)
         if self._teacher is not None:
-            seen = _flat(batch.teacher_sequences)
-            scores = self._ask_teacher(self._teacher.params, seen)
+            scores = self._teacher(batch.teacher_sequences)
             found |= {"topk": scores.topk, SHAPING: scores.shaping}
         if self._reference is not None:
-            seen = _flat(batch.sequences)
-            found[REFERENCE] = self._ask_reference(self._reference.params, seen)
+            found[REFERENCE] = self._reference(batch.sequences)
         return found
 
     def _ask_oracle(self, rows: Sequence[Tokenized]) -> dict[str, Any]:
@@ -194,9 +198,24 @@ def _said_before(
     return np.array([response.values[REFERENCE] for response in responses], np.float32)
 
 
-def _flat(sequences: Sequences) -> Sequences:
-    """Rows of responses, whether or not they come in pairs."""
-    return jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), sequences)
+def _asking(
+    scores: Callable[[Params, Sequences], Any], params: Params
+) -> Callable[[Sequences], Any]:
+    """What is said of rows of responses, whether or not they come in pairs.
+
+    Rows that do not divide over the devices are filled up: of what is said of more rows
+    nobody reads the end, where `follow_parameters` would wait for it, to cut it off.
+    """
+    follow, parts = follow_parameters(scores), row_shards(mesh_of(params))
+
+    def ask(sequences: Sequences) -> Any:
+        rows = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), sequences)
+        count = rows.tokens.shape[0]
+        if missing := -count % parts:
+            rows = fill_rows(rows, count + missing)
+        return follow(params, rows)
+
+    return ask
 
 
 def _responses(record: Record) -> tuple[str, ...]:

@@ -10,7 +10,8 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +37,14 @@ _MEANING = {
 _HASH = re.compile("[0-9a-f]{16}")
 _KINDS = ("DemonstrationRecord", "PreferenceRecord")
 _MOST = 2**53  # of anything that is counted
+OTHER_REASONS = "other reasons"
+_MOST_REASONS = 8  # that a shard tells apart
+_LONGEST_REASON = 120  # characters
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """A finished file; ``skipped`` counts by reason.
+    """A finished file; ``skipped`` counts by reason, as `few_reasons` says it.
 
     Example: ``Shard("shard-00000.array_record", records=1024, responses=2046,
     tokens=391204, bytes=45875200, skipped={"response: encodes to no token": 1})``.
@@ -111,12 +115,14 @@ class Manifest:
 
     @property
     def skipped(self) -> dict[str, int]:
-        """How many records were left out, by reason."""
-        total: dict[str, int] = {}
+        """How many records were left out, by reason, as `few_reasons` says it.
+
+        A reason counts in the shards that name it; the counts add up to all records.
+        """
+        total: Counter[str] = Counter()
         for shard in self.shards:
-            for reason, count in shard.skipped.items():
-                total[reason] = total.get(reason, 0) + count
-        return total
+            total.update(shard.skipped)
+        return few_reasons(total)
 
     def row_layout(self) -> TokenizeConfig:
         """How records became ids, without buckets.
@@ -169,11 +175,38 @@ class Manifest:
                 "write the cache again"
             )
         with refused(f"{path}: not the manifest of a cache", CacheError):
-            CacheSettings.from_json(data["settings"])
+            # With what settings that came later are in a manifest from before them.
+            data["settings"] = CacheSettings.from_json(data["settings"]).to_json()
             shards = tuple(Shard(**shard) for shard in data.pop("shards"))
             manifest = cls(**data, shards=shards)
             _check(manifest)
         return manifest
+
+
+def few_reasons(counts: Mapping[str, int], most: int = _MOST_REASONS) -> dict[str, int]:
+    """The most frequent reasons, and `OTHER_REASONS` for all others together.
+
+    A reason may quote what a template says of one record, so there may be as many as
+    records; each record has its own, in full (`rkd_jax.signals.cache.Skipped`).
+
+    >>> few_reasons({"a": 1, "b": 3, "c": 1, "d": 2}, most=2)
+    {'b': 3, 'd': 2, 'other reasons': 2}
+
+    Args:
+        counts: how many records have a reason.
+        most: how many reasons are named.
+
+    Returns:
+        The same sum of counts; no reason has more than 120 characters.
+    """
+    short: Counter[str] = Counter()
+    for reason, count in counts.items():
+        cut = len(reason) > _LONGEST_REASON
+        short[f"{reason[: _LONGEST_REASON - 3]}..." if cut else reason] += count
+    others = short.pop(OTHER_REASONS, 0)
+    named = sorted(short.items(), key=lambda item: (-item[1], item[0]))
+    others += sum(count for _, count in named[most:])
+    return dict(named[:most]) | ({OTHER_REASONS: others} if others else {})
 
 
 def _check(manifest: Manifest) -> None:
@@ -230,11 +263,7 @@ def check_same(folder: str | Path, found: Manifest, wanted: Mapping[str, Any]) -
     for name, here in wanted.items():
         there = getattr(found, name)
         if isinstance(here, dict):  # settings: one phrase for each of them
-            differing += [
-                f"{key} is {shown(there.get(key))} there, {shown(here.get(key))} here"
-                for key in sorted(there.keys() | here.keys())
-                if there.get(key) != here.get(key)
-            ]
+            differing += _differing(there, here)
         elif there != here:
             differing.append(f"{_MEANING[name]} is {there} there, {here} here")
     if differing:
@@ -242,3 +271,15 @@ def check_same(folder: str | Path, found: Manifest, wanted: Mapping[str, Any]) -
             f"{folder} is a cache of something else: {one_line('; '.join(differing))}; "
             "use what it was written with, or write another"
         )
+
+
+def _differing(
+    there: Mapping[str, Any], here: Mapping[str, Any], group: str = ""
+) -> Iterator[str]:
+    """A phrase for each setting that is another one, those in groups by themselves."""
+    for key in sorted(there.keys() | here.keys()):
+        old, new = there.get(key), here.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from _differing(old, new, f"{key}.")
+        elif old != new:
+            yield f"{group}{key} is {shown(old)} there, {shown(new)} here"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from rkd_jax.models.api import CausalLM, response_states
+from rkd_jax.placement import on_own_rows
 from rkd_jax.signals.cache_format import CacheSettings
 from rkd_jax.signals.topk import TopkScores, topk_scores
 from rkd_jax.signals.values import shaping_of_logits
@@ -55,7 +57,7 @@ def make_teacher_scores(
         states = response_states(model, params, sequences)
         states = jnp.concatenate([states.before, states.after[:, -1:]], axis=1)
 
-        def of_row(row: tuple[jax.Array, jax.Array]) -> TeacherScores:
+        def of_row(params: Params, row: tuple[jax.Array, jax.Array]) -> TeacherScores:
             hidden, mask = row
             logits = model.unembed(params, hidden)
             shaping = None if shaping_of is None else shaping_of(logits, mask)
@@ -64,6 +66,9 @@ def make_teacher_scores(
             tempered = logits[:-1] / settings.temperature
             return TeacherScores(topk_scores(tempered, settings.top_k), shaping)
 
-        return jax.lax.map(of_row, (states, sequences.response_mask))
+        def one_by_one(params: Params, rows: tuple[jax.Array, jax.Array]):
+            return jax.lax.map(functools.partial(of_row, params), rows)
+
+        return on_own_rows(one_by_one, params, (states, sequences.response_mask))
 
     return teacher_scores

@@ -16,7 +16,12 @@ from rkd_jax.signals.cache_format import (
     Skipped,
     unpack_record,
 )
-from rkd_jax.signals.cache_manifest import UNFINISHED, Shard, sync_directory
+from rkd_jax.signals.cache_manifest import (
+    UNFINISHED,
+    Shard,
+    few_reasons,
+    sync_directory,
+)
 from rkd_jax.untrusted import one_line
 
 # One record per read; what the codec leaves has no slack that zstd would find.
@@ -84,7 +89,7 @@ def summary(path: Path, settings: CacheSettings, *, first: int) -> Shard:
         responses=responses,
         tokens=tokens,
         bytes=path.stat().st_size,
-        skipped=dict(sorted(skipped.items())),
+        skipped=few_reasons(skipped),
         first_skipped=first_skipped,
     )
 

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 
 class Source(NamedTuple):
-    """A frozen model."""
+    """A frozen model, on one device or on a mesh: where its parameters are.
+
+    What is kept is the same, up to rounding, and a cache may go on on other devices.
+    """
 
     model: CausalLM
     params: Params
@@ -86,8 +89,7 @@ def check_request(
         raise CacheError(
             f"{names}: a cache is of demonstrations or of preferences, at least one"
         )
-    if jax.process_count() > 1:
-        raise CacheError("a cache is written by one process; start it on one host")
+    check_one_process()
     for name, part, needed in (
         ("teacher", teacher, settings.needs_teacher),
         ("reference", reference, settings.reference),
@@ -95,6 +97,15 @@ def check_request(
     ):
         if (part is None) == needed:
             raise CacheError(f"{name}: {'missing' if needed else 'not asked for'}")
+
+
+def check_one_process() -> None:
+    """Raise CacheError in one of several processes."""
+    if (count := jax.process_count()) > 1:
+        raise CacheError(
+            f"a cache is written by one process, on all devices of its host, and these "
+            f"are {count}; start it on one host"
+        )
 
 
 def hold_models(

@@ -66,8 +66,8 @@ class CacheWriter:
         tokenizer: of the teacher.
         rows: how a record becomes ids, the one that training will use.
         settings: what to keep.
-        teacher: what the lists and the shaping are read off: the model, or a function
-            that loads it.
+        teacher: what the lists and the shaping are read off: the model, on a device or
+            a mesh, or a function that loads it.
         reference: whose log-probs are kept, if ``settings.reference``; likewise. If
             both are loaded by functions, never more than one of them is in memory:
             the reference speaks of all records before the teacher does.

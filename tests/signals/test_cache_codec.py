@@ -7,7 +7,12 @@ import jax
 import numpy as np
 import pytest
 
-from rkd_jax.signals import cache_codec, cache_format, cache_identity
+from rkd_jax.signals import (
+    cache_codec,
+    cache_format,
+    cache_identity,
+    cache_manifest,
+)
 from rkd_jax.signals.cache_codec import (
     LOG_PROB_DTYPES,
     Topk,
@@ -228,7 +233,10 @@ def test_fingerprints_tell_rows_and_beginnings_apart():
     assert fingerprint([1, 2], [3], [5, 5])[1][0] != checks[0]
 
 
-@pytest.mark.parametrize("module", [cache_codec, cache_format, cache_identity])
+DOCTESTED = [cache_codec, cache_format, cache_identity, cache_manifest]
+
+
+@pytest.mark.parametrize("module", DOCTESTED)
 def test_doctests(module):
     result = doctest.testmod(module)
     assert result.attempted > 0

@@ -15,6 +15,7 @@ from rkd_jax.signals.cache import (
     CacheError,
     CacheMismatch,
     CacheSettings,
+    Manifest,
     ShapingSettings,
     Skipped,
     TeacherCache,
@@ -195,6 +196,50 @@ def test_skipped_records_keep_their_place_and_are_counted(tmp_path):
         cache.rewards(bad)
 
 
+def test_as_many_reasons_as_records_are_few_in_the_manifest(tmp_path):
+    """Each record keeps its own; the manifest names the frequent ones, and counts."""
+    template = "{{ raise_exception(messages[0].content) }}"
+    tokenizer = TOKENIZER.with_chat_template(template)
+    said = [f"{number:02} " + "x" * 200 for number in range(20)] + ["often"] * 9
+    ask = [[{"role": "user", "content": text}] for text in said]
+    records = [DemonstrationRecord(prompt, "yes") for prompt in ["plain", *ask]]
+    manifest = tiny_cache.CacheWriter(
+        tmp_path,
+        records,
+        tokenizer,
+        ROWS,
+        REWARDS,
+        oracle=tiny_cache.length,
+        shard_records=10,
+        on_error="skip",
+    ).write()
+    start = "the chat template refuses the messages: "
+    for shard in manifest.shards:
+        assert max(map(len, shard.skipped)) == 120
+        assert sum(shard.skipped.values()) == shard.records - shard.responses
+    others = [shard.skipped.get("other reasons") for shard in manifest.shards]
+    assert others == [9 - 8, 10 - 8, None]
+    assert [len(shard.skipped) for shard in manifest.shards] == [9, 9, 2]
+    assert len(manifest.skipped) == 9
+    assert list(manifest.skipped.items())[0] == (start + "often", 9)
+    assert sum(manifest.skipped.values()) == len(said)
+    assert Manifest.load(tmp_path) == manifest
+    cache = TeacherCache(tmp_path, tokenizer=tokenizer, rows=ROWS)
+    assert cache[1 + 17] == Skipped(start + said[17])
+
+
+def test_a_manifest_with_any_number_of_reasons_is_read(tmp_path):
+    """Those of before had one entry for each."""
+    writer(tmp_path, demonstrations(), REWARDS).write()
+    path = tmp_path / "manifest.json"
+    before = json.loads(path.read_text())
+    before["shards"][0]["skipped"] = {f"{number}": 1 for number in range(50)}
+    path.write_text(json.dumps(before))
+    skipped = open_cache(tmp_path).manifest.skipped
+    assert len(skipped) == 9
+    assert skipped["other reasons"] == 50 - 8
+
+
 def test_a_cache_that_is_not_finished_is_refused(tmp_path):
     def stop(records, tokens):
         del records, tokens
@@ -249,6 +294,23 @@ def test_a_manifest_that_is_none(folder, tmp_path):
         (tmp_path / "manifest.json").write_text(json.dumps(broken))
         with pytest.raises(CacheError, match=message):
             open_cache(tmp_path)
+
+
+def test_settings_that_came_after_a_manifest_are_the_defaults(tmp_path):
+    """It can be read, and gone on with."""
+    records = demonstrations()
+    settings = CacheSettings(None, shaping=ShapingSettings(gamma=0.5))
+    writer(tmp_path, records, settings).write()
+    path = tmp_path / "manifest.json"
+    before = json.loads(path.read_text())
+    for name in ("value_source", "support"):
+        del before["settings"]["shaping"][name]
+    path.write_text(json.dumps(before))
+    assert open_cache(tmp_path).settings == settings
+    assert writer(tmp_path, records, settings).done == len(records)
+    other = ShapingSettings(gamma=0.5, support=3)
+    with pytest.raises(CacheMismatch, match="shaping.support is None there, 3 here"):
+        writer(tmp_path, records, CacheSettings(None, shaping=other))
 
 
 def test_parts_that_were_not_written_are_not_read(tmp_path):

@@ -2,6 +2,7 @@
 
 import weakref
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -111,10 +112,13 @@ def test_a_model_that_cannot_be_loaded_is_not_taken_for_a_full_disk(tmp_path):
         failing.write()
 
 
-def test_what_is_missing_is_said_before_a_model_is_loaded(tmp_path):
+def test_what_is_missing_is_said_before_a_model_is_loaded(tmp_path, monkeypatch):
     shelf = Shelf()
     with pytest.raises(CacheError, match="oracle: missing"):
         make(tmp_path, SETTINGS, shelf.loader(1), shelf.loader(2))
     with pytest.raises(CacheError, match="reference: not asked for"):
         make(tmp_path, LISTS, shelf.loader(1), shelf.loader(2))
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    with pytest.raises(CacheError, match="written by one process, .* these are 4; st"):
+        make(tmp_path, SETTINGS, shelf.loader(1), shelf.loader(2), length)
     assert shelf.loaded == []

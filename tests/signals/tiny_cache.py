@@ -20,6 +20,7 @@ from rkd_jax.data.collate import collate
 from rkd_jax.data.records import DemonstrationRecord, PreferenceRecord
 from rkd_jax.data.tokenize import TokenizeConfig, tokenize_record
 from rkd_jax.data.tokenizer import byte_tokenizer
+from rkd_jax.sharding import tree_shardings
 from rkd_jax.signals import cache_manifest, cache_shards
 from rkd_jax.signals.cache import (
     CacheError,
@@ -72,9 +73,13 @@ def table(seed):
     return 2 * np.random.default_rng(seed).normal(size=(VOCABULARY,) * 2)
 
 
-def source(seed):
+def source(seed, mesh=None):
     """A bigram model; `table` has its logits in float64."""
-    return Source(Bigram(VOCABULARY), {"table": table(seed).astype(np.float32)})
+    params = {"table": table(seed).astype(np.float32)}
+    if mesh is not None:
+        axes = {"table": ("vocab", "embed")}
+        params = jax.device_put(params, tree_shardings(axes, mesh, shapes=params))
+    return Source(Bigram(VOCABULARY), params)
 
 
 def length(prompts, responses):
@@ -83,8 +88,10 @@ def length(prompts, responses):
     return [0.5 * len(text) for text in responses]
 
 
-def writer(folder, records, settings=SETTINGS, *, oracle=length, **options):
-    """Of teacher 1 and reference 2, as far as the settings need them."""
+def writer(
+    folder, records, settings=SETTINGS, *, oracle=length, meshes=(None, None), **options
+):
+    """Of teacher 1 and reference 2 on their meshes, as far as settings need them."""
     options = {"batch_size": 2, "shard_records": 3} | options
     return CacheWriter(
         folder,
@@ -92,8 +99,8 @@ def writer(folder, records, settings=SETTINGS, *, oracle=length, **options):
         TOKENIZER,
         options.pop("rows", ROWS),
         settings,
-        teacher=source(1) if settings.needs_teacher else None,
-        reference=source(2) if settings.reference else None,
+        teacher=source(1, meshes[0]) if settings.needs_teacher else None,
+        reference=source(2, meshes[1]) if settings.reference else None,
         oracle=oracle if settings.oracle else None,
         **options,
     )

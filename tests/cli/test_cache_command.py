@@ -16,67 +16,23 @@ import jax
 import numpy as np
 import pytest
 
-from rkd_jax import cli
+from rkd_jax.cli.cache import OracleCalls, Rows
 from rkd_jax.data.collate import collate
-from rkd_jax.data.records import DemonstrationRecord, PreferenceRecord
+from rkd_jax.data.records import DemonstrationRecord
 from rkd_jax.data.sources import write_jsonl
 from rkd_jax.data.tokenize import TokenizeConfig, tokenize_record
 from rkd_jax.data.tokenizer import byte_tokenizer
-from rkd_jax.interop import load_model, save_model
-from rkd_jax.models.decoder import Decoder, DecoderConfig
+from rkd_jax.interop import load_model
 from rkd_jax.signals.cache import TeacherCache, model_hash
 from rkd_jax.signals.retrying_oracle import RetryConfig
 from rkd_jax.signals.teacher import make_sequence_scorer
 from rkd_jax.signals.topk import make_topk
 from rkd_jax.signals.values import make_shaping
+from tests.cli.small_command import MODEL, PAIRS, ROWS, SMALL, cache_command, rkd
 
-ROOT = Path(__file__).parents[1]
-MODEL = Decoder(
-    DecoderConfig(
-        vocab_size=258,
-        hidden_size=16,
-        intermediate_size=16,
-        num_layers=1,
-        num_heads=2,
-        num_kv_heads=1,
-        head_dim=8,
-        max_length=64,
-    )
-)
-ROWS = TokenizeConfig(max_prompt=8, max_response=8)
-PAIRS = [
-    PreferenceRecord("Name a prime.", "7", "9"),
-    PreferenceRecord("2 + 2?", "4", "five"),
-    PreferenceRecord([{"role": "user", "content": "Hi"}], "Hello!", "What?"),
-]
-SMALL = ["--rows.max-prompt", "8", "--rows.max-response", "8", "--batch-size", "2"]
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    """Two models with a tokenizer, and data."""
-    folder = tmp_path_factory.mktemp("files")
-    for seed, name in enumerate(("teacher", "student")):
-        params = MODEL.init(jax.random.key(seed))
-        save_model(folder / name, MODEL.config, params, tokenizer=byte_tokenizer())
-    write_jsonl(folder / "pairs.jsonl", PAIRS)
-    return folder
-
-
-def rkd(*arguments):
-    """Exit status of a command in this process."""
-    try:
-        cli.main([str(argument) for argument in arguments])
-    except SystemExit as stop:
-        return stop.code
-    return 0
-
-
-def cache_command(files, out, *more):
-    return rkd(
-        *("cache", "--data", files / "pairs.jsonl", "--teacher", files / "teacher"),
-        *("--out", out, *SMALL, *more),
-    )
+pytestmark = pytest.mark.usefixtures("users_cache")
+ROOT = Path(__file__).parents[2]
+RAW = ("--shaping.value-source", "raw_logits")
 
 
 def test_help_is_quick_and_complete():
@@ -93,13 +49,13 @@ def test_help_is_quick_and_complete():
     options = set(re.findall(r"--([a-z-]+)", done.stdout))
     assert {"data", "teacher", "out", "top-k", "log-prob-dtype", "oracle"} <= options
     # Whatever changes the ids of a row can be said.
-    for name in dataclasses.asdict(cli.Rows()):
+    for name in dataclasses.asdict(Rows()):
         assert f"--rows.{name.replace('_', '-')}" in done.stdout
 
 
 def test_an_oracle_is_asked_as_patiently_as_by_an_experiment():
     """But that a cache lacks no reward."""
-    calls = dataclasses.asdict(cli.OracleCalls())
+    calls = dataclasses.asdict(OracleCalls())
     assert calls | {"on_failure": "stop"} == dataclasses.asdict(RetryConfig())
 
 
@@ -199,6 +155,21 @@ def test_messages_that_the_template_refuses_stop_it_or_are_counted(
     assert f"1 skipped ({reason})" in capsys.readouterr().out
 
 
+def test_many_reasons_are_one_short_line(files, tmp_path, capsys):
+    prompts = [[{"role": "user", "content": f"No. {i}"}] for i in range(20)]
+    told = [DemonstrationRecord(prompt, "yes") for prompt in prompts]
+    write_jsonl(tmp_path / "data.jsonl", told)
+    (tmp_path / "strict.jinja").write_text("{{ raise_exception(messages[0].content) }}")
+    options = ("--data", tmp_path / "data.jsonl", "--top-k", 3, "--on-error", "skip")
+    options += ("--chat-template", tmp_path / "strict.jinja")
+    assert cache_command(files, tmp_path / "out", *options) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert re.findall(r"(\d+) skipped \((?:the chat|other reasons\))", line) == [
+        *("1", "1", "1"),
+        "17",
+    ]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -219,6 +190,8 @@ def test_messages_that_the_template_refuses_stop_it_or_are_counted(
         (["--chat-template", "nowhere.jinja"], "nowhere.jinja"),
         (["--chat-template", sys.executable], f"{sys.executable}: a template is UTF-8"),
         (["--shaping.keep", "--shaping.power", "1"], "power = 1 on normalised"),
+        (["--shaping.keep", "--shaping.support", "258"], "support=259 exceeds the te"),
+        (["--shaping.keep", *RAW, "--shaping.support", "3"], "raw_logits have none"),
     ],
 )
 def test_bad_input_is_one_clear_line(files, tmp_path, capsys, options, message):

@@ -10,26 +10,15 @@ import jax
 import pytest
 
 from experiments.command import run_command
-from experiments.compiled_programs import MOST_BYTES, keep_compiled_programs
+from rkd_jax.training.compiled_programs import MOST_BYTES, keep_compiled_programs
 
+pytestmark = pytest.mark.usefixtures("users_cache")
 ROOT = Path(__file__).parents[2]
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     """Nothing to choose."""
-
-
-@pytest.fixture(autouse=True)
-def untouched(monkeypatch, tmp_path):
-    """A cache folder of its own; the settings of JAX as they were."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    names = ("jax_compilation_cache_dir", "jax_compilation_cache_max_size")
-    before = [getattr(jax.config, name) for name in names]
-    jax.config.update("jax_compilation_cache_dir", None)
-    yield
-    for name, value in zip(names, before, strict=True):
-        jax.config.update(name, value)
 
 
 def command(monkeypatch, *arguments):
@@ -45,8 +34,8 @@ def command(monkeypatch, *arguments):
     return seen
 
 
-def test_a_command_keeps_programs_in_the_users_cache_folder(monkeypatch, tmp_path):
-    folder = tmp_path / "cache" / "rkd_jax" / "compiled"
+def test_a_command_keeps_programs_in_the_users_cache_folder(monkeypatch, users_cache):
+    folder = users_cache / "rkd_jax" / "compiled"
     assert command(monkeypatch) == [str(folder)]
     assert folder.is_dir()
     assert jax.config.jax_compilation_cache_max_size == MOST_BYTES
@@ -60,9 +49,9 @@ def test_another_bound_may_be_named(monkeypatch):
 
 
 def test_a_program_that_a_killed_command_left_half_written_is_dropped(
-    monkeypatch, tmp_path
+    monkeypatch, users_cache
 ):
-    folder = tmp_path / "cache" / "rkd_jax" / "compiled"
+    folder = users_cache / "rkd_jax" / "compiled"
     folder.mkdir(parents=True)
     for name in ("whole-cache", "whole-atime", "half-cache"):
         (folder / name).write_bytes(b"x")
@@ -73,12 +62,12 @@ def test_a_program_that_a_killed_command_left_half_written_is_dropped(
     ]
 
 
-def test_the_option_turns_it_off(monkeypatch, tmp_path):
+def test_the_option_turns_it_off(monkeypatch, users_cache):
     assert command(monkeypatch, "--no-compilation-cache", "--tiny") == [None]
-    assert not (tmp_path / "cache").exists()
+    assert not any(users_cache.iterdir())
 
 
-def test_the_variables_of_jax_win(tmp_path):
+def test_the_variables_of_jax_win(users_cache, tmp_path):
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "mine"))
     assert keep_compiled_programs() == tmp_path / "mine"
     jax.config.update("jax_enable_compilation_cache", False)
@@ -86,7 +75,7 @@ def test_the_variables_of_jax_win(tmp_path):
         assert keep_compiled_programs() is None
     finally:
         jax.config.update("jax_enable_compilation_cache", True)
-    assert not (tmp_path / "cache").exists()
+    assert not any(users_cache.iterdir())
 
 
 def test_without_a_variable_it_is_below_home_and_relative_paths_do_not_count(
@@ -115,8 +104,8 @@ def test_a_folder_that_cannot_be_written_is_one_warning_line(
 
 PROGRAM = """
 import jax, jax.numpy as jnp
-from experiments.compiled_programs import keep_compiled_programs
-import experiments.quickstart
+from rkd_jax.training.compiled_programs import keep_compiled_programs
+import experiments.quickstart, rkd_jax.cli
 assert jax.config.jax_compilation_cache_dir is None
 keep_compiled_programs()
 print(jax.jit(lambda x: jnp.sin(x) * 2)(jnp.ones(3)).tolist())

@@ -1,32 +1,24 @@
-"""The command line of the library: ``rkd COMMAND --help``.
-
-What is heavy is imported when a command runs, so that help comes at once.
-"""
+"""``rkd cache``: a teacher reads a data set once, and what it says is kept."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import json
-import sys
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-import tyro
+from rkd_jax.cli.usage import UsageError, said_by_options
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from rkd_jax.data.records import Record
     from rkd_jax.data.tokenize import TokenizeConfig
     from rkd_jax.data.tokenizer import Tokenizer
     from rkd_jax.signals.cache import CacheSettings, CacheWriter, Manifest, Source
     from rkd_jax.signals.oracles import Oracle
     from rkd_jax.training.progress import Progress
-
-
-class UsageError(ValueError):
-    """Options that contradict each other; the message is one line."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +55,11 @@ class Shaping:
     """Of the probabilities in a soft value; not 1."""
     scale: float = 1.0
     """Of a soft value."""
+    value_source: Literal["log_probs", "raw_logits"] = "log_probs"
+    """What values are taken of: probabilities, or logits as they are."""
+    support: int | None = None
+    """Most likely tokens whose probabilities are told apart, one bucket for all others;
+    None tells all apart."""
     terminal: Literal["zero", "last_prefix", "after_eos"] = "zero"
     """Value after the last target."""
     center: float = 0.0
@@ -126,34 +123,57 @@ class CacheCommand:
     """Type of the parameters, such as bfloat16; as stored if not given."""
     dtype: str | None = None
     """Type the models compute in; float32 if not given."""
+    mesh: tuple[int, int, int] = (1, 1, 1)
+    """Devices along data, fsdp and tensor that share the models; -1 is all that remain.
+    An interrupted cache may go on with others."""
     batch_size: int = 8
-    """Records per forward pass, as many as fit: what an interruption can cost."""
+    """Records per forward pass, as many as fit: what an interruption can cost. Its
+    responses should divide over data x fsdp devices."""
     shard_records: int = 1024
     """Records per file."""
+    compilation_cache: bool = True
+    """Keep compiled programs in the user's cache folder, for the next command."""
 
     def run(self) -> None:
         """Write the cache and say what is in it."""
+        from rkd_jax.training.compiled_programs import keep_compiled_programs
         from rkd_jax.training.progress import Progress
 
         for name in ("batch_size", "shard_records"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name}={getattr(self, name)}; at least 1 is needed")
 
+        if self.compilation_cache:
+            keep_compiled_programs()
         with Progress() as progress:
-            writer = self._writer(progress)
+            mesh = self._open_mesh(progress)
+            writer = self._writer(mesh, progress)
             manifest = writer.write(
                 lambda records, tokens: progress.advance(records, tokens=tokens),
                 begin=lambda name, all_, done: progress.stage(name, all_, done=done),
             )
         print(_summary(self.out, manifest))
 
-    def _writer(self, progress: Progress) -> CacheWriter:
+    def _open_mesh(self, progress: Progress) -> Mesh | None:
+        """Where the models go; None is one device."""
+        from rkd_jax.placement import describe_mesh
+        from rkd_jax.sharding import MeshConfig, make_mesh
+        from rkd_jax.signals.cache_sources import check_one_process
+
+        check_one_process()
+        mesh = make_mesh(MeshConfig(*self.mesh))
+        if mesh.size == 1:
+            return None
+        progress.note(f"mesh: {describe_mesh(mesh)}")
+        return mesh
+
+    def _writer(self, mesh: Mesh | None, progress: Progress) -> CacheWriter:
         from rkd_jax.signals.cache import CacheWriter
 
         settings, rows, oracle = self._settings(), self._row_layout(), self._ask()
         tokenizer, records = self._tokenizer(settings), self._read(progress)
         teacher, reference = (
-            None if path is None else functools.partial(self._load, path)
+            None if path is None else functools.partial(self._load, path, mesh)
             for path in (self.teacher, self.reference)
         )
         return CacheWriter(
@@ -175,7 +195,7 @@ class CacheCommand:
         from rkd_jax.signals.oracles import load_oracle
         from rkd_jax.signals.retrying_oracle import RetryConfig, RetryingOracle
 
-        with _said_by_options():
+        with said_by_options():
             calls = RetryConfig(**dataclasses.asdict(self.oracle_calls))
         if self.oracle is None:
             return None
@@ -186,7 +206,7 @@ class CacheCommand:
 
         shaping = dataclasses.asdict(self.shaping)
         keep = shaping.pop("keep")
-        with _said_by_options():
+        with said_by_options():
             return CacheSettings(
                 top_k=self.top_k,
                 log_prob_dtype=self.log_prob_dtype,
@@ -199,7 +219,7 @@ class CacheCommand:
     def _row_layout(self) -> TokenizeConfig:
         from rkd_jax.data.tokenize import TokenizeConfig
 
-        with _said_by_options():
+        with said_by_options():
             return TokenizeConfig(**dataclasses.asdict(self.rows))
 
     def _read(self, progress: Progress) -> list[Record]:
@@ -213,20 +233,20 @@ class CacheCommand:
         progress.note(str(report))
         return records
 
-    def _load(self, path: Path) -> Source:
+    def _load(self, path: Path, mesh: Mesh | None) -> Source:
         from rkd_jax.interop import load_model
         from rkd_jax.signals.cache import Source
 
-        model, params, _ = load_model(path, param_dtype=self.param_dtype)
+        model, params, _ = load_model(path, param_dtype=self.param_dtype, mesh=mesh)
         if self.dtype is not None:
-            with _said_by_options():
+            with said_by_options():
                 config = dataclasses.replace(model.config, dtype=self.dtype)
             model = dataclasses.replace(model, config=config)
         return Source(model, params)
 
     def _tokenizer(self, settings: CacheSettings) -> Tokenizer:
         """The teacher's, or the reference's if there is no teacher."""
-        from rkd_jax.data.chat_template import CHATML
+        from rkd_jax.data.chat_template import named_template
         from rkd_jax.data.tokenizer import same_vocabulary
         from rkd_jax.interop import load_tokenizer
 
@@ -241,120 +261,11 @@ class CacheCommand:
             raise UsageError(f"{path} holds no tokenizer; put tokenizer.json beside it")
         tokenizer = found[0]
         same_vocabulary(tokenizer, found[-1])
-        template = self.chat_template
-        if template is not None:
-            chatml = template == "chatml"
-            try:
-                text = CHATML if chatml else Path(template).read_text("utf-8")
-            except UnicodeDecodeError as error:
-                raise UsageError(f"{template}: a template is UTF-8: {error}") from error
-            tokenizer = tokenizer.with_chat_template(text)
-        return tokenizer
-
-
-@dataclasses.dataclass(frozen=True)
-class CompileCommand:
-    """Compile a step of an experiment for a TPU slice that is not here, run nothing.
-
-    Says, per device, whether it fits, and what bounds its speed. Needs the TPU's
-    compiler: pip install 'rkd_jax[aot]'.
-    """
-
-    after_interrupt: ClassVar[str] = "nothing was compiled"
-
-    experiment: tyro.conf.Positional[str]
-    """Name of a module of experiments, such as tvkd; its config() is compiled."""
-    topology: str
-    """Chip and grid of the slice, such as v5e:16x16, v5p:8x8x8 or v6e:16x16."""
-    mesh: tuple[int, int, int] = (1, -1, 1)
-    """Devices along data, fsdp and tensor; -1 is all that remain."""
-    method: str | None = None
-    """Of the experiment's report, such as DPO; the last of it if not given."""
-    program: Literal["update", "teacher", "sampler"] = "update"
-    """The update, the teacher's pass before it, or the student's sampler."""
-    batch: int | None = None
-    """Records of one update; the experiment's if not given."""
-    accumulation: int | None = None
-    """Micro-batches of one update; if not given, as the experiment's or fewer."""
-    remat: Literal["none", "attention", "dots", "full"] | None = None
-    """What the student's blocks compute again; the experiment's if not given."""
-    tiny: bool = False
-    """Compile tiny() in place of config()."""
-    json: bool = False
-    """Print one JSON line."""
-
-    def run(self) -> None:
-        """Print what was found."""
-        from rkd_jax.aot.topology import TopologyError, prefer_the_compiler
-
-        prefer_the_compiler()
-        from experiments.compile_ahead import Request, plan
-        from experiments.settings import SettingsError
-
-        options = dataclasses.asdict(self)
-        as_json = options.pop("json")
-        try:
-            found = plan(Request(**options))
-        except (SettingsError, TopologyError) as error:
-            raise UsageError(str(error)) from error
-        print(json.dumps(found.as_dict()) if as_json else found)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of ``rkd``.
-
-    Exit codes: 0 done, 2 bad input, 130 interrupted (the same command resumes).
-    """
-    command = tyro.extras.subcommand_cli_from_dict(
-        {"cache": CacheCommand, "compile": CompileCommand},
-        prog="rkd",
-        description="Reward-guided and preference-based distillation.",
-        args=None if arguments is None else list(arguments),
-    )
-    try:
-        command.run()
-    except KeyboardInterrupt:
-        print(f"\ninterrupted; {command.after_interrupt}", file=sys.stderr)
-        sys.exit(130)
-    except Exception as error:
-        if not isinstance(error, _mendable()):
-            raise
-        print(f"error: {_one_line(error)}", file=sys.stderr)
-        sys.exit(2)
-
-
-def _mendable() -> tuple[type[Exception], ...]:
-    """What a user can cause and mend. Anything else keeps its traceback."""
-    from rkd_jax.data.records import RecordError
-    from rkd_jax.data.tokenizer import VocabularyMismatch
-    from rkd_jax.interop import UnsupportedConfigError, WeightsError
-    from rkd_jax.signals.cache import CacheError
-    from rkd_jax.signals.oracles import OracleError
-
-    return (
-        CacheError,
-        ImportError,  # an extra that is not installed
-        OracleError,
-        OSError,  # no such file, full disk, read-only folder
-        RecordError,
-        UnsupportedConfigError,
-        UsageError,
-        VocabularyMismatch,
-        WeightsError,
-    )
-
-
-@contextlib.contextmanager
-def _said_by_options() -> Iterator[None]:
-    """A value that a configuration refuses was given as an option."""
-    try:
-        yield
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+        if self.chat_template is None:
+            return tokenizer
+        with said_by_options():
+            template = named_template(self.chat_template)
+        return tokenizer.with_chat_template(template)
 
 
 def _kind(path: Path) -> str:
@@ -378,10 +289,11 @@ def _kind(path: Path) -> str:
 
 def _summary(folder: Path, manifest: Manifest) -> str:
     """What a finished cache holds, in one line."""
+    from rkd_jax.signals.cache_manifest import few_reasons
+
     each = manifest.bytes / max(manifest.tokens, 1)
-    left_out = [
-        f"{count} skipped ({reason})" for reason, count in manifest.skipped.items()
-    ]
+    reasons = few_reasons(manifest.skipped, most=3)
+    left_out = [f"{count} skipped ({reason})" for reason, count in reasons.items()]
     parts = [
         f"{manifest.records} record{'s' * (manifest.records != 1)}",
         *left_out,
@@ -391,7 +303,3 @@ def _summary(folder: Path, manifest: Manifest) -> str:
         f"teacher {manifest.teacher}",
     ]
     return f"{folder}: {', '.join(parts)}"
-
-
-if __name__ == "__main__":
-    main()
