@@ -7,20 +7,31 @@ can be traced and compiled, not run.
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 import jax
 
 from experiments.lab import Lab, make_lab, row_layout
 from experiments.published_shapes import shape_of
 from experiments.settings import ExperimentConfig, ModelConfig
-from experiments.teacher_student import RANDOM_TEACHER, as_student, check_drop_layers
+from experiments.teacher_student import (
+    RANDOM_TEACHER,
+    as_student,
+    check_drop_layers,
+    with_dtype,
+)
 from rkd_jax.data.tokenizer import byte_tokenizer
-from rkd_jax.models.attention_kernels import long_enough_for_splash
+from rkd_jax.models.attention_kernels import (
+    cudnn_has_kernels,
+    long_enough_for_splash,
+)
 from rkd_jax.models.decoder import Decoder, DecoderConfig
 from rkd_jax.types import Params
 
 
-def abstract_lab(config: ExperimentConfig, *, for_tpu: bool = True) -> Lab:
+def abstract_lab(
+    config: ExperimentConfig, *, accelerator: Literal["tpu", "gpu"] | None = "tpu"
+) -> Lab:
     """The equipment of an experiment as shapes.
 
     The tokenizer is a stand-in: only its end-of-sequence id is looked at. Parameters
@@ -28,30 +39,29 @@ def abstract_lab(config: ExperimentConfig, *, for_tpu: bool = True) -> Lab:
 
     Args:
         config: the experiment.
-        for_tpu: attention is then computed as ``"auto"`` computes it on a TPU, which it
-            cannot know from here.
+        accelerator: attention is computed as ``"auto"`` computes it there, which it
+            cannot know from here; None: as it is legal everywhere.
 
     Raises:
         SettingsError: a model whose shape is not known, or a layer it does not have.
     """
     models, policy = config.models, config.policy
 
-    def attention(prompt: int) -> str:
-        long = long_enough_for_splash(prompt + policy.max_response)
-        return "splash" if for_tpu and long else "xla"
+    def attending(model: Decoder, prompt: int) -> Decoder:
+        name = "xla"
+        if accelerator == "tpu" and long_enough_for_splash(
+            prompt + policy.max_response
+        ):
+            name = "splash"
+        if accelerator == "gpu" and cudnn_has_kernels(model.config):
+            name = "cudnn"
+        return Decoder(dataclasses.replace(model.config, attention=name))
 
     shape = _teacher_shape(models)
-    teacher = Decoder(
-        dataclasses.replace(
-            shape,
-            dtype=models.dtype,
-            attention=attention(policy.max_teacher_prompt),
-        )
-    )
-    own = dataclasses.replace(
-        _student_shape(models, shape), attention=attention(policy.max_prompt)
-    )
-    student = as_student(Decoder(own), models)
+    teacher = with_dtype(Decoder(shape), models.dtype)
+    teacher = attending(teacher, policy.max_teacher_prompt)
+    student = as_student(Decoder(_student_shape(models, shape)), models)
+    student = attending(student, policy.max_prompt)
     return make_lab(
         teacher,
         abstract_params(teacher),

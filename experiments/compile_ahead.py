@@ -1,4 +1,4 @@
-"""A step of an experiment, compiled for a TPU slice that is not here.
+"""A step of an experiment, compiled for TPUs or GPUs that are not here.
 
     rkd compile tvkd --topology v5e:16x16 --mesh 1 64 4
 
@@ -64,17 +64,17 @@ def plan(request: Request, devices: Sequence[jax.Device] | None = None) -> Plan:
     Raises:
         SettingsError: an experiment, method or model that is not known, or sizes that
             do not divide.
-        TopologyError: a slice that there is no compiler for.
-        ImportError: libtpu is not installed.
+        TopologyError: a machine that there is no compiler for.
+        ImportError: the compiler is not installed.
     """
     chip = chip_of(request.topology)
     for name in ("batch", "accumulation"):
         if (number := getattr(request, name)) is not None and number < 1:
             raise SettingsError(f"--{name} {number} must be at least 1")
     config, table = _experiment(request)
-    for_tpu = devices is None
-    devices = slice_devices(request.topology) if for_tpu else devices
-    lab = abstract_lab(config, for_tpu=for_tpu)
+    accelerator = None if devices is not None else chip.kind
+    devices = devices or slice_devices(request.topology)
+    lab = abstract_lab(config, accelerator=accelerator)
     methods = table(lab, config)
     name = request.method or list(methods)[-1]
     if name not in methods:

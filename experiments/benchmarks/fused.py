@@ -8,8 +8,9 @@ busy machine.
     python -m experiments.benchmarks.fused --hidden 4096 --vocab 128256 \\
         --dtype bfloat16 --rows 1024 8192
 
-With `--topology` the TPU's own compiler says what one chip would take. It has to be
-installed (`pip install 'rkd_jax[aot]'`), a TPU does not, and nothing is timed:
+With `--topology` the compiler of TPUs or GPUs says what one chip would take. It has to
+be installed (`pip install 'rkd_jax[aot]'`, or 'jax[cuda12]'), a chip does not, and
+nothing is timed:
 
     python -m experiments.benchmarks.fused --topology v5e:2x2 --hidden 4096 \\
         --vocab 128256 --dtype bfloat16 --rows 256 1024 8192
@@ -77,7 +78,7 @@ class FusedBenchmark:
     most_temp_gib: float = 8.0
     """Versions with more temporaries are compiled, not run."""
     topology: str | None = None
-    """A TPU slice such as v5e:2x2, for one chip of which everything is compiled."""
+    """TPUs or GPUs, such as v5e:2x2 or h100:1, for one of which all is compiled."""
     json: bool = False
     """Print one JSON line per row in place of the table."""
 

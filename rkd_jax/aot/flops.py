@@ -4,7 +4,8 @@ Counted before the compiler: 2 m n k for every product, as often as its loops tu
 of a condition the branch with less work. What is computed again in a backward pass is
 included. Work is taken to be divided evenly over the mesh, but inside of
 `jax.shard_map`, where shapes are a device's own. A kernel counts as the products of its
-body times its grid, masked blocks included.
+body times its grid, cuDNN's attention as the products of its formula, masked blocks
+included.
 
 >>> import jax, jax.numpy as jnp
 >>> product = jax.make_jaxpr(jnp.matmul)(jnp.ones((2, 3)), jnp.ones((3, 4)))
@@ -17,6 +18,12 @@ from __future__ import annotations
 import math
 
 from jax.extend.core import Jaxpr, JaxprEqn, jaxprs_in_params
+
+# Products of queries and keys: scores and the mixture; the former again, and four.
+_CUDNN = {
+    "dot_product_attention_fwd_wrapper": 2,
+    "dot_product_attention_bwd_wrapper": 5,
+}
 
 
 def matmul_flops(jaxpr: Jaxpr, *, devices: int, unknown: int = 1) -> float:
@@ -37,6 +44,9 @@ def _count(jaxpr: Jaxpr, share: float, unknown: int, *, kernel: bool = False) ->
         name, inner = eqn.primitive.name, share
         if name == "dot_general":
             total += share * _product(eqn)
+            continue
+        if name in _CUDNN:
+            total += share * _CUDNN[name] * _attention_product(eqn)
             continue
         if name == "cond":
             branches = [
@@ -68,6 +78,12 @@ def _product(eqn: JaxprEqn) -> float:
     left = eqn.invars[0].aval.shape
     depth = math.prod(left[axis] for axis in contracted)
     return 2.0 * depth * math.prod(eqn.outvars[0].aval.shape)
+
+
+def _attention_product(eqn: JaxprEqn) -> float:
+    """Of queries ``[B, L, H, d]`` and keys ``[B, S, H_kv, d]``."""
+    query, key = (v.aval.shape for v in eqn.invars[:2])
+    return 2.0 * math.prod(query) * key[1]
 
 
 def _turns(body: Jaxpr, unknown: int) -> int:

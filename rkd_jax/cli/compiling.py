@@ -13,10 +13,11 @@ from rkd_jax.cli.usage import UsageError
 
 @dataclasses.dataclass(frozen=True)
 class CompileCommand:
-    """Compile a step of an experiment for a TPU slice that is not here, run nothing.
+    """Compile a step of an experiment for TPUs or GPUs that are not here, run nothing.
 
-    Says, per device, whether it fits, and what bounds its speed. Needs the TPU's
-    compiler: pip install 'rkd_jax[aot]'.
+    Says, per device, whether it fits, and what bounds its speed. Needs the compiler:
+    pip install 'rkd_jax[aot]' for TPUs, or for GPUs 'jax[cuda12]' of the same version
+    as jax.
     """
 
     after_interrupt: ClassVar[str] = "nothing was compiled"
@@ -24,7 +25,8 @@ class CompileCommand:
     experiment: tyro.conf.Positional[str]
     """Name of a module of experiments, such as tvkd; its config() is compiled."""
     topology: str
-    """Chip and grid of the slice, such as v5e:16x16, v5p:8x8x8 or v6e:16x16."""
+    """Chip and grid of the slice, such as v5e:16x16, v5p:8x8x8 or v6e:16x16; or GPUs of
+    one host, such as h100:8."""
     mesh: tuple[int, int, int] = (1, -1, 1)
     """Devices along data, fsdp and tensor; -1 is all that remain."""
     method: str | None = None

@@ -62,15 +62,19 @@ def choose(config: DecoderConfig, length: int, *, has_cache: bool) -> str:
         return "xla"
     if backend == "tpu" and long_enough_for_splash(length):
         return "splash"
-    return "cudnn" if backend == "gpu" and _cudnn_can(config) else "xla"
+    here = backend == "gpu" and _is_ampere_or_later(jax.devices()[0])
+    return "cudnn" if here and cudnn_has_kernels(config) else "xla"
 
 
-def _cudnn_can(config: DecoderConfig) -> bool:
-    """Whether cuDNN's flash attention has kernels for it, on the GPUs that are here."""
-    if config.dtype not in CUDNN_DTYPES or config.head_dim % 8 or config.head_dim > 128:
-        return False
+def cudnn_has_kernels(config: DecoderConfig) -> bool:
+    """Whether "auto" takes cuDNN's flash attention for it on GPUs that have it."""
+    wide = config.head_dim % 8 or config.head_dim > 128
+    return config.dtype in CUDNN_DTYPES and not wide
+
+
+def _is_ampere_or_later(device: jax.Device) -> bool:
     # Of NVIDIA "8.0", "9.0"; AMD has names there.
-    found = getattr(jax.devices()[0], "compute_capability", "")
+    found = getattr(device, "compute_capability", "")
     numbers = re.fullmatch(r"(\d+)\.(\d+)", str(found))
     return bool(numbers) and int(numbers[1]) >= 8
 

@@ -14,10 +14,20 @@ from rkd_jax.aot.topology import (
 )
 
 SLICE = ("--topology", "v5e:2x4")
-SETTINGS = ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD")
+SETTINGS = (
+    "TPU_SKIP_MDS_QUERY",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD",
+    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK",
+)
 
 
-@pytest.mark.parametrize("name", ["v5e", "v9:2x2", "v5e:2", "v5e:2x4x", "16x16", ""])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("v5e", "v9:2x2", "v5e:2", "v5e:2x4x", "v5e:2x2x2x2", "16x16", ""),
+        *("h100", "h100:2x4", "h100:", "h9:8"),
+    ],
+)
 def test_a_name_that_is_no_slice(name):
     with pytest.raises(TopologyError, match="write a chip and its grid"):
         chip_of(name)
@@ -42,6 +52,16 @@ def test_without_the_compiler_it_says_what_to_install(monkeypatch, capsys):
     )
 
 
+def test_gpus_are_those_of_one_host_and_need_their_compiler(monkeypatch):
+    assert chip_of("h100:8").kind == chip_of("h200:1").kind == "gpu"
+    for name in ("h100:0", "h100:9", "h200:16"):
+        with pytest.raises(TopologyError, match="a host has 1 to 8 GPUs"):
+            slice_devices(name)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"pip install 'jax\[cuda12\]'"):
+        slice_devices("h100:8")
+
+
 def test_the_compiler_is_asked_for_alone_and_beside_others(monkeypatch):
     """No metadata server is asked, and two commands may compile at once."""
     for name in ("JAX_PLATFORMS", *SETTINGS):
@@ -49,7 +69,7 @@ def test_the_compiler_is_asked_for_alone_and_beside_others(monkeypatch):
         monkeypatch.delenv(name)
     prefer_the_compiler()
     assert os.environ["JAX_PLATFORMS"] == "cpu"
-    assert [os.environ[name] for name in SETTINGS] == ["1", "true"]
+    assert [os.environ[name] for name in SETTINGS] == ["1", "true", "1"]
     monkeypatch.setenv(SETTINGS[1], "false")
     prefer_the_compiler()
     assert os.environ[SETTINGS[1]] == "false"  # the user knows better

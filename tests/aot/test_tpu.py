@@ -129,7 +129,7 @@ def test_an_update_of_an_experiment(topology, chip):
     assert sum(kind["bytes"] for kind in found["collectives"].values()) > 0
     # Of rows of two blocks a quarter of the scores, which by custom are all counted, is
     # left out: products with keys and values, three times with the backward pass.
-    student, length = abstract_lab(tvkd.tiny(), for_tpu=True).student.config, 108
+    student, length = abstract_lab(tvkd.tiny(), accelerator="tpu").student.config, 108
     heads = student.num_layers * student.num_heads * student.head_dim
     left_out = 12 * length * heads * found["tokens"] / 4
     assert 8 * found["flops"] >= found["model_flops"] - left_out

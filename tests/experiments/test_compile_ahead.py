@@ -30,7 +30,7 @@ def experiment(name):
 def test_every_method_has_shapes(name):
     """And among them the signals that its objective requires."""
     config, table = experiment(name)
-    lab = abstract_lab(config, for_tpu=False)
+    lab = abstract_lab(config, accelerator=None)
     for label, method in table(lab, config).items():
         inputs = inputs_of(method, 4)
         assert inputs.records == 4, label
@@ -43,7 +43,7 @@ def test_every_method_has_shapes(name):
 
 def test_a_mixture_has_weights_and_no_sampler():
     config, _ = experiment("compare_seed_systems")
-    lab = abstract_lab(config, for_tpu=False)
+    lab = abstract_lab(config, accelerator=None)
     method = MiniLlm(lab, MiniLlmConfig(TOY_FIT, alpha=0.2))
     inputs, mesh = inputs_of(method, 4), make_mesh(MeshConfig())
     weights, sequences = (
@@ -64,7 +64,7 @@ def test_a_mixture_has_weights_and_no_sampler():
 def test_a_loss_reads_its_shapes(label):
     """One for each kind of batch, and the critic's."""
     config, table = experiment("compare_seed_systems")
-    lab = abstract_lab(config, for_tpu=False)
+    lab = abstract_lab(config, accelerator=None)
     inputs = inputs_of(table(lab, config)[label], 4)
     objective = inputs.step.objective
     given = (inputs.frozen, inputs.batch, inputs.signal, jax.random.key(0))
@@ -105,7 +105,7 @@ def test_the_abstract_lab_has_the_shapes_of_the_real_one():
     models = config.models
     teacher, params, _ = load_teacher(models)
     student, student_params = cut_student(models, teacher, params, None)
-    abstract = abstract_lab(config, for_tpu=False)
+    abstract = abstract_lab(config, accelerator=None)
     plain = {"attention": "xla"}
     for real, found in ((teacher, abstract.teacher), (student, abstract.student)):
         assert dataclasses.replace(real.config, **plain) == found.config
@@ -135,7 +135,7 @@ def test_a_plan_on_the_devices_that_are_here():
     # Forward and backward, and logits a second time at the most. Of rows of two blocks
     # a quarter of the scores, which by custom are all counted, is left out: products
     # with keys and values, three times with the backward pass.
-    student = abstract_lab(tvkd.tiny(), for_tpu=False).student.config
+    student = abstract_lab(tvkd.tiny(), accelerator=None).student.config
     heads = student.num_layers * student.num_heads * student.head_dim
     done, left_out = found.work.flops * 8, 12 * 108 * heads * found.tokens / 4
     assert found.model_flops - left_out <= done < 3 * found.model_flops
@@ -169,7 +169,7 @@ def test_a_model_that_nobody_published():
 def test_the_programs_beside_the_update(name):
     """Traced: what they are called with, and what is held beside them."""
     config, table = experiment("xkd")
-    lab = abstract_lab(config, for_tpu=False)
+    lab = abstract_lab(config, accelerator=None)
     mesh = make_mesh(MeshConfig(fsdp=2), jax.devices()[:2])
     inputs = inputs_of(table(lab, config)["GKD"], 4)
     held = hold(lab, inputs, mesh, warmed=False)
