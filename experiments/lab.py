@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -103,7 +104,7 @@ class Lab:
     @property
     def widths(self) -> int:
         """How many shapes a batch may have: one per width of the teacher's prompts."""
-        return len(self.rows.teacher_prompt_buckets or (1,))
+        return count_shapes(self.rows)
 
     @property
     def mesh(self) -> Mesh | None:
@@ -245,6 +246,12 @@ def make_lab(
         trunk_features=follow_parameters(make_features(trunk)),
         trunk_states=follow_parameters(make_features(trunk, states="before")),
     )
+
+
+def count_shapes(rows: TokenizeConfig) -> int:
+    """How many shapes batches of these rows may have."""
+    choices = rows.prompt_widths, rows.teacher_prompt_widths, rows.response_widths
+    return math.prod(map(len, choices))
 
 
 def sampling_config(
