@@ -176,6 +176,8 @@ def record_batches(
             lab.tokenizer,
             narrower(lab.rows, bucket),
             batch_size=batch_size,
+            # A window of several epochs has a record twice, and side by side.
+            window_batches=min(32, len(records) // batch_size),
             seed=seed,
             shard=mesh_shard(lab.mesh),
         )
