@@ -45,17 +45,17 @@ class PairsBenchmark:
     """JSON Lines with question, ground_truth and models' solutions."""
     model: str = "6b_finetuning"
     """Whose wrong answers are rejected."""
-    pairs: int = 256
+    pairs: int = 96
     """The first ones."""
     tokenizer: str = "smollm2"
     """As in `experiments.benchmarks.packing`."""
-    hidden: int = 256
-    layers: int = 4
+    hidden: int = 128
+    layers: int = 2
     batch_size: int = 8
     """Pairs of a batch where a row holds one response."""
     bucket: int = 64
     """Widths of buckets are its multiples."""
-    row_length: int = 1024
+    row_length: int = 1280
     """Of packed rows."""
     packed_rows: int = 4
     """Of a packed batch."""
