@@ -285,7 +285,7 @@ class ShapingSignal:
     """
 
     log_probs: jax.Array | None  # float32[B, 2], summed, of the reference; None: none
-    shaping: jax.Array  # float32[B, 2], summed potential differences, nats
+    shaping: jax.Array  # float32[B, 2], nats; [B, M, 2] of packed pairs, as log_probs
 
 
 @struct
@@ -311,7 +311,7 @@ class EnsembleSignal:
     """
 
     log_probs: jax.Array  # float32[B, 2], summed, of the reference
-    rewards: jax.Array  # float32[B, 2, K]
+    rewards: jax.Array  # float32[B, 2, K]; [B, M, 2, K] of packed pairs
 
 
 @struct
