@@ -14,6 +14,7 @@ from experiments.abstract_inputs import (
     head_params,
     inputs_of,
     pairs,
+    refuse_packed_shapes,
     rows,
 )
 from experiments.lab import Lab
@@ -26,6 +27,7 @@ from rkd_jax.types import GameBatch, GameSignal, Sequences, WhiteBoxSignal
 @inputs_of.register(Pbkd)
 def _pbkd(method, batch: int | None) -> Inputs:
     lab, options = method.lab, method.game.config
+    refuse_packed_shapes("pbkd", options.row_length)
     data = _game_batch(lab, batch, pairs_per_step=options.pairs_per_step)
     signal = GameSignal(
         full(np.float32, _pairs(data)),

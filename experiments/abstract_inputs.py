@@ -104,6 +104,15 @@ def pairs(lab: Lab, batch: int) -> PreferenceBatch:
     )
 
 
+def refuse_packed_shapes(what: str, row_length: int) -> None:
+    """Raise SettingsError for packed rows, which have no shapes here."""
+    if row_length:
+        raise SettingsError(
+            f"{what}: row_length {row_length}, but shapes are those of a row for each "
+            "record; set it to 0"
+        )
+
+
 def states(lab: Lab, sequences: Sequences) -> TeacherStates:
     """The teacher's."""
     return TeacherStates(
@@ -146,11 +155,7 @@ def _trained(
     """Of a method that a `Trainer` trains; ``data`` and ``signal`` are of B."""
     trainer = method.trainer
     lab = trainer.lab
-    if trainer.options.row_length:
-        raise SettingsError(
-            f"{trainer.objective.name}: row_length {trainer.options.row_length}, but "
-            "shapes are those of a row for each record; set it to 0"
-        )
+    refuse_packed_shapes(trainer.objective.name, trainer.options.row_length)
     size = batch or trainer.options.batch_size
     params = lab.student_params if params is None else params
     found = data(size)

@@ -18,15 +18,18 @@ from experiments.course import Course
 from experiments.lab import Lab
 from experiments.settings import GameConfig, RewardConfig, SettingsError
 from experiments.stages import Desk, train, training_key
-from experiments.trainer import Step, constant_rate
+from experiments.trainer import Step, constant_rate, record_batches
 from rkd_jax.data.collate import collate
+from rkd_jax.data.packing import is_packed
 from rkd_jax.data.pipeline import ZippedBatches
 from rkd_jax.data.records import DemonstrationRecord, PreferenceRecord
 from rkd_jax.data.tokenize import tokenize_record
 from rkd_jax.losses import bradley_terry, check_epsilon
 from rkd_jax.objectives.pbkd import make_pbkd
 from rkd_jax.objectives.reward_model import l2_penalty, make_reward_model, pair_returns
+from rkd_jax.packed import Pairs
 from rkd_jax.placement import fetch, fill_rows, follow_parameters, on_mesh
+from rkd_jax.signals.cache_rows import located
 from rkd_jax.training.state import TrainState, step_keys
 from rkd_jax.types import GameBatch, GameSignal, Params, PreferenceSignal, Sequences
 
@@ -94,6 +97,23 @@ class Table:
     def states(self, index) -> np.ndarray | None:
         """Features of some records, ``[.., (2,) T, D]``."""
         return None if self.book is None else self.book.look_up(self.rows(index))
+
+    def features(self, batch: Pairs) -> np.ndarray | None:
+        """`states` of a batch's pairs; of packed ones at their columns, ``[B, T, D]``.
+
+        There they are the same numbers and 0 in between: nothing is computed again.
+        """
+        if self.book is None or not is_packed(batch):
+            return self.states(batch.index)
+        records = located(batch)
+        states = self.states(np.array([number for number, _ in records]))
+        laid = np.zeros(
+            (*batch.sequences.response_mask.shape, states.shape[-1]), states.dtype
+        )
+        for (_, responses), members in zip(records, states, strict=True):
+            for response, values in zip(responses, members, strict=True):
+                laid[response.columns] = values[: len(response.targets)]
+        return laid
 
     def chunks(self, function) -> np.ndarray:
         """``function(sequences, states, labels)`` of all records, `CHUNK` at a time."""
@@ -282,7 +302,7 @@ class Match:
 
         def prepare(state, batch):
             del state
-            return batch, PreferenceSignal(table.states(batch.index))
+            return batch, PreferenceSignal(table.features(batch))
 
         state = train(
             self.desk,
@@ -290,7 +310,7 @@ class Match:
             self.desk.run.stage(f"{name}-anchor").path,
             jax.tree.map(jnp.copy, self._untrained_anchor),
             self.game.anchor_update,
-            self._pair_batches(pairs, reward.batch_size),
+            self._pair_batches("--reward", pairs, reward.batch_size, reward.row_length),
             steps=reward.steps,
             config={"reward": dataclasses.asdict(reward), "pairs": len(pairs)},
             prepare=prepare,
@@ -314,7 +334,7 @@ class Match:
                 anchor_nll=anchor_nll[pairs.index],
                 demonstrations=self.demonstration_table.states(demonstrations.index),
                 rollouts=lab.features(samples.sequences),
-                preferences=table.states(pairs.index),
+                preferences=table.features(pairs),
             )
             return GameBatch(demonstrations, samples.sequences, pairs), signal
 
@@ -327,10 +347,20 @@ class Match:
             batch_size=lab.policy.rollout_prompts,
             seed=self.seed,
         )
-        preferences = self._pair_batches(pairs, self.game.config.pairs_per_step)
+        config = self.game.config
+        preferences = self._pair_batches(
+            "--game", pairs, config.pairs_per_step, config.row_length
+        )
         return ZippedBatches(
             {"demonstrations": demonstrations, "preferences": preferences}
         )
 
-    def _pair_batches(self, pairs, batch_size: int):
-        return self.lab.batches(pairs, batch_size=batch_size, seed=self.seed)
+    def _pair_batches(self, what: str, pairs, batch_size: int, row_length: int):
+        return record_batches(
+            what,
+            self.lab,
+            pairs,
+            batch_size=batch_size,
+            row_length=row_length,
+            seed=self.seed,
+        )

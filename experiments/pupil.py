@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 from jax.sharding import Mesh
@@ -30,7 +31,7 @@ class Pupil:
     @property
     def widths(self) -> int:
         """How many shapes a batch may have: one per width of the teacher's prompts."""
-        return len(self.rows.teacher_prompt_buckets or (1,))
+        return count_shapes(self.rows)
 
     @property
     def mesh(self) -> Mesh | None:
@@ -70,3 +71,9 @@ class Pupil:
                 f"{accumulation * shards}, fewer micro-batches, or more of --mesh on "
                 "tensor"
             )
+
+
+def count_shapes(rows: TokenizeConfig) -> int:
+    """How many shapes batches of these rows may have."""
+    choices = rows.prompt_widths, rows.teacher_prompt_widths, rows.response_widths
+    return math.prod(map(len, choices))

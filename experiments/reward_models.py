@@ -59,7 +59,12 @@ class RewardModels:
 
     def __init__(self, lab: Lab, options: RewardConfig, members: int):
         self.lab, self.members = lab, members
-        fit = FitConfig(options.learning_rate, options.batch_size, accumulation=1)
+        fit = FitConfig(
+            options.learning_rate,
+            options.batch_size,
+            accumulation=1,
+            row_length=options.row_length,
+        )
         objective = make_reward_ensemble(lab.token_rewards, members, l2=options.l2)
         self.trainer, self.steps = Trainer(lab, objective, fit), options.steps
         members = jax.vmap(self._return, in_axes=(0, None), out_axes=-1)
@@ -76,9 +81,8 @@ class RewardModels:
             del state
             weights = None
             if self.members > 1:
-                index = jnp.asarray(batch.index)
-                weights = bootstrap_weights(index, members=self.members, seed=seed)
-            return batch, PreferenceSignal(table.states(batch.index), weights)
+                weights = self._weights(jnp.asarray(batch.index), seed)
+            return batch, PreferenceSignal(table.features(batch), weights)
 
         return self.trainer.train(
             desk,
@@ -120,6 +124,11 @@ class RewardModels:
             member_axes=0 if lab.trains_trunk else {"trunk": None, "head": 0},
             reduce=reduce,
         )
+
+    def _weights(self, index: jax.Array, seed: int) -> jax.Array:
+        """``[*index, K]``; numbers without meaning where a packed row has no record."""
+        flat = bootstrap_weights(index.reshape(-1), members=self.members, seed=seed)
+        return flat.reshape(*index.shape, self.members)
 
     def _return(self, params: Params, rows) -> jax.Array:
         sequences, features = rows

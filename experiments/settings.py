@@ -106,8 +106,10 @@ class RewardConfig:
     """Penalty on the head, nats per pair."""
     steps: int = 80
     batch_size: int = 128
-    """Pairs."""
+    """Pairs; packed rows where there is a `row_length`."""
     learning_rate: float = 1e-3
+    row_length: int = 0
+    """As in `FitConfig`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +138,9 @@ class GameConfig:
     """Of quickstart; elsewhere the updates that the rounds leave."""
     round_steps: int = 3
     pairs_per_step: int = 128
+    """Packed rows of pairs where there is a `row_length`."""
+    row_length: int = 0
+    """Of the reward player's pairs, as in `FitConfig`. Prompts have a row each."""
     critic_steps: int = 5
     accumulation: int = 4
     """Micro-batches per step: less memory, the same numbers."""
@@ -161,7 +166,11 @@ class FitConfig:
     """Micro-batches per update: less memory, the same numbers."""
     row_length: int = 0
     """Columns of a packed row, which holds as many records as fit; 0 for a row to each
-    record. SFT, SeqKD, KD and DPO read packed rows."""
+    record. SFT, SeqKD, KD, DPO, TVKD, DRDO and d-DPO read packed rows."""
+    bucket: int = 0
+    """Records of like length share a batch, whose widths are multiples of this; 0 for
+    batches as wide as --policy allows. Every width that occurs is compiled. For those
+    that read packed rows, in their place."""
 
 
 @dataclasses.dataclass(frozen=True)

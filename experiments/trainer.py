@@ -11,12 +11,13 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from experiments.pupil import Pupil
+from experiments.pupil import Pupil, count_shapes
 from experiments.settings import FitConfig, SettingsError
 from experiments.stages import Desk, train, training_key
 from rkd_jax.data.pipeline import BatchIterator
 from rkd_jax.data.records import DemonstrationRecord, PreferenceRecord
-from rkd_jax.data.windows import make_packed_batches
+from rkd_jax.data.tokenize import TokenizeConfig
+from rkd_jax.data.windows import make_bucketed_batches, make_packed_batches
 from rkd_jax.sharding import (
     batch_sharding,
     mesh_of,
@@ -143,7 +144,8 @@ def record_batches(
     records: Sequence[Record],
     *,
     batch_size: int,
-    row_length: int,
+    row_length: int = 0,
+    bucket: int = 0,
     seed: int,
 ) -> BatchIterator:
     """Shuffled batches of records, for ever: a row for each, or packed rows.
@@ -155,6 +157,8 @@ def record_batches(
         batch_size: rows. Packed ones may be fewer in an epoch; then a batch holds rows
             of several.
         row_length: columns of a packed row; 0 for a row to each record.
+        bucket: of the widths of batches whose records are of like length; 0 for the
+            lab's widths.
         seed: of their order.
 
     Raises:
@@ -165,6 +169,17 @@ def record_batches(
         raise SettingsError(
             f"{what}: {len(records)} records for batches of {batch_size}; lower the "
             "batch size or give more data"
+        )
+    if bucket:
+        return make_bucketed_batches(
+            records,
+            lab.tokenizer,
+            narrower(lab.rows, bucket),
+            batch_size=batch_size,
+            # A window of several epochs has a record twice, and side by side.
+            window_batches=min(32, len(records) // batch_size),
+            seed=seed,
+            shard=mesh_shard(lab.mesh),
         )
     if not row_length:
         return lab.batches(records, batch_size=batch_size, seed=seed)
@@ -188,6 +203,20 @@ def record_batches(
     )
 
 
+def narrower(rows: TokenizeConfig, bucket: int) -> TokenizeConfig:
+    """The same limits; batches as wide as a multiple of ``bucket``, or as a limit."""
+
+    def widths(longest: int) -> tuple[int, ...]:
+        return (*range(bucket, longest, bucket), longest)
+
+    return dataclasses.replace(
+        rows,
+        prompt_buckets=widths(rows.max_prompt),
+        response_buckets=widths(rows.max_response),
+        teacher_prompt_buckets=widths(rows.max_teacher_prompt),
+    )
+
+
 class Trainer:
     """An objective with its optimiser, compiled once for any number of runs.
 
@@ -207,7 +236,31 @@ class Trainer:
                 f"{objective.name}: row_length {options.row_length}, but it reads a "
                 "row for each record; set it to 0"
             )
-        self.update = self.step.update_on(lab.mesh, max_traces=lab.widths)
+        widths = lab.widths
+        if options.bucket:
+            self._check_bucket()
+            widths = count_shapes(narrower(lab.rows, options.bucket))
+        self.update = self.step.update_on(lab.mesh, max_traces=widths)
+
+    def _check_bucket(self) -> None:
+        """Raise SettingsError unless batches may be as narrow as their records."""
+        bucket, rows = self.options.bucket, self.lab.rows
+        name = f"{self.objective.name}: bucket {bucket}"
+        if self.options.row_length:
+            raise SettingsError(
+                f"{name} and row_length {self.options.row_length}: records lie in rows "
+                "of like length or share one; set either to 0"
+            )
+        if not self.objective.packed:  # what is beside the batch is of one width
+            raise SettingsError(
+                f"{name}, but it reads batches of one width; set it to 0"
+            )
+        widest = max(rows.max_prompt, rows.max_response)
+        if not 0 < bucket < widest:
+            raise SettingsError(
+                f"{name} has to be positive and below the longest prompt or response "
+                f"that --policy allows, {widest}"
+            )
 
     def batches(self, records: Sequence[Record], seed: int):
         """Shuffled batches of the records, for ever.
@@ -221,6 +274,7 @@ class Trainer:
             records,
             batch_size=self.options.batch_size,
             row_length=self.options.row_length,
+            bucket=self.options.bucket,
             seed=seed,
         )
 

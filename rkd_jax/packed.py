@@ -21,8 +21,9 @@ sums and then does not know whether the pairs were packed.
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 
-from rkd_jax.masking import segment_sum, sequence_sum
+from rkd_jax.masking import last_target, segment_sum, sequence_sum
 from rkd_jax.types import PreferenceBatch, Sequences, struct
 
 
@@ -83,6 +84,24 @@ def pair_sums(values: jax.Array, pairs: Pairs) -> jax.Array:
         segments=2 * pairs.label.shape[-1],
     )
     return sums.reshape(*pairs.label.shape, 2)
+
+
+def pair_means(values: jax.Array, pairs: Pairs) -> jax.Array:
+    """Mean over the targets of each response of a pair; 0 of an empty one.
+
+    Args, gradient and errors as `pair_sums`.
+
+    Returns:
+        float32[B, 2]; float32[B, M, 2] of packed pairs.
+    """
+    sums = pair_sums(values, pairs)
+    counts = pair_sums(jnp.ones(values.shape, sums.dtype), pairs)
+    return sums / jnp.maximum(counts, 1.0)
+
+
+def last_targets(sequences: Sequences) -> jax.Array:
+    """bool[*batch, T]: the last target of each response, packed or not."""
+    return last_target(sequences.response_mask, target_segments(sequences))
 
 
 def refuse_packed(sequences: Sequences, reader: str) -> None:

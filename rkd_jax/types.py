@@ -153,9 +153,9 @@ class PreferenceBatch:
 class GameBatch:
     """What one step of the min-max game looks at.
 
-    Demonstrations and rollouts have B rows; the number of pairs is any multiple of B,
-    so that the batch still splits evenly into micro-batches. What a method does not
-    read is None.
+    Demonstrations and rollouts have B rows; the rows of pairs, which may be packed, are
+    any multiple of B, so that the batch still splits evenly into micro-batches. What a
+    method does not read is None.
 
     Example: ``GameBatch(demonstrations=..., rollouts=Sequences [B, G, P + T],
     preferences=...)``.
@@ -256,16 +256,14 @@ class GameSignal:
 
     The features are a frozen trunk's states after each target (`action_hidden`), for
     reward players that are a head on them; None when the reward player has a trunk of
-    its own.
-
-    Example: ``GameSignal(anchor_nll=[0.41], demonstrations=None, rollouts=None,
-    preferences=None)``.
+    its own. The update fills ``pairs_per_prompt`` in. Example: ``GameSignal([0.41])``.
     """
 
-    anchor_nll: jax.Array  # float32[pairs], Bradley-Terry loss of the MLE anchor
+    anchor_nll: jax.Array  # float32[pairs], of the MLE anchor; [rows, M] of packed ones
     demonstrations: jax.Array | None = None  # float[B, T, D]
     rollouts: jax.Array | None = None  # float[B, G, T, D]
-    preferences: jax.Array | None = None  # float[pairs, 2, T, D]
+    preferences: jax.Array | None = None  # float[pairs, 2, T, D]; packed [rows, T, D]
+    pairs_per_prompt: jax.Array | None = None  # float32[B], all the same; None: counted
 
 
 @struct
@@ -287,7 +285,7 @@ class ShapingSignal:
     """
 
     log_probs: jax.Array | None  # float32[B, 2], summed, of the reference; None: none
-    shaping: jax.Array  # float32[B, 2], summed potential differences, nats
+    shaping: jax.Array  # float32[B, 2], nats; [B, M, 2] of packed pairs, as log_probs
 
 
 @struct
@@ -313,7 +311,7 @@ class EnsembleSignal:
     """
 
     log_probs: jax.Array  # float32[B, 2], summed, of the reference
-    rewards: jax.Array  # float32[B, 2, K]
+    rewards: jax.Array  # float32[B, 2, K]; [B, M, 2, K] of packed pairs
 
 
 @struct
@@ -386,7 +384,8 @@ class Objective:
     signal)`` for a signal: what all read of the student, once. ``dual_step(dual,
     metrics) -> dual`` moves the multiplier after them, given the critic's metrics as
     plain scalars. ``requires`` names the fields the signal must have. ``packed`` says
-    that packed rows are understood; the update refuses them elsewhere.
+    that packed rows are understood; the update refuses them elsewhere. A batch that is
+    cut is given ``whole_signal(batch, signal)`` before: what its parts cannot know.
 
     Example: ``Objective("sft", student_loss)``.
     """
@@ -398,3 +397,4 @@ class Objective:
     requires: tuple[str, ...] = ()
     packed: bool = False
     critic_signal: Callable[..., Any] | None = None
+    whole_signal: Callable[[Any, Any], Any] | None = None

@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ import tyro
 
 from rkd_jax.data.packing import Padding, padding_waste
 from rkd_jax.data.pipeline import BatchIterator, make_batches
-from rkd_jax.data.records import DemonstrationRecord
+from rkd_jax.data.records import DemonstrationRecord, Record
 from rkd_jax.data.sources import read_jsonl
 from rkd_jax.data.tokenize import TokenizeConfig, tokenize_record
 from rkd_jax.data.tokenizer import Tokenizer, byte_tokenizer, from_file
@@ -74,7 +74,7 @@ def load_tokenizer(name: str) -> Tokenizer:
 
 
 def limits(
-    records: list[DemonstrationRecord], tokenizer: Tokenizer, bucket: int
+    records: Sequence[Record], tokenizer: Tokenizer, bucket: int
 ) -> tuple[TokenizeConfig, TokenizeConfig]:
     """Configurations that cut nothing: with one width, and with buckets."""
     unlimited = TokenizeConfig(1 << 30, 1 << 30)
@@ -84,7 +84,7 @@ def limits(
         return tuple(range(bucket, longest + bucket, bucket))
 
     prompts = widths(max(len(row.prompt) for row in rows))
-    responses = widths(max(len(row.responses[0]) for row in rows))
+    responses = widths(max(len(r) for row in rows for r in row.responses))
     plain = TokenizeConfig(prompts[-1], responses[-1])
     bucketed = dataclasses.replace(
         plain, prompt_buckets=prompts, response_buckets=responses

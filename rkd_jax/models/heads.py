@@ -21,10 +21,10 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from rkd_jax.masking import accumulator, fill_masked, last_target
+from rkd_jax.masking import accumulator, fill_masked
 from rkd_jax.models.api import CausalLM, action_hidden
 from rkd_jax.models.projection import project
-from rkd_jax.packed import target_segments
+from rkd_jax.packed import last_targets
 from rkd_jax.types import Params, Sequences
 
 
@@ -210,8 +210,7 @@ class RewardModel:
         Returns:
             float32[*batch, T]; an empty response has no last target and gives zeros.
         """
-        last = last_target(sequences.response_mask, target_segments(sequences))
-        return self._rewards(params, sequences, features, last)
+        return self._rewards(params, sequences, features, last_targets(sequences))
 
     def _rewards(self, params, sequences, features, credited) -> jax.Array:
         if features is not None:
@@ -257,8 +256,7 @@ def head_sequence_rewards(head: ScalarHead) -> HeadRewards:
     """
 
     def sequence_rewards(params, sequences, features):
-        last = last_target(sequences.response_mask, target_segments(sequences))
-        return _read_features(head, params, features, last)
+        return _read_features(head, params, features, last_targets(sequences))
 
     return sequence_rewards
 

@@ -20,6 +20,7 @@ the oracle's second term are known to us from descriptions only.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Literal, Protocol, get_args
 
 import jax
@@ -28,17 +29,19 @@ import jax.numpy as jnp
 from rkd_jax.losses import bradley_terry, drdo
 from rkd_jax.losses.domain import check_choice, check_domain
 from rkd_jax.losses.reward_distillation import DrdoTerms, PreferenceTerm
-from rkd_jax.masking import (
-    fill_masked,
-    last_target,
-    masked_sum,
-    sequence_mean,
-    sequence_sum,
-)
+from rkd_jax.masking import fill_masked, masked_sum, sequence_mean
 from rkd_jax.models.api import CausalLM, response_states
-from rkd_jax.objectives.per_pair import per_pair, real_pairs
+from rkd_jax.objectives.per_pair import per_pair, real_pairs_of
 from rkd_jax.objectives.policy import LATER, log_probs_of_states, members
-from rkd_jax.types import LossOutput, Mean, Objective, Pair, Params, PreferenceBatch
+from rkd_jax.packed import (
+    PackedPreferenceBatch,
+    Pairs,
+    last_targets,
+    pair_means,
+    pair_sums,
+    target_segments,
+)
+from rkd_jax.types import LossOutput, Mean, Objective, Pair, Params
 
 RewardSource = Literal["head", "implicit"]
 
@@ -88,7 +91,7 @@ def make_drdo(
         temperature: the policy is ``softmax(logits / temperature)``.
 
     Returns:
-        `Objective` over a `PreferenceBatch` whose ``rewards`` are the oracle's; it
+        `Objective` over pairs, packed or not, whose ``rewards`` are the oracle's; it
         needs no signal. A missing reward (NaN) makes the loss NaN, so that the update
         refuses the step: run `rkd_jax.losses.check_rewards` over the data set first.
         Metrics ``student/distillation``, ``student/preference``,
@@ -121,7 +124,7 @@ def make_drdo(
     check_domain("beta", beta, "(0, inf)")
     oracle_scale = float(oracle_scale)
     check_domain("oracle_scale", oracle_scale, "(0, inf)")
-    reduce = sequence_mean if length_norm else sequence_sum
+    reduce = pair_means if length_norm else pair_sums
 
     def terms(student: Pair, rewards: Pair, oracle: Pair) -> DrdoTerms:
         return drdo(
@@ -134,10 +137,9 @@ def make_drdo(
             focal_grad=focal_grad,
         )
 
-    def student_loss(params, critic, frozen, batch: PreferenceBatch, signal, rng):
+    def student_loss(params, critic, frozen, batch: Pairs, signal, rng):
         del critic, frozen, signal, rng
-        sequences = batch.sequences
-        mask = sequences.response_mask
+        sequences, valid = batch.sequences, real_pairs_of(batch)
         states = response_states(model, params["policy"], sequences)
         log_probs = log_probs_of_states(
             model,
@@ -147,14 +149,12 @@ def make_drdo(
             temperature=temperature,
             tiles=LATER,
         )
-        student = members(reduce(log_probs, mask))
+        student = members(reduce(log_probs, batch))
         if reward_source == "head":
-            rewards = reward_head.apply(params["reward_head"], states.after)
-            rewards = members(sequence_sum(rewards, last_target(mask)))
+            rewards = _rewards(reward_head, params["reward_head"], states.after, batch)
         else:
             rewards = Pair(*(beta * log_prob for log_prob in student))
 
-        valid = real_pairs(sequences)
         oracle = members(fill_masked(batch.rewards, valid) / oracle_scale)
         label = fill_masked(batch.label, valid)
         keep = terms(student, rewards, oracle)
@@ -168,7 +168,7 @@ def make_drdo(
             **_watched(student, rewards, oracle),
         )
 
-    return Objective("drdo", student_loss)
+    return Objective("drdo", student_loss, packed=True)
 
 
 def make_drdo_oracle(reward_model: TrunkAndHead, *, alpha: float = 0.01) -> Objective:
@@ -182,7 +182,7 @@ def make_drdo_oracle(reward_model: TrunkAndHead, *, alpha: float = 0.01) -> Obje
             per token; 0 is a Bradley-Terry reward model.
 
     Returns:
-        `Objective` over a `PreferenceBatch`; it needs no signal. Unit: nats per pair.
+        `Objective` over pairs, packed or not, without signal. Unit: nats per pair.
         The label weighs the ranking; what is modelled is always member 0. Metrics
         ``reward_model/nll``, ``reward_model/accuracy`` (ties count half) and
         ``reward_model/language_nll`` (nats per token) if weighted.
@@ -200,14 +200,11 @@ def make_drdo_oracle(reward_model: TrunkAndHead, *, alpha: float = 0.01) -> Obje
     check_domain("alpha", alpha, "[0, inf)")
     trunk, head = reward_model.trunk, reward_model.head
 
-    def student_loss(params, critic, frozen, batch: PreferenceBatch, signal, rng):
+    def student_loss(params, critic, frozen, batch: Pairs, signal, rng):
         del critic, frozen, signal, rng
-        sequences = batch.sequences
-        mask = sequences.response_mask
-        states = response_states(trunk, params["trunk"], sequences)
-        rewards = head.apply(params["head"], states.after)
-        rewards = members(sequence_sum(rewards, last_target(mask)))
-        valid = real_pairs(sequences)
+        valid = real_pairs_of(batch)
+        states = response_states(trunk, params["trunk"], batch.sequences)
+        rewards = _rewards(head, params["head"], states.after, batch)
         nll = bradley_terry(rewards, label=fill_masked(batch.label, valid))
         weight = valid.sum().astype(nll.dtype)
         total = masked_sum(nll, valid)
@@ -217,17 +214,37 @@ def make_drdo_oracle(reward_model: TrunkAndHead, *, alpha: float = 0.01) -> Obje
             "reward_model/accuracy": Mean(masked_sum(hit, valid), weight),
         }
         if alpha:
-            chosen = jax.tree.map(lambda x: x[:, 0], sequences)
-            log_probs = log_probs_of_states(
-                trunk, params["trunk"], states.before[:, 0], chosen, tiles=LATER
-            )
-            language = -sequence_mean(log_probs, chosen.response_mask)
-            language = masked_sum(language, valid)
+            log_probs = _chosen_log_prob(trunk, params["trunk"], states.before, batch)
+            language = masked_sum(-log_probs, valid)
             metrics["reward_model/language_nll"] = Mean(language, weight)
             total = total + alpha * language
         return LossOutput(total, weight, metrics)
 
-    return Objective("drdo_oracle", student_loss)
+    return Objective("drdo_oracle", student_loss, packed=True)
+
+
+def _rewards(head: StateReward, params: Params, after: jax.Array, pairs: Pairs) -> Pair:
+    """Of both responses, read at their last targets."""
+    last = last_targets(pairs.sequences)
+    return members(pair_sums(fill_masked(head.apply(params, after), last), pairs))
+
+
+def _chosen_log_prob(
+    model: CausalLM, params: Params, before: jax.Array, pairs: Pairs
+) -> jax.Array:
+    """Mean log-prob of the tokens of the chosen responses, ``[pairs]``."""
+    sequences = pairs.sequences
+    if not isinstance(pairs, PackedPreferenceBatch):
+        chosen = jax.tree.map(lambda x: x[:, 0], sequences)
+        log_probs = log_probs_of_states(
+            model, params, before[:, 0], chosen, tiles=LATER
+        )
+        return sequence_mean(log_probs, chosen.response_mask)
+    # Chosen responses are the odd segments; the mean of others is not looked at.
+    mask = sequences.response_mask & (target_segments(sequences) % 2 == 1)
+    chosen = dataclasses.replace(sequences, response_mask=mask)
+    log_probs = log_probs_of_states(model, params, before, chosen, tiles=LATER)
+    return pair_means(log_probs, pairs)[..., 0]
 
 
 def _watched(student: Pair, rewards: Pair, oracle: Pair) -> dict[str, jax.Array]:

@@ -44,8 +44,9 @@ from rkd_jax.losses.reward_distillation import Reduction
 from rkd_jax.masking import fill_masked, masked_sum, sequence_sum
 from rkd_jax.models.api import CausalLM
 from rkd_jax.objectives.dpo import make_dpo
-from rkd_jax.objectives.per_pair import real_pairs
+from rkd_jax.objectives.per_pair import real_pairs_of
 from rkd_jax.objectives.policy import LATER, members, target_log_probs
+from rkd_jax.packed import pair_sums
 from rkd_jax.types import (
     AnchoredPairs,
     EnsembleSignal,
@@ -87,7 +88,8 @@ def make_edpo(
 
     Returns:
         `Objective` over `AnchoredPairs` that requires `EnsembleSignal`. Labels are not
-        read. A row whose pair is padding counts in no term. Metrics
+        read. A row whose pair is padding counts in no term. Pairs may be packed where
+        kappa is 0: a sample of the reference belongs to the pair in its row. Metrics
         ``student/distillation`` (after the reduction, without the penalty),
         ``student/margin`` (the implicit reward difference); for K > 1
         ``student/distillation/i`` and ``student/weight/i`` of every reward model; and
@@ -150,6 +152,7 @@ def make_edpo(
         student_loss,
         critic_loss if tracks else None,
         requires=("log_probs", "rewards"),
+        packed=not kappa,
     )
 
 
@@ -241,10 +244,10 @@ def make_pdpo(
         params, critic, frozen, batch: AnchoredPairs, signal: ReferenceSignal, rng
     ):
         out = dpo.student_loss(params, critic, frozen, batch.pairs, signal, rng)
-        valid = real_pairs(batch.pairs.sequences)
+        valid = real_pairs_of(batch.pairs)
         return _penalised(out, model, params, batch, valid, kappa * beta, temperature)
 
-    return Objective("pdpo", student_loss, requires=("log_probs",))
+    return Objective("pdpo", student_loss, requires=("log_probs",), packed=not kappa)
 
 
 def _regression(
@@ -255,19 +258,21 @@ def _regression(
     beta: float,
     temperature: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Losses [K, B], implicit reward differences [B], and which pairs are data [B]."""
-    sequences = batch.pairs.sequences
-    mask = sequences.response_mask
-    valid = real_pairs(sequences)
+    """Losses [K, B], implicit reward differences [B], and which pairs are data [B].
+
+    Packed pairs, [B, M], are one axis here: B M.
+    """
+    pairs = batch.pairs
+    valid = real_pairs_of(pairs)
     log_probs = target_log_probs(
-        model, params, sequences, temperature=temperature, tiles=LATER
+        model, params, pairs.sequences, temperature=temperature, tiles=LATER
     )
-    student = members(sequence_sum(log_probs, mask))
+    student = members(pair_sums(log_probs, pairs))
     reference = members(fill_masked(signal.log_probs, valid))
     rewards = members(jnp.moveaxis(fill_masked(signal.rewards, valid), -1, 0))
     losses = reward_distillation(student, reference, rewards, beta=beta)
     margin = beta * pair_difference(log_ratio(student, reference))
-    return losses, margin, valid
+    return losses.reshape(len(losses), -1), margin.reshape(-1), valid.reshape(-1)
 
 
 def _penalised(

@@ -18,9 +18,11 @@ hyper-parameters are not published in what we have.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Literal, get_args
 
 import jax
+import jax.numpy as jnp
 
 from rkd_jax.losses import (
     confidence_slack,
@@ -43,13 +45,15 @@ from rkd_jax.objectives.game import (
     value_of,
     weighted,
 )
+from rkd_jax.objectives.per_pair import real_pairs_of
 from rkd_jax.objectives.policy import target_log_probs
 from rkd_jax.objectives.reward_model import (
     TokenRewards,
+    batch_returns,
     l2_penalty,
     pair_losses,
-    pair_returns,
 )
+from rkd_jax.packed import refuse_packed
 from rkd_jax.types import GameBatch, GameSignal, Mean, Objective, Params, Sequences
 
 Constraint = Literal["dual", "fixed_lambda"]
@@ -103,9 +107,10 @@ def make_pbkd(
             loss, nats per token, under the policy at its temperature.
 
     Returns:
-        `Objective` over a `GameBatch` that requires `GameSignal.anchor_nll`. Both
-        losses are normalised by the number of prompts that are not padding; that is
-        exact over micro-batches with equally many of them and of pairs. Metrics:
+        `Objective` over a `GameBatch` that requires `GameSignal.anchor_nll`. Its pairs
+        may be packed, its prompts not. Both losses are normalised by the number of
+        prompts that are not padding; that is exact over micro-batches with any number
+        of pairs and at least one such prompt. Metrics:
         ``critic/gap``, ``critic/nll``, ``critic/slack`` (against epsilon: positive is
         outside the set), ``critic/teacher_length``, ``critic/student_length`` (a reward
         player can win on length alone), ``student/return``, ``student/entropy_bound``
@@ -118,7 +123,7 @@ def make_pbkd(
 
     Raises:
         ValueError: unknown baseline, constraint or dual scale, or a number out of its
-            range.
+            range; when traced, packed demonstrations or rollouts.
 
     References:
         PbKD, 2505.18952. Reconstruction: see the module's docstring.
@@ -142,13 +147,13 @@ def make_pbkd(
 
     def critic_loss(critic, params, dual, frozen, batch, signal, rng):
         del params, frozen, rng
+        _refuse_packed_prompts(batch)
         gap = _imitation_gap(token_rewards, critic, batch, signal, gamma)
         preferences = _preference_terms(
             token_rewards, critic, batch, signal, gamma=gamma, epsilon=epsilon, l2=l2
         )
-        loss = reward_player_loss(
-            value_of(gap), value_of(preferences["critic/slack"]), dual, hinge=hinge
-        )
+        slack = _mean_slack(preferences["critic/slack"], gap.weight, signal)
+        loss = reward_player_loss(value_of(gap), slack, dual, hinge=hinge)
         lengths = {
             "critic/teacher_length": length(batch.demonstrations.sequences),
             "critic/student_length": length(batch.rollouts),
@@ -157,6 +162,7 @@ def make_pbkd(
 
     def student_loss(params, critic, frozen, batch, signal, rng):
         del frozen, rng
+        _refuse_packed_prompts(batch)
         mask = batch.rollouts.response_mask
         rewards = jax.lax.stop_gradient(
             token_rewards(critic, batch.rollouts, signal.rollouts)
@@ -205,7 +211,40 @@ def make_pbkd(
         critic_loss,
         dual_step if constraint == "dual" else None,
         requires=("anchor_nll",),
+        packed=True,
+        whole_signal=_count_pairs,
     )
+
+
+def _refuse_packed_prompts(batch: GameBatch) -> None:
+    """A row of these is a prompt; pairs alone may share one."""
+    for name, sequences in (
+        ("demonstrations", batch.demonstrations.sequences),
+        ("rollouts", batch.rollouts),
+    ):
+        refuse_packed(sequences, f"the {name} of pbkd")
+
+
+def _count_pairs(batch: GameBatch, signal: GameSignal) -> GameSignal:
+    """What the micro-batches of a game need to know of the whole: pairs per prompt."""
+    mask = batch.demonstrations.sequences.response_mask
+    wide = jnp.result_type(float)
+    prompts = mask.any(axis=-1).sum().astype(wide)
+    pairs = real_pairs_of(batch.preferences).sum().astype(wide)
+    rate = jnp.broadcast_to(pairs / jnp.maximum(prompts, 1.0), mask.shape[:1])
+    return dataclasses.replace(signal, pairs_per_prompt=rate)
+
+
+def _mean_slack(slack: Mean, prompts: jax.Array, signal: GameSignal) -> jax.Array:
+    """The slack that stands beside a gap which is a mean over ``prompts``.
+
+    Micro-batches of packed rows differ in pairs. What each adds to the slack of them
+    all is its sum over its share of the pairs, not its own mean.
+    """
+    if signal.pairs_per_prompt is None:
+        return value_of(slack)
+    share = prompts * signal.pairs_per_prompt[0].astype(prompts.dtype)
+    return slack.total / jnp.where(share > 0, share, 1.0)
 
 
 def _imitation_gap(
@@ -240,9 +279,7 @@ def _preference_terms(
 ) -> dict[str, Mean]:
     """What the pairs say about a reward; pairs without any token do not count."""
     pairs = batch.preferences
-    returns = pair_returns(
-        token_rewards, critic, pairs.sequences, signal.preferences, gamma
-    )
+    returns = batch_returns(token_rewards, critic, pairs, signal.preferences, gamma)
     nll, real = pair_losses(returns, pairs)
     penalised = nll + l2 * l2_penalty(critic) if l2 else nll
     slack = confidence_slack(penalised, signal.anchor_nll, epsilon=epsilon)

@@ -38,8 +38,9 @@ from rkd_jax.losses.tvkd_release import (
 )
 from rkd_jax.masking import fill_masked, sequence_sum
 from rkd_jax.models.api import CausalLM, response_logits
-from rkd_jax.objectives.per_pair import per_pair, real_pairs
+from rkd_jax.objectives.per_pair import per_pair, real_pairs, real_pairs_of
 from rkd_jax.objectives.policy import LATER, members, target_log_probs
+from rkd_jax.packed import Pairs, pair_sums
 from rkd_jax.types import (
     Objective,
     Pair,
@@ -72,7 +73,8 @@ def make_tvkd(
             signal has to be computed at the same temperature.
 
     Returns:
-        `Objective` that requires `ShapingSignal`. Unit: nats per pair. Metrics
+        `Objective` that requires `ShapingSignal`; pairs may be packed. Unit: nats per
+        pair. Metrics
         ``student/preference_loss``, ``student/margin`` (beta times the log-ratio
         difference), ``student/accuracy`` (how often it is positive) and
         ``student/shaping_margin`` (what the shaping adds to it).
@@ -86,15 +88,13 @@ def make_tvkd(
     """
     weight_of_shaping = sign * (beta if alpha is None else alpha)
 
-    def student_loss(
-        params, critic, frozen, batch: PreferenceBatch, signal: ShapingSignal, rng
-    ):
+    def student_loss(params, critic, frozen, batch: Pairs, signal: ShapingSignal, rng):
         del critic, frozen, rng
-        sequences, valid = batch.sequences, real_pairs(batch.sequences)
+        sequences, valid = batch.sequences, real_pairs_of(batch)
         log_probs = target_log_probs(
             model, params, sequences, temperature=temperature, tiles=LATER
         )
-        scores = sequence_sum(log_probs, sequences.response_mask)
+        scores = pair_sums(log_probs, batch)
         shaping = fill_masked(signal.shaping, valid)
         reference = (
             jnp.zeros_like(scores)
@@ -114,7 +114,7 @@ def make_tvkd(
         return per_pair(losses, valid, **metrics, shaping_margin=added)
 
     requires = ("shaping",) if reference_free else ("log_probs", "shaping")
-    return Objective("tvkd", student_loss, requires=requires)
+    return Objective("tvkd", student_loss, requires=requires, packed=True)
 
 
 def make_tvkd_release(
@@ -201,7 +201,7 @@ def _student_sums(
 
 
 def _difference(values: jax.Array) -> jax.Array:
-    """Chosen minus rejected, ``[B, 2] -> [B]``."""
+    """Chosen minus rejected, ``[..., 2] -> [...]``."""
     return values[..., 0] - values[..., 1]
 
 

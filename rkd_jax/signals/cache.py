@@ -25,7 +25,6 @@ import numpy as np
 from grain.sources import ArrayRecordDataSource
 
 from rkd_jax.data.tokenize import TokenizeConfig
-from rkd_jax.packed import refuse_packed
 from rkd_jax.signals import cache_identity as identity
 from rkd_jax.signals.cache_format import (
     REFERENCE,
@@ -224,10 +223,8 @@ class TeacherCache:
     def shaping(self, batch: Batch) -> ShapingSignal:
         """The teacher's shaping, and the reference's log-probs if there are any.
 
-        Arguments, shapes and errors as `reference`, but of packed rows: ValueError,
-        since no objective that reads a shaping reads them.
+        Arguments, shapes and errors as `reference`.
         """
-        refuse_packed(batch.sequences, "the shaping of a teacher cache")
         if not self.settings.reference:
             return ShapingSignal(None, *self._values(batch, SHAPING))
         return ShapingSignal(*self._values(batch, REFERENCE, SHAPING))

@@ -96,6 +96,8 @@ def make_update(
     def play(state, frozen, batch, signal):
         nonlocal traces
         _check_inputs(objective, state, batch, signal)
+        if objective.whole_signal is not None and accumulation > 1:
+            signal = objective.whole_signal(batch, signal)
         parts = _cut((batch, signal), accumulation, batch_sharding)
         traces += 1
         _check_traces(traces, max_traces)

@@ -392,7 +392,7 @@ def test_of_other_data_is_refused_with_both_hashes(runs, tmp_path, refused):
         ("kd", ("--student.chat-template", "/nowhere"), "/nowhere"),
         ("kd", ("--fit.batch-size", "64"), "22 records for batches of 64"),
         ("kd", ("--cache", "/nowhere"), "/nowhere"),
-        ("tvkd", ("--fit.row-length", "300"), "reads a row for each record"),
+        ("tvkd", ("--fit.row-length", "20"), "the longest record that"),
     ],
 )
 def test_what_does_not_go_together_is_one_line(

@@ -3,6 +3,7 @@
 Named as those of `mesh_policies`.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -36,6 +37,7 @@ from tests.objectives.mesh_data import (
     game,
     game_signal,
     normal,
+    packed_preferences,
     preferences,
     student,
     white_box_signal,
@@ -75,6 +77,19 @@ def pbkd(rewards, critic, signal=None, **own):
         game_signal() if signal is None else signal,
         critic=critic,
     )
+
+
+def pbkd_of_packed_pairs():
+    """In two micro-batches, which hold different numbers of pairs."""
+    pairs = packed_preferences()
+    targets = pairs.sequences.response_mask.shape
+    signal = dataclasses.replace(
+        game_signal(),
+        anchor_nll=abs(normal(*pairs.label.shape, seed=32)),
+        preferences=normal(*targets, D, seed=33),
+    )
+    found = pbkd(head_token_rewards(TOKEN_HEAD), drawn(TOKEN_HEAD, D), signal)
+    return dataclasses.replace(found, batch=game(preferences=pairs))
 
 
 def pbkd_with_a_trunk():
@@ -158,6 +173,7 @@ GAMES = {
         head_sequence_rewards(SEQUENCE_HEAD), drawn(SEQUENCE_HEAD, D)
     ),
     "pbkd with an ensemble": lambda: pbkd(mean_rewards, heads()),
+    "pbkd of packed pairs": pbkd_of_packed_pairs,
     "pbkd with a trunk": pbkd_with_a_trunk,
     "mm_pbkd": lambda: mm_pbkd(("rollouts", "preferences"), q_params()),
     "mm_pbkd off": lambda: mm_pbkd(("demonstrations",), q_params(), Q_AXES, gap="off"),

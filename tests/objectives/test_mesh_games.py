@@ -12,6 +12,7 @@ MESHES = Meshes(GAMES)
         "reward_model": ((8, 1, 1), *USUAL),
         "q_anchor": ((1, 8, 1), *USUAL),
         "mm_pbkd": ((1, 2, 4), *USUAL),
+        "pbkd of packed pairs": USUAL,
         "pbkd with a trunk": USUAL,
     },
 )

@@ -16,6 +16,7 @@ from rkd_jax.data.windows import make_packed_batches
 from rkd_jax.models.decoder import Decoder, DecoderConfig
 from rkd_jax.objectives.dpo import make_dpo
 from rkd_jax.objectives.topk_kd import make_topk_kd
+from rkd_jax.objectives.tvkd import make_tvkd
 from rkd_jax.packed import PackedPreferenceBatch
 from rkd_jax.signals.cache import (
     CacheError,
@@ -101,13 +102,15 @@ def test_lists_are_those_of_plain_rows_record_by_record(folders, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_numbers_per_response_are_those_of_plain_rows(folders, kind):
-    """Bitwise; 0 log-probs and NaN rewards where no record is."""
+    """Bitwise; 0 log-probs and shaping and NaN rewards where no record is."""
     records, cache = KINDS[kind](), open_cache(folders / kind)
     batch, plain = packed_of(records), batch_of(records)
     none = batch.index < 0
     pair = (2,) if kind == "preferences" else ()
     for found, expected, filler in (
         (cache.reference(batch).log_probs, cache.reference(plain).log_probs, 0.0),
+        (cache.shaping(batch).log_probs, cache.shaping(plain).log_probs, 0.0),
+        (cache.shaping(batch).shaping, cache.shaping(plain).shaping, 0.0),
         (cache.rewards(batch), cache.rewards(plain), np.nan),
     ):
         assert found.shape == (*batch.index.shape, *pair)
@@ -164,7 +167,7 @@ def test_responses_cut_earlier_have_lists_and_no_sums(folders):
         assert mine.sum() == min(len(kept.ids), 4)
         np.testing.assert_array_equal(signal.ids[row][mine], kept.ids[:4])
         np.testing.assert_array_equal(signal.log_probs[row][mine], kept.log_probs[:4])
-    for read in (cache.reference, cache.rewards):
+    for read in (cache.reference, cache.shaping, cache.rewards):
         with pytest.raises(CacheMismatch, match=r"record \d: the batch has 4 of the"):
             read(batch)
     longer = dataclasses.replace(ROWS, max_response=12)
@@ -196,7 +199,7 @@ def test_a_token_changed_in_one_segment_names_its_record(folders, kind, who, par
             tokens[row, mine[0 if part == "prompt" else -1]] += 1
             changed = dataclasses.replace(sequences, tokens=tokens)
             changed = dataclasses.replace(batch, **{who: changed})
-            for read in (cache.topk, cache.reference, cache.rewards):
+            for read in (cache.topk, cache.reference, cache.shaping, cache.rewards):
                 with pytest.raises(CacheMismatch, match=f"^record {number}: its pr"):
                     read(changed)
 
@@ -222,7 +225,7 @@ def test_an_index_that_is_another_records_is_named(folders, kind):
     swapped = batch.index.copy()
     swapped[row, :2] = second, first
     batch = dataclasses.replace(batch, index=swapped)
-    for read in (cache.topk, cache.reference, cache.rewards):
+    for read in (cache.topk, cache.reference, cache.shaping, cache.rewards):
         with pytest.raises(CacheMismatch, match=rf"record ({first}|{second}): its"):
             read(batch)
 
@@ -307,14 +310,9 @@ def test_packed_rows_need_an_index_of_their_records(folders):
         dataclasses.replace(plain, sequences=packed, teacher_sequences=packed),
         dataclasses.replace(batch, teacher_sequences=one_sided),
     ):
-        for read in (cache.topk, cache.reference, cache.rewards):
+        for read in (cache.topk, cache.reference, cache.shaping, cache.rewards):
             with pytest.raises(ValueError, match=r"packed rows have an index \[B, M\]"):
                 read(bad)
-
-
-def test_the_shaping_of_packed_pairs_is_refused(folders):
-    with pytest.raises(ValueError, match="the shaping of a teacher cache: these ro"):
-        open_cache(folders / "preferences").shaping(packed_of(preferences()))
 
 
 # Trainings.
@@ -400,6 +398,27 @@ def test_dpo_from_the_cache_reads_packed_and_plain_pairs_alike(folders):
     assert float(found[0].weight) == 7.0
     # A margin that ignored the reference would differ by more than rounding.
     assert np.ptp(cache.reference(batch_of(preferences())).log_probs) > 1.0
+    assert_same(found, expected)
+
+
+@pytest.mark.usefixtures("x64")
+def test_tvkd_from_the_cache_reads_packed_and_plain_pairs_alike(folders):
+    """Loss and gradient, in float64."""
+    cache = open_cache(folders / "preferences")
+    student, params = double()
+    objective = make_tvkd(student, beta=0.3, alpha=0.5)
+    found, expected = (
+        value_and_gradient(
+            objective,
+            params,
+            dataclasses.replace(batch, label=wide(batch.label)),
+            wide(cache.shaping(batch)),
+        )
+        for batch in (packed_of(preferences()), batch_of(preferences()))
+    )
+    assert float(found[0].weight) == 7.0
+    # A margin that ignored the shaping would differ by more than rounding.
+    assert np.ptp(cache.shaping(batch_of(preferences())).shaping) > 1.0
     assert_same(found, expected)
 
 
