@@ -16,11 +16,11 @@ from experiments.cached_lessons import Part
 from experiments.cached_methods import METHODS
 from experiments.devices import open_meshes
 from experiments.sentiment_task import letter_share
-from experiments.settings import SettingsError
+from experiments.settings import FitConfig, SettingsError
 from experiments.stages import Desk, as_key
 from experiments.trainer import Trainer
 from rkd_jax.data.collate import collate
-from rkd_jax.data.packing import collate_packed
+from rkd_jax.data.packing import collate_packed, pack
 from rkd_jax.data.records import DemonstrationRecord, PreferenceRecord
 from rkd_jax.data.sources import read_jsonl, write_jsonl
 from rkd_jax.data.tokenize import tokenize_record
@@ -222,6 +222,49 @@ def test_the_same_command_again_is_the_same_run(runs, tmp_path):
     shutil.rmtree(folder / "report")
     from_cache.run(options(folder, "kd"))
     assert report_of(folder)["differences"] == report_of(runs["kd"])["differences"]
+
+
+@pytest.mark.parametrize("method", ["kd", "drdo"])
+def test_packed_rows_of_all_records_make_the_same_first_update(method, tmp_path):
+    """Every one of the 22 records in one batch, of which the update is a mean."""
+    config = options(tmp_path / "run", method, updates=1)
+    run = RunFolder.open(config.out, {})
+    pupil, lessons = from_cache.open_school(config, run, None)
+    found = METHODS[method]
+    objective = found.objective(pupil.student, config, lessons)
+    length = 2 * (lessons.rows.max_prompt + lessons.rows.max_response)
+    tokenized = [
+        tokenize_record(record, pupil.tokenizer, lessons.rows)
+        for record in lessons.taught.records
+    ]
+    first = {}
+    for name, fit in (
+        ("plain", FitConfig(batch_size=22, accumulation=1)),
+        (
+            "packed",
+            FitConfig(
+                batch_size=len(pack(tokenized, length)),
+                accumulation=1,
+                row_length=length,
+            ),
+        ),
+    ):
+        fit = dataclasses.replace(fit, learning_rate=1e-3)
+        with Progress(io.StringIO()) as progress:
+            Trainer(pupil, objective, fit).train(
+                Desk(run, progress, 100),
+                name,
+                found.begin(pupil, jax.random.key(0)),
+                lessons.taught.records,
+                steps=1,
+                seed=0,
+                look_up=lessons.look_up(found.signal),
+            )
+        (entry,) = read_metrics(run.path / name)
+        first[name] = entry["metrics"]
+    for metric in ("student/loss", "student/grad_norm", "tokens"):
+        packed, plain = (first[name][metric] for name in ("packed", "plain"))
+        np.testing.assert_allclose(packed, plain, rtol=2e-5)
 
 
 def test_on_a_mesh_it_is_the_same_run(runs, tmp_path):
