@@ -217,6 +217,7 @@ def sampling_config(
         temperature=policy.temperature,
         eos_ids=(tokenizer.eos_id,),
         samples_per_prompt=samples,
+        gather=policy.gather_weights,
     )
 
 

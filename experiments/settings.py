@@ -69,6 +69,10 @@ class PolicyConfig:
     """Of a student, wherever several are compared."""
     rollout_prompts: int = 8
     """Prompts of one on-policy step, and of one batch of candidates."""
+    gather_weights: bool | None = None
+    """On a mesh: whether weights that are cut over fsdp are put together before a
+    response, rather than at every token. If not given: where that takes 4 GiB of a
+    device at most."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,6 +230,7 @@ class ExperimentConfig:
         saving = ("checkpoint_every", "checkpoints_kept")
         for name in ("out", "fresh", "oracle_calls", "mesh", "teacher_mesh", *saving):
             del options[name]
+        del options["policy"]["gather_weights"]
         return options
 
 

@@ -119,8 +119,8 @@ class Program:
     """A module, and how often each of its computations is run in one step.
 
     Of a condition one branch is run. ``guessed`` are loops whose number of turns
-    depends on data: they are taken to walk over all rows of what they write, or for
-    ``unknown`` turns.
+    depends on data: they are taken to turn ``unknown`` times if that is a bound they
+    have, else to walk over all rows of what they write, or for ``unknown`` turns.
     """
 
     computations: Mapping[str, Computation]
@@ -255,6 +255,8 @@ def _turns(computations, loop: Instruction, unknown: int) -> tuple[int, bool]:
         bound = _bound(computations, parts["condition"], parts["body"])
     if bound is not None:
         return bound, True
+    if unknown > 1 and unknown in _limits(computations, parts["condition"]):
+        return unknown, False
     walked = _walked(computations, parts["body"])
     return (max(walked), False) if walked else (unknown, False)
 
@@ -263,7 +265,7 @@ def _bound(computations, condition: str, body: str) -> int | None:
     """Turns of ``for (i = 0; i < n; i += step)``; None where it is no such loop."""
     reached = list(_reachable(computations, condition))
     less = any("direction=LT" in one.attributes for one in reached)
-    limits = {n for one in reached if (n := _constant(one)) is not None}
+    limits = _limits(computations, condition)
     if not less or len(limits) != 1:
         return None
     place = [
@@ -274,6 +276,12 @@ def _bound(computations, condition: str, body: str) -> int | None:
     ]
     step = _step(computations[body], place[0]) if len(place) == 1 else 1
     return -(-limits.pop() // step)
+
+
+def _limits(computations, condition: str) -> set[int]:
+    """The numbers that a condition knows."""
+    reached = _reachable(computations, condition)
+    return {n for one in reached if (n := _constant(one)) is not None}
 
 
 def _constant(one: Instruction) -> int | None:

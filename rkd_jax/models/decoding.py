@@ -19,6 +19,7 @@ from jax import lax
 
 from rkd_jax.models.api import CausalLM, positions_from_mask
 from rkd_jax.models.cache_rows import repeat_rows, row_axes
+from rkd_jax.models.gathering import gathered
 from rkd_jax.types import Params, Prompts, Sequences
 
 
@@ -69,7 +70,13 @@ class Reader:
 
 
 def prefill(
-    model: CausalLM, params: Params, prompts: Prompts, *, new: int, times: int
+    model: CausalLM,
+    params: Params,
+    prompts: Prompts,
+    *,
+    new: int,
+    times: int,
+    gather: bool | None = None,
 ) -> tuple[Reader, jax.Array, Any]:
     """Read the prompts once, and stand ``times`` rows behind each of them.
 
@@ -79,11 +86,13 @@ def prefill(
         prompts: [B, P] from `pad_left`.
         new: response columns to leave room for.
         times: rows of a prompt, side by side: R = B * times.
+        gather: see `rkd_jax.models.gathering.gathered`; the reader has what it returns.
 
     Returns:
         the reader; logits float32[R, V] of the first response column; the cache.
     """
     batch, width = prompts.tokens.shape
+    params = gathered(model, params, gather)
     hidden, cache = model.hidden(
         params,
         prompts.tokens,

@@ -45,6 +45,10 @@ class SamplingConfig:
     top_p: float = 1.0  # in (0, 1]; 1 keeps everything
     eos_ids: tuple[int, ...] = ()  # any of these ends a row and is its last target
     samples_per_prompt: int = 1  # G
+    # Whether weights that a mesh has in parts are put together before the first column,
+    # rather than at each; None: if that takes 4 GiB of a device at most. See
+    # `rkd_jax.models.gathering`.
+    gather: bool | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "eos_ids", tuple(self.eos_ids))
@@ -181,7 +185,11 @@ def sample_rows(
     new, group = config.max_new_tokens, config.samples_per_prompt
     keys = _row_keys(rng, voices[0][2].tokens.shape[0], group)
     readers, logits, caches = zip(
-        *(prefill(*voice, new=new, times=group) for voice in voices), strict=True
+        *(
+            prefill(*voice, new=new, times=group, gather=config.gather)
+            for voice in voices
+        ),
+        strict=True,
     )
 
     def draw_column(logits, step):

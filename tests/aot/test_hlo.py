@@ -281,6 +281,25 @@ def test_a_loop_over_rows_that_the_data_ends_is_taken_to_reach_the_last():
     assert parse(text, unknown=7).weights["body"] == 7
 
 
+def test_a_loop_that_the_data_may_end_sooner_turns_as_often_as_its_bound():
+    """As decoding does: it stops at a column, or where all rows have ended. That it
+    writes one of 16 layers says nothing of its turns."""
+    text = WALK.replace(
+        "ROOT %less = pred[] compare(%j, %m), direction=LT",
+        "%most = s32[] constant(256)\n"
+        "  %zero.1 = s32[] constant(0)\n"
+        "  %early = pred[] compare(%j, %most), direction=LT\n"
+        "  %open = pred[] compare(%m, %zero.1), direction=NE\n"
+        "  ROOT %less = pred[] and(%early, %open)",
+    )
+    found = parse(text, unknown=256)
+    assert found.weights["body"] == 256
+    assert found.guessed == ("loop",)
+    assert (
+        parse(text, unknown=255).weights["body"] == 4
+    )  # another loop than is known of
+
+
 def test_arrays_have_the_bytes_of_their_types():
     for dtype, expected in (
         ("f32", 24.0),
