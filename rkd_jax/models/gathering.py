@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from rkd_jax.models.api import CausalLM
-from rkd_jax.sharding import ambient_axes
+from rkd_jax.sharding import LogicalAxes, ambient_axes, constrain
 from rkd_jax.types import Params
 
 MOST_BYTES = 4 * 2**30
@@ -47,17 +47,20 @@ def gathered(model: CausalLM, params: Params, gather: bool | None = None) -> Par
         return params
     dtype = jnp.dtype(model.config.dtype)
 
-    def cast(path: Any, leaf: jax.Array) -> jax.Array:
-        return leaf.astype(dtype) if path[-1].key in _CAST_WHERE_USED else leaf
+    def cast(path: Any, leaf: jax.Array, names: LogicalAxes) -> jax.Array:
+        if path[-1].key not in _CAST_WHERE_USED:
+            return leaf
+        # In parts, or what moves are wide numbers that are cast where they arrive.
+        return constrain(leaf.astype(dtype), names)
 
-    def kept(leaf: jax.Array, names: tuple[str | None, ...]) -> list[tuple[str, ...]]:
+    def kept(leaf: jax.Array, names: LogicalAxes) -> list[tuple[str, ...]]:
         return [
             () if name in (None, "embed") else ambient_axes(name, size)
             for name, size in zip(names, leaf.shape, strict=True)
         ]
 
     mesh = jax.sharding.get_abstract_mesh()
-    params = jax.tree_util.tree_map_with_path(cast, params)
+    params = jax.tree_util.tree_map_with_path(cast, params, name_axes())
     axes = jax.tree.map(kept, params, name_axes())
     sizes = jax.tree.map(lambda leaf, cuts: _bytes(leaf, cuts, mesh), params, axes)
     if gather is None and sum(jax.tree.leaves(sizes)) > MOST_BYTES:
