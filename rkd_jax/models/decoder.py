@@ -1,9 +1,9 @@
 """A decoder-only transformer: Llama, Mistral, SmolLM, Qwen2, Qwen3 and Gemma shapes.
 
 One block is written once and scanned over stacked parameters, so tracing and compiling
-take the same time for 2 layers and for 80; the exception is decoding on a CPU
-(`rkd_jax.models.unrolled`). Parameters are a plain nested dict, in which
-every leaf under "layers" has a leading axis of layers::
+take the same time for 2 layers and for 80; the exception is decoding on a CPU or GPU
+(`rkd_jax.models.unrolled`). Parameters are a plain nested dict, in which every leaf
+under "layers" has a leading axis of layers::
 
     {"embed": {"embedding": [V, D]},
      "layers": {"attention_norm": {"scale": [D]},
@@ -200,7 +200,7 @@ class Decoder:
     def unrolled(
         self, params: Params, cache: KVCache
     ) -> tuple[UnrolledDecoder, Params, LayerCaches]:
-        """The same model, parameters and cache as a decode loop on a CPU wants them.
+        """The same model, parameters and cache, as decoding on a CPU or GPU wants them.
 
         See `rkd_jax.models.unrolled`.
         """

@@ -111,7 +111,7 @@ def decode(
     readers: Sequence[Reader],
     caches: Sequence[Any],
 ) -> Any:
-    """``loop(readers, caches)``, unrolled where it runs on a CPU.
+    """``loop(readers, caches)``, unrolled where it runs on a CPU or an NVIDIA GPU.
 
     The platform is the one the program is compiled for, not the one it is traced on.
 
@@ -128,7 +128,10 @@ def decode(
     if not any(hasattr(reader.model, "unrolled") for reader in readers):
         return loop(readers, caches)
     return lax.platform_dependent(
-        tuple(caches), cpu=unrolled, default=lambda caches: loop(readers, caches)
+        tuple(caches),
+        cpu=unrolled,
+        cuda=unrolled,
+        default=lambda caches: loop(readers, caches),
     )
 
 

@@ -1,15 +1,14 @@
-"""A decoder prepared for decoding on a CPU: weights and caches of every layer apart.
+"""A decoder prepared for decoding on a CPU or GPU: weights and caches of layers apart.
 
 A scan over stacked layers hands each one a slice of the weights and of the cache, and
-on a CPU a slice is a copy: every step of decoding would copy the trunk, and the whole
-cache, transposed. Here the weights are cut once, before the loop. Keys are written into
-their slot in place and then read where they are, in the order of axes in which the
-products read. Rotary angles come from a table: without the boundary of a scan they
-would be fused into, and computed again by, every head of every layer.
+there a slice is a copy: every step of decoding would copy the trunk, and the whole
+cache, on a CPU transposed. Here the weights are cut once, before the loop. Keys are
+written into their slot in place and then read where they are, in the order of axes in
+which the products read. Rotary angles come from a table: without the boundary of a scan
+they would be fused into, and computed again by, every head of every layer.
 
 The price is memory, a second trunk while the loop runs, and compiling in proportion to
-the layers. Platforms whose products read a slice in place need not pay it, which is why
-the decode loops do this on CPUs only.
+the layers. Platforms whose products read a slice in place, TPUs, need not pay it.
 """
 
 from __future__ import annotations

@@ -110,7 +110,7 @@ def test_stale_slots_are_not_seen():
     np.testing.assert_allclose(apart, stacked, rtol=1e-5, atol=1e-5)
 
 
-def test_the_program_for_a_cpu_has_the_layers_apart_and_others_have_not():
+def test_programs_for_cpus_and_gpus_have_the_layers_apart_and_for_tpus_not():
     model = Decoder(LLAMA)
     params = jax.eval_shape(model.init, jax.random.key(0))
     sample = make_sampler(model, SamplingConfig(5))
@@ -121,8 +121,9 @@ def test_the_program_for_a_cpu_has_the_layers_apart_and_others_have_not():
     apart, stacked = "tensor<2x2x11x4xf32>", "tensor<3x2x11x2x4xf32>"
     texts = {
         platform: traced.lower(lowering_platforms=(platform,)).as_text()
-        for platform in ("cpu", "tpu")
+        for platform in ("cpu", "cuda", "tpu")
     }
     assert apart in texts["cpu"]
+    assert apart in texts["cuda"]
     assert apart not in texts["tpu"]
     assert stacked in texts["tpu"]
