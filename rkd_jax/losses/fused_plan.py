@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from rkd_jax.losses.domain import check_domain
-from rkd_jax.losses.readouts import Plan, Readout
+from rkd_jax.losses.readouts import Plan, Readout, few_rows
 from rkd_jax.losses.row_losses import RowLoss
 from rkd_jax.losses.vocabulary_tiles import vocabulary_loss
 from rkd_jax.masking import accumulator
@@ -165,7 +165,8 @@ def _local(
         gradient = "keep"
     elif gradient is None:
         wide = student.head.dtype.itemsize >= 4 and axis_name is None
-        gradient = "ahead" if wide else "recompute"
+        few = few_rows(student, teacher)
+        gradient = "ahead" if wide and not few else "recompute"
     plan = Plan(
         loss=loss,
         temperatures=temperatures,
