@@ -155,7 +155,7 @@ def _kept(plan, rows, found, logs, student, cotangent) -> Readout:
 
 def _live(rows) -> jax.Array:
     """bool[N']: the rows that count."""
-    return jnp.arange(len(rows.index), dtype=jnp.int32) < rows.live
+    return jnp.arange(len(rows.hidden[0]), dtype=jnp.int32) < rows.live
 
 
 def _first_pass(plan, rows, student, teacher, weights):
@@ -179,7 +179,7 @@ def _first_pass(plan, rows, student, teacher, weights):
             gradient = _accumulate(plan, gradient, i, delta, hidden[0], student)
         return _write(found, new, i * plan.rows), gradient
 
-    size = len(rows.index)
+    size = len(rows.hidden[0])
     here = functools.partial(_chunk, start=0, size=plan.rows)
     example, _ = jax.eval_shape(of_chunk, *jax.tree.map(here, (rows.hidden, rows.data)))
     blank = jax.tree.map(
@@ -288,7 +288,7 @@ def _second_pass(plan, rows, found, student, teacher, cotangent, into):
 
     width = student.hidden.shape[-1]
     blank = (
-        zeros((len(rows.index), width), dtype),
+        zeros((len(rows.hidden[0]), width), dtype),
         zeros(student.head.shape, student.head.dtype) if into is None else into.head,
         zeros(student.head.shape[1], dtype),
     )
