@@ -160,13 +160,13 @@ def _local(
         for side in (student, teacher)
     )
     chunk, block = _cut(student, tiles)
+    by_tiles = not batch_axes and few_rows(student, teacher)
     gradient = tiles.gradient
     if chunk >= len(student.hidden):
         gradient = "keep"
     elif gradient is None:
         wide = student.head.dtype.itemsize >= 4 and axis_name is None
-        few = few_rows(student, teacher)
-        gradient = "ahead" if wide and not few else "recompute"
+        gradient = "ahead" if wide and not by_tiles else "recompute"
     plan = Plan(
         loss=loss,
         temperatures=temperatures,
@@ -178,6 +178,7 @@ def _local(
         axis_name=axis_name,
         normalised=normalised,
         batch_axes=batch_axes,
+        by_tiles=by_tiles,
     )
     data, weights, mask = jax.tree.map(rows, (data, weights, mask))
     return vocabulary_loss(plan, student, teacher, data, weights, mask).reshape(batch)

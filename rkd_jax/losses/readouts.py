@@ -44,6 +44,7 @@ class Plan:
     axis_name: str | None
     normalised: tuple[bool, bool] = (True, True)  # or what the head says, as it is
     batch_axes: tuple[str, ...] = ()  # of the mesh, over which the rows are cut
+    by_tiles: bool = False  # whether heads are cast tile by tile, see `few_rows`
 
 
 class Span(NamedTuple):
@@ -55,16 +56,16 @@ class Span(NamedTuple):
     def of(self, array: jax.Array) -> jax.Array:
         return jax.lax.dynamic_slice_in_dim(array, self.start, self.size, axis=-1)
 
-    def narrow(self, head: jax.Array, dtype) -> jax.Array:
-        """Of a head, in the dtype of the states that it meets.
 
-        bfloat16 is rounded to in float32 first: the compiler for TPUs would move a
-        mere cast out of the loop over tiles and keep a copy of all of the head.
-        """
-        tile = self.of(head)
-        if (head.dtype, dtype) == (jnp.float32, jnp.bfloat16):
-            tile = jax.lax.reduce_precision(tile, exponent_bits=8, mantissa_bits=7)
-        return tile.astype(dtype)
+def cast(plan, head: jax.Array, dtype) -> jax.Array:
+    """A head, or a tile of one, in the dtype of the states that it meets.
+
+    To stay in tiles, bfloat16 is rounded to in float32 first: the compiler for TPUs
+    would move a mere cast out of the loop over tiles.
+    """
+    if plan.by_tiles and (head.dtype, dtype) == (jnp.float32, jnp.bfloat16):
+        head = jax.lax.reduce_precision(head, exponent_bits=8, mantissa_bits=7)
+    return head.astype(dtype)
 
 
 def tempered_logits(plan, student, teacher, hidden, columns) -> list[jax.Array]:
@@ -73,11 +74,11 @@ def tempered_logits(plan, student, teacher, hidden, columns) -> list[jax.Array]:
     sides = (student, teacher)[: len(hidden)]
     options = zip(sides, hidden, plan.softcaps, plan.temperatures, strict=False)
     for side, states, cap, temperature in options:
-        head, bias = side.head.astype(states.dtype), side.bias
+        head, bias = side.head, side.bias
         if isinstance(columns, Span):
-            head = columns.narrow(side.head, states.dtype)
+            head = columns.of(head)
             bias = None if bias is None else columns.of(bias)
-        logits = product(states, head, (1, 0))
+        logits = product(states, cast(plan, head, states.dtype), (1, 0))
         logits = logits if bias is None else logits + bias.astype(logits.dtype)[None]
         logits = logits if cap is None else jnp.tanh(logits / cap) * cap
         found.append(logits / temperature)
@@ -86,7 +87,7 @@ def tempered_logits(plan, student, teacher, hidden, columns) -> list[jax.Array]:
 
 def all_logits(plan, student, teacher, hidden) -> list[jax.Array]:
     """Tempered logits of some rows in all columns."""
-    if not few_rows(student, teacher):
+    if not plan.by_tiles:
         return tempered_logits(plan, student, teacher, hidden, slice(None))
 
     def tile(start, size, logits):
@@ -105,7 +106,8 @@ def few_rows(student: Readout, teacher: Readout | None) -> bool:
     """Whether wider heads meet too few rows of states to be cast as a whole.
 
     A loop over chunks of rows would keep the copy, which here is larger than the logits
-    of a side would be.
+    of a side would be. Not to be asked under a mesh that cuts the rows: what a device
+    gathers of a head is that copy, and would be wider.
     """
     rows = len(student.hidden)
     return any(

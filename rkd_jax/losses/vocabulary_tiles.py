@@ -45,6 +45,7 @@ from rkd_jax.losses.readouts import (
     Readout,
     Span,
     all_logits,
+    cast,
     columns_of,
     log_probs_of,
     normalise,
@@ -255,7 +256,7 @@ def _second_pass(plan, rows, found, student, teacher, cotangent, into):
     def tile(start, size, carry):
         span = Span(start, size)
         columns = columns_of(plan, student, start, size)
-        column_head = span.narrow(student.head, student.hidden.dtype)
+        column_head = cast(plan, span.of(student.head), student.hidden.dtype)
 
         def body(i, carry):
             hidden_gradient, head, bias = carry
