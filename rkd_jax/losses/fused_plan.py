@@ -35,7 +35,8 @@ class Tiles:
         gradient: ``"recompute"`` computes the logits again in the backward pass: the
             least memory. ``"ahead"`` prepares the gradient of ``sum(weights * values)``
             in the first pass, a third less time, for one float32 array of the size of
-            the head. None: ahead for float32 heads, whose gradient is that array.
+            the head. None: ahead for float32 heads, whose gradient is that array,
+            unless they meet few rows of narrower states, see `readouts.few_rows`.
             Rows that all fit into the first pass at once keep their log-probs instead:
             nothing is computed twice.
     """

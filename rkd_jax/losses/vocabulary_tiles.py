@@ -20,8 +20,8 @@ Three ways to a gradient, all exact for any cotangent:
   dense gradient takes four.
 - ``"ahead"``: the first pass leaves the gradient of ``sum(weights * loss)`` behind. If
   the cotangent turns out to be proportional to ``weights``, as that of a weighted sum
-  or mean is, it is scaled and done: four products. Otherwise it is computed again. One
-  array of the size of the head is kept in float32.
+  or mean is, it is scaled in place and done: four products. Otherwise it is computed
+  again and written over. One array of the size of the head is kept in float32.
 
 >>> from rkd_jax.losses.row_losses import TokenLogProb
 >>> plan = Plan(TokenLogProb(), (1.0, 1.0), (None, None), 2, 2, 2, "recompute", None)
