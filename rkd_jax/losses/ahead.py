@@ -32,7 +32,7 @@ def scaled_or_again(
         again: computes the gradient; it runs only where no factor takes one to the
             other, up to rounding. What it returns decides the dtypes.
     """
-    scale, exact = _proportion(_flat(cotangent), _flat(foreseen))
+    scale, exact = proportion(cotangent, foreseen)
 
     def scaled():
         return jax.tree.map(
@@ -44,14 +44,20 @@ def scaled_or_again(
     return jax.lax.cond(exact, scaled, again)
 
 
-def _flat(tree: Any) -> jax.Array:
-    return jnp.concatenate([x.ravel() for x in jax.tree.leaves(tree)])
+def proportion(cotangent: Any, foreseen: Any) -> tuple[jax.Array, jax.Array]:
+    """The factor between two trees of floats, and whether there is one, up to rounding.
 
-
-def _proportion(values: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The factor between two vectors, and whether there is one, up to rounding."""
+    Args:
+        cotangent: a pytree of floats.
+        foreseen: the same, of the same shapes and dtypes.
+    """
+    values, weights = _flat(cotangent), _flat(foreseen)
     largest = jnp.argmax(jnp.abs(weights))
     scale = values[largest] / weights[largest]
     limits = jnp.finfo(values.dtype)
     noise = 4 * limits.eps * jnp.maximum(jnp.abs(values), limits.tiny)
     return scale, jnp.all(jnp.abs(values - scale * weights) <= noise)
+
+
+def _flat(tree: Any) -> jax.Array:
+    return jnp.concatenate([x.ravel() for x in jax.tree.leaves(tree)])

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from rkd_jax.losses.domain import check_domain
-from rkd_jax.losses.readouts import Plan, Readout
+from rkd_jax.losses.readouts import Plan, Readout, few_rows
 from rkd_jax.losses.row_losses import RowLoss
 from rkd_jax.losses.vocabulary_tiles import vocabulary_loss
 from rkd_jax.masking import accumulator
@@ -35,7 +35,8 @@ class Tiles:
         gradient: ``"recompute"`` computes the logits again in the backward pass: the
             least memory. ``"ahead"`` prepares the gradient of ``sum(weights * values)``
             in the first pass, a third less time, for one float32 array of the size of
-            the head. None: ahead for float32 heads, whose gradient is that array.
+            the head. None: ahead for float32 heads, whose gradient is that array,
+            unless they meet few rows of narrower states, see `readouts.few_rows`.
             Rows that all fit into the first pass at once keep their log-probs instead:
             nothing is computed twice.
     """
@@ -160,12 +161,13 @@ def _local(
         for side in (student, teacher)
     )
     chunk, block = _cut(student, tiles)
+    by_tiles = not batch_axes and few_rows(student, teacher)
     gradient = tiles.gradient
     if chunk >= len(student.hidden):
         gradient = "keep"
     elif gradient is None:
         wide = student.head.dtype.itemsize >= 4 and axis_name is None
-        gradient = "ahead" if wide else "recompute"
+        gradient = "ahead" if wide and not by_tiles else "recompute"
     plan = Plan(
         loss=loss,
         temperatures=temperatures,
@@ -177,6 +179,7 @@ def _local(
         axis_name=axis_name,
         normalised=normalised,
         batch_axes=batch_axes,
+        by_tiles=by_tiles,
     )
     data, weights, mask = jax.tree.map(rows, (data, weights, mask))
     return vocabulary_loss(plan, student, teacher, data, weights, mask).reshape(batch)

@@ -9,6 +9,7 @@ r"""What vocabulary heads say of states: some rows and some columns at a time.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -43,6 +44,7 @@ class Plan:
     axis_name: str | None
     normalised: tuple[bool, bool] = (True, True)  # or what the head says, as it is
     batch_axes: tuple[str, ...] = ()  # of the mesh, over which the rows are cut
+    by_tiles: bool = False  # whether heads are cast tile by tile, see `few_rows`
 
 
 class Span(NamedTuple):
@@ -55,6 +57,17 @@ class Span(NamedTuple):
         return jax.lax.dynamic_slice_in_dim(array, self.start, self.size, axis=-1)
 
 
+def cast(plan, head: jax.Array, dtype) -> jax.Array:
+    """A head, or a tile of one, in the dtype of the states that it meets.
+
+    To stay in tiles, bfloat16 is rounded to in float32 first: the compiler for TPUs
+    would move a mere cast out of the loop over tiles.
+    """
+    if plan.by_tiles and (head.dtype, dtype) == (jnp.float32, jnp.bfloat16):
+        head = jax.lax.reduce_precision(head, exponent_bits=8, mantissa_bits=7)
+    return head.astype(dtype)
+
+
 def tempered_logits(plan, student, teacher, hidden, columns) -> list[jax.Array]:
     """Tempered logits of both sides, ``[C, V']`` each."""
     found = []
@@ -65,11 +78,45 @@ def tempered_logits(plan, student, teacher, hidden, columns) -> list[jax.Array]:
         if isinstance(columns, Span):
             head = columns.of(head)
             bias = None if bias is None else columns.of(bias)
-        logits = product(states, head.astype(states.dtype), (1, 0))
+        logits = product(states, cast(plan, head, states.dtype), (1, 0))
         logits = logits if bias is None else logits + bias.astype(logits.dtype)[None]
         logits = logits if cap is None else jnp.tanh(logits / cap) * cap
         found.append(logits / temperature)
     return found
+
+
+def all_logits(plan, student, teacher, hidden) -> list[jax.Array]:
+    """Tempered logits of some rows in all columns."""
+    if not plan.by_tiles:
+        return tempered_logits(plan, student, teacher, hidden, slice(None))
+
+    def tile(start, size, logits):
+        new = tempered_logits(plan, student, teacher, hidden, Span(start, size))
+        return [
+            jax.lax.dynamic_update_slice_in_dim(old, part, start, axis=1)
+            for old, part in zip(logits, new, strict=True)
+        ]
+
+    shape = len(hidden[0]), student.head.shape[1]
+    zeros = [shard_zeros(plan, shape, accumulator(states)) for states in hidden]
+    return over_tiles(plan.columns, student, tile, zeros)
+
+
+def few_rows(student: Readout, teacher: Readout | None) -> bool:
+    """Whether wider heads meet too few rows of states to be cast as a whole.
+
+    A loop over chunks of rows would keep the copy, which here is larger than the logits
+    of a side would be. Not to be asked under a mesh that cuts the rows: what a device
+    gathers of a head is that copy, and would be wider.
+    """
+    rows = len(student.hidden)
+    return any(
+        side.head.dtype.itemsize > side.hidden.dtype.itemsize
+        and len(side.head) * side.hidden.dtype.itemsize
+        > rows * accumulator(side.hidden).itemsize
+        for side in (student, teacher)
+        if side is not None
+    )
 
 
 def normalise(plan: Plan, logits: list[jax.Array], columns, data):
@@ -157,3 +204,31 @@ def columns_of(plan, student, start, size) -> jax.Array:
     if plan.axis_name is not None:
         first = start + jax.lax.axis_index(plan.axis_name) * student.head.shape[1]
     return first + jnp.arange(size, dtype=jnp.int32)
+
+
+def over_tiles(columns: int, student, tile: Callable, carry):
+    """``tile(start, size, carry)`` for all columns; the last may be narrower."""
+    width = student.head.shape[1]
+    size = min(columns, width)
+    whole = width // size
+    carry = jax.lax.fori_loop(
+        0, whole, lambda i, carry: tile(i * size, size, carry), carry
+    )
+    rest = width - whole * size
+    return tile(whole * size, rest, carry) if rest else carry
+
+
+def shard_zeros(plan: Plan, shape, dtype) -> jax.Array:
+    """Zeros to which every shard of the vocabulary will add what is its own."""
+    zeros = own_zeros(plan, shape, dtype)
+    if plan.axis_name is None:
+        return zeros
+    return jax.lax.pcast(zeros, plan.axis_name, to="varying")
+
+
+def own_zeros(plan: Plan, shape, dtype) -> jax.Array:
+    """Zeros to which every shard of the rows will add what is its own."""
+    zeros = jnp.zeros(shape, dtype)
+    if not plan.batch_axes:
+        return zeros
+    return jax.lax.pcast(zeros, plan.batch_axes, to="varying")

@@ -20,8 +20,8 @@ Three ways to a gradient, all exact for any cotangent:
   dense gradient takes four.
 - ``"ahead"``: the first pass leaves the gradient of ``sum(weights * loss)`` behind. If
   the cotangent turns out to be proportional to ``weights``, as that of a weighted sum
-  or mean is, it is scaled and done: four products. Otherwise it is computed again. One
-  array of the size of the head is kept in float32.
+  or mean is, it is scaled in place and done: four products. Otherwise it is computed
+  again and written over. One array of the size of the head is kept in float32.
 
 >>> from rkd_jax.losses.row_losses import TokenLogProb
 >>> plan = Plan(TokenLogProb(), (1.0, 1.0), (None, None), 2, 2, 2, "recompute", None)
@@ -34,21 +34,25 @@ Three ways to a gradient, all exact for any cotangent:
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from rkd_jax.losses.ahead import scaled_or_again
+from rkd_jax.losses.ahead import proportion
 from rkd_jax.losses.readouts import (
     Plan,
     Readout,
     Span,
+    all_logits,
+    cast,
     columns_of,
     log_probs_of,
     normalise,
+    over_tiles,
+    own_zeros,
     product,
+    shard_zeros,
     tempered_logits,
 )
 from rkd_jax.losses.row_losses import Logs
@@ -100,15 +104,17 @@ def _backward(plan, residuals, cotangent):
     rows, found, student, teacher, weights, ahead, logs = residuals
     cotangent = take_rows(cotangent, rows.index)
 
-    def again():
-        return _second_pass(plan, rows, found, student, teacher, cotangent)
+    def again(into):
+        return _second_pass(plan, rows, found, student, teacher, cotangent, into)
 
     if logs is not None:
         gradient = _kept(plan, rows, found, logs, student, cotangent)
     elif ahead is None:
-        gradient = again()
-    else:
-        gradient = scaled_or_again(ahead, weights, cotangent, again)
+        gradient = again(None)
+    else:  # where the gradient was not foreseen, it is written over the other
+        scale, exact = proportion(cotangent, weights)
+        scaled = _scaled(plan, student, scale, ahead)
+        gradient = jax.lax.cond(exact, lambda scaled: scaled, again, scaled)
     hidden = unorder_rows(gradient.hidden, rows, len(student.hidden))
     gradient = gradient._replace(hidden=hidden)
     gradient = jax.tree.map(lambda x, like: x.astype(like.dtype), gradient, student)
@@ -118,9 +124,8 @@ def _backward(plan, residuals, cotangent):
 vocabulary_loss.defvjp(_forward, _backward)
 
 
-def _of_chunk(plan, student, teacher, columns, hidden, data) -> tuple[_Rows, Logs]:
+def _of_chunk(plan, logits, columns, data) -> tuple[_Rows, Logs]:
     """What there is to know of some rows, and their log-probs."""
-    logits = tempered_logits(plan, student, teacher, hidden, slice(None))
     logs, normalisers = normalise(plan, logits, columns, data)
     stats = plan.loss.stats(logs, data, plan.axis_name)
     values = plan.loss.partial(logs, data, stats)
@@ -131,7 +136,8 @@ def _of_chunk(plan, student, teacher, columns, hidden, data) -> tuple[_Rows, Log
 def _only_pass(plan, rows, student, teacher) -> tuple[_Rows, Logs]:
     """All rows at once."""
     columns = columns_of(plan, student, 0, student.head.shape[1])
-    found, logs = _of_chunk(plan, student, teacher, columns, rows.hidden, rows.data)
+    logits = tempered_logits(plan, student, teacher, rows.hidden, slice(None))
+    found, logs = _of_chunk(plan, logits, columns, rows.data)
     found = _together(plan, found)
     return found._replace(values=jnp.where(_live(rows), found.values, 0.0)), logs
 
@@ -150,14 +156,16 @@ def _kept(plan, rows, found, logs, student, cotangent) -> Readout:
 
 def _live(rows) -> jax.Array:
     """bool[N']: the rows that count."""
-    return jnp.arange(len(rows.index), dtype=jnp.int32) < rows.live
+    return jnp.arange(len(rows.hidden[0]), dtype=jnp.int32) < rows.live
 
 
 def _first_pass(plan, rows, student, teacher, weights):
     """`_Rows`, and the gradient of their sum under ``weights`` if there are any."""
     columns = columns_of(plan, student, 0, student.head.shape[1])
 
-    of_chunk = functools.partial(_of_chunk, plan, student, teacher, columns)
+    def of_chunk(hidden, data):
+        logits = all_logits(plan, student, teacher, hidden)
+        return _of_chunk(plan, logits, columns, data)
 
     def body(i, carry):
         found, gradient = carry
@@ -172,15 +180,17 @@ def _first_pass(plan, rows, student, teacher, weights):
             gradient = _accumulate(plan, gradient, i, delta, hidden[0], student)
         return _write(found, new, i * plan.rows), gradient
 
-    size = len(rows.index)
+    size = len(rows.hidden[0])
     here = functools.partial(_chunk, start=0, size=plan.rows)
     example, _ = jax.eval_shape(of_chunk, *jax.tree.map(here, (rows.hidden, rows.data)))
-    blank = jax.tree.map(lambda x: _blank(plan, (size, *x.shape[1:]), x.dtype), example)
+    blank = jax.tree.map(
+        lambda x: own_zeros(plan, (size, *x.shape[1:]), x.dtype), example
+    )
     gradient = None
     if weights is not None:
         gradient = _zeros(plan, student, size)
     else:  # each shard keeps its own sums until the end
-        own = _shard_zeros(plan, size, blank.values.dtype)
+        own = shard_zeros(plan, size, blank.values.dtype)
         blank = blank._replace(values=own, pull=own)
     count = -(-rows.live // plan.rows)
     found, gradient = jax.lax.fori_loop(0, count, body, (blank, gradient))
@@ -213,20 +223,40 @@ def _accumulate(plan, gradient, i, delta, hidden, student):
     # In one piece where that is no larger than the logits were: a tile is a copy.
     width, vocabulary = student.head.shape
     columns = vocabulary if width <= plan.rows else plan.columns
-    head = _over_tiles(columns, student, tile, gradient.head)
+    head = over_tiles(columns, student, tile, gradient.head)
     bias = None if student.bias is None else gradient.bias + delta.sum(0)
     return Readout(_write(gradient.hidden, states, i * plan.rows), head, bias)
 
 
-def _second_pass(plan, rows, found, student, teacher, cotangent):
-    """The gradient under any cotangent, logits computed again."""
+def _scaled(plan, student, scale, gradient: Readout) -> Readout:
+    """The gradient times a factor, with the head's in its own dtype and in place.
+
+    As one product it would be a second array beside the first: only a loop is sure to
+    write where it reads.
+    """
+
+    def tile(start, size, head):
+        part = scale * Span(start, size).of(head)
+        return jax.lax.dynamic_update_slice_in_dim(head, part, start, axis=1)
+
+    head = over_tiles(plan.columns, student, tile, gradient.head)
+    bias = None if student.bias is None else scale * gradient.bias
+    head = head.astype(student.head.dtype)
+    return Readout(scale * gradient.hidden, head, bias)
+
+
+def _second_pass(plan, rows, found, student, teacher, cotangent, into):
+    """The gradient under any cotangent, logits computed again.
+
+    That in the head is written over the one of ``into``, if there is one.
+    """
     dtype, count = accumulator(student.hidden), -(-rows.live // plan.block)
-    zeros = functools.partial(_shard_zeros, plan)
+    zeros = functools.partial(shard_zeros, plan)
 
     def tile(start, size, carry):
         span = Span(start, size)
         columns = columns_of(plan, student, start, size)
-        column_head = span.of(student.head)
+        column_head = cast(plan, span.of(student.head), student.hidden.dtype)
 
         def body(i, carry):
             hidden_gradient, head, bias = carry
@@ -240,7 +270,7 @@ def _second_pass(plan, rows, found, student, teacher, cotangent):
             scale = jnp.where(live, scale, 0.0)
             delta = _logit_gradient(plan, logs, data, known, scale)
             narrow = delta.astype(hidden[0].dtype)
-            states = product(narrow, column_head.astype(narrow.dtype), (1, 1))
+            states = product(narrow, column_head, (1, 1))
             states = here(hidden_gradient) + states
             hidden_gradient = _write(hidden_gradient, states, i * plan.block)
             head = head + product(hidden[0], narrow, (0, 0))
@@ -259,11 +289,11 @@ def _second_pass(plan, rows, found, student, teacher, cotangent):
 
     width = student.hidden.shape[-1]
     blank = (
-        zeros((len(rows.index), width), dtype),
-        zeros(student.head.shape, student.head.dtype),
+        zeros((len(rows.hidden[0]), width), dtype),
+        zeros(student.head.shape, student.head.dtype) if into is None else into.head,
         zeros(student.head.shape[1], dtype),
     )
-    states, head, bias = _over_tiles(plan.columns, student, tile, blank)
+    states, head, bias = over_tiles(plan.columns, student, tile, blank)
     if plan.axis_name is not None:
         states = jax.lax.psum(states, plan.axis_name)
     return Readout(states, head, None if student.bias is None else bias)
@@ -281,41 +311,13 @@ def _logit_gradient(plan, logs: Logs, data, known: _Rows, scale) -> jax.Array:
     return delta
 
 
-def _over_tiles(columns: int, student, tile: Callable, carry):
-    """``tile(start, size, carry)`` for all columns; the last may be narrower."""
-    width = student.head.shape[1]
-    size = min(columns, width)
-    whole = width // size
-    carry = jax.lax.fori_loop(
-        0, whole, lambda i, carry: tile(i * size, size, carry), carry
-    )
-    rest = width - whole * size
-    return tile(whole * size, rest, carry) if rest else carry
-
-
 def _zeros(plan: Plan, student: Readout, size: int) -> Readout:
     """An accumulator of the gradient, with N' rows of states."""
     dtype = accumulator(student.hidden)
-    states = _blank(plan, (size, student.hidden.shape[-1]), dtype)
-    head = _shard_zeros(plan, student.head.shape, dtype)
-    bias = None if student.bias is None else _shard_zeros(plan, head.shape[1], dtype)
+    states = own_zeros(plan, (size, student.hidden.shape[-1]), dtype)
+    head = shard_zeros(plan, student.head.shape, dtype)
+    bias = None if student.bias is None else shard_zeros(plan, head.shape[1], dtype)
     return Readout(states, head, bias)
-
-
-def _shard_zeros(plan: Plan, shape, dtype) -> jax.Array:
-    """Zeros to which every shard of the vocabulary will add what is its own."""
-    zeros = _blank(plan, shape, dtype)
-    if plan.axis_name is None:
-        return zeros
-    return jax.lax.pcast(zeros, plan.axis_name, to="varying")
-
-
-def _blank(plan: Plan, shape, dtype) -> jax.Array:
-    """Zeros to which every shard of the rows will add what is its own."""
-    zeros = jnp.zeros(shape, dtype)
-    if not plan.batch_axes:
-        return zeros
-    return jax.lax.pcast(zeros, plan.batch_axes, to="varying")
 
 
 def _chunk(array: jax.Array, start, size: int) -> jax.Array:

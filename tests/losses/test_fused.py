@@ -39,6 +39,7 @@ from tests.losses.fused_rows import (
     VOCABULARY,
     agree,
     logits,
+    normal,
 )
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -312,3 +313,41 @@ def test_half_precision_is_the_dense_float32_result_up_to_its_rounding(
         assert gradient.dtype == like.dtype
         error = np.abs(np.asarray(gradient, np.float32) - np.asarray(slope))
         assert error.max() <= 2 * eps * np.abs(np.asarray(slope)).max()
+
+
+@pytest.mark.parametrize("gradient", [None, "ahead", "recompute"])
+@pytest.mark.parametrize("wide", ["student", "teacher"])
+def test_a_float32_head_is_cast_tile_by_tile_where_it_meets_few_rows(wide, gradient):
+    """As by a cast of the whole: 12 rows of width 40, in two chunks and three tiles."""
+    hidden, teacher_hidden = (jnp.asarray(normal(12, 40), jnp.bfloat16) for _ in "st")
+    head, teacher_head = (jnp.asarray(normal(40, VOCABULARY) / 6) for _ in "st")
+    stored = {
+        "student": (head.astype(jnp.float32), teacher_head.astype(jnp.bfloat16)),
+        "teacher": (head.astype(jnp.bfloat16), teacher_head.astype(jnp.float32)),
+    }[wide]
+
+    def loss(hidden, head, teacher_head):
+        return linear_divergence(
+            hidden,
+            head,
+            teacher_hidden,
+            teacher_head,
+            divergence=generalized_jsd,
+            tiles=SMALL(gradient=gradient),
+        )
+
+    def slopes(hidden, head, teacher_head, weights):
+        def total(hidden, head):
+            return (weights * loss(hidden, head, teacher_head)).sum()
+
+        return jax.grad(total, (0, 1))(hidden, head)
+
+    whole = tuple(x.astype(jnp.bfloat16) for x in stored)
+    exactly = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-7)
+    exactly(loss(hidden, *stored), loss(hidden, *whole))
+    for weights in (jnp.full(12, 0.5, jnp.float32), jnp.asarray(ANY[:12], jnp.float32)):
+        found = slopes(hidden, *stored, weights)
+        for slope, expected in zip(found, slopes(hidden, *whole, weights), strict=True):
+            slope, expected = (np.asarray(x, np.float32) for x in (slope, expected))
+            error = np.abs(slope - expected).max()  # as stored in bfloat16
+            assert error <= 2**-8 * np.abs(expected).max()
