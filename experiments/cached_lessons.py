@@ -89,21 +89,45 @@ class Lessons:
         ]
         return collate(rows, self.rows)
 
-    def source(self, name: str, part: Part) -> DataSource:
-        """A part in the report, with what was left out of the data set."""
+    def margins(self, scores: np.ndarray) -> np.ndarray:
+        """Of held-out pairs, by how much the preferred response is ahead.
+
+        Args:
+            scores: float[n, 2], of the two responses as they are in the records.
+
+        Returns:
+            float[n], 0 where neither is preferred.
+        """
+        labels = np.array([record.label for record in self.held_out.records])
+        return (scores[:, 0] - scores[:, 1]) * np.sign(labels - 0.5)
+
+    def sources(self, name: str) -> list[DataSource]:
+        """Both parts in the report; the first says what was left out of the data."""
         left_out = ledger.unread(self.read) + [
-            Incident(f"not in the cache: {reason}", len(numbers), tuple(numbers[:5]))
+            Incident(
+                f"not in the cache (records, from 0): {reason}",
+                len(numbers),
+                tuple(numbers[:5]),
+            )
             for reason, numbers in self.skipped.items()
         ]
-        cut = ledger.cuts(survey(part.records, self.tokenizer, self.rows))
-        # Positions in the part become lines of the file, as it is with the others.
-        changed = [
+        return [
+            DataSource(f"{title} ({name})", len(part.records), skipped, self._cut(part))
+            for title, part, skipped in (
+                ("trained on", self.taught, left_out),
+                ("held out", self.held_out, ()),
+            )
+        ]
+
+    def _cut(self, part: Part) -> list[Incident]:
+        """Records that lost something, by their numbers in the data set."""
+        found = ledger.cuts(survey(part.records, self.tokenizer, self.rows))
+        return [
             dataclasses.replace(
                 incident, places=tuple(part.numbers[list(incident.places)].tolist())
             )
-            for incident in cut
+            for incident in found
         ]
-        return DataSource(name, len(part.records), left_out, changed)
 
 
 def open_lessons(
@@ -126,6 +150,8 @@ def open_lessons(
     manifest = Manifest.load(folder)
     rows = manifest.row_layout()
     records, report = read_jsonl(data, KINDS[manifest.kind], on_error="skip")
+    if not records:
+        raise SettingsError(f"{data}: no {manifest.kind}, but {folder} is of them")
     found = data_hash(records)
     if found != manifest.data:
         raise CacheMismatch(

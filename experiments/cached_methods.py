@@ -47,6 +47,7 @@ class Method(NamedTuple):
     measure: Callable[[Pupil, Lessons], Measured]
     unit: str
     head: ScalarHead | None = None  # trained beside the policy
+    refers: bool = False  # to the reference, which should be the start
 
     def begin(self, pupil: Pupil, rng: jax.Array) -> Params:
         """What the objective trains."""
@@ -94,7 +95,7 @@ def divergences(pupil: Pupil, lessons: Lessons) -> Measured:
 
 
 def margins(pupil: Pupil, lessons: Lessons) -> Measured:
-    """Log-prob of the chosen minus the rejected response of held-out pairs, nats."""
+    """By how much the preferred responses of held-out pairs are likelier, in nats."""
     temperature = lessons.cache.settings.temperature
     scores = make_sequence_scorer(pupil.student, temperature=temperature)
     followed = follow_parameters(scores, to_host=True)
@@ -102,7 +103,7 @@ def margins(pupil: Pupil, lessons: Lessons) -> Measured:
 
     def measure(params: Params) -> np.ndarray:
         found = in_chunks(lambda rows: followed(params, rows), sequences)
-        return found[:, 0] - found[:, 1]
+        return lessons.margins(found)
 
     return measure
 
@@ -147,7 +148,7 @@ _REWARD_HEAD = ScalarHead()
 _OF_PAIRS = {
     "reads": PreferenceRecord,
     "measure": margins,
-    "unit": "margin of the chosen response, nats",
+    "unit": "margin of the preferred response, nats",
 }
 METHODS = {
     "kd": Method(
@@ -162,12 +163,14 @@ METHODS = {
         signal=lambda cache, batch: (batch, cache.reference(batch)),
         objective=_dpo,
         metric="student/preference_loss",
+        refers=True,
         **_OF_PAIRS,
     ),
     "tvkd": Method(
         signal=lambda cache, batch: (batch, cache.shaping(batch)),
         objective=_tvkd,
         metric="student/preference_loss",
+        refers=True,
         **_OF_PAIRS,
     ),
     "drdo": Method(

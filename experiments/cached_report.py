@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 START, STUDENT = "start", "student"
 _SHOWN_AT_ONCE = 8
+_ROUNDING = 0.01  # of summed log-probs, in bfloat16
 
 
 def conclude(
@@ -42,37 +43,34 @@ def conclude(
     desk: Desk,
     lessons: Lessons,
     values: Mapping[str, np.ndarray],
+    notes: Sequence[Verdict],
 ) -> Report:
     """The held-out values, record by record, as a report."""
     method, manifest = METHODS[config.method], lessons.cache.manifest
-    prompts = [as_key(record) for record in lessons.held_out.records]
-    means = {name: by_prompt(prompts, found) for name, found in values.items()}
+    records = lessons.held_out.records
+    told = [getattr(record, "label", 1.0) != 0.5 for record in records]  # or a tie
+    prompts = [as_key(record) for record in records]
+    means = {name: by_prompt(prompts, found, told) for name, found in values.items()}
     compared = Difference(
         STUDENT, START, paired_interval(means[STUDENT], means[START]), method.unit
     )
-    told = [
-        Verdict(f"{name}: {method.unit} {plain(mean_interval(found))}")
-        for name, found in means.items()
+    found = [
+        Verdict(f"{name}: {method.unit} {plain(mean_interval(mean))}")
+        for name, mean in means.items()
     ]
     gain = values[STUDENT] - values[START]
-    ranked = mean_interval(by_prompt(prompts, 0.5 + 0.5 * np.sign(gain)))
+    ranked = mean_interval(by_prompt(prompts, 0.5 + 0.5 * np.sign(gain), told))
     of_pairs = manifest.kind == PreferenceRecord.__name__
     table = [Policy(STUDENT, preference_accuracy=ranked)] if of_pairs else ()
     return Report(
         title=f"{config.method.upper()} from a teacher cache",
         created=datetime.now().strftime("%Y-%m-%d %H:%M"),
         command=command(config),
-        summary=told,
+        summary=[*found, *notes],
         policies=table,
         differences=[compared],
         losses={method.metric: ledger.series(desk.run, ["1-training"], method.metric)},
-        data=[
-            lessons.source(f"{name} ({config.data or 'toy data'})", part)
-            for name, part in (
-                ("trained on", lessons.taught),
-                ("held out", lessons.held_out),
-            )
-        ],
+        data=lessons.sources(config.data or "toy data"),
         settings=dataclasses.asdict(config),
         versions=ledger.package_versions(),
         assets=ledger.asset_hashes(config.student.model)
@@ -94,11 +92,35 @@ def command(config: FromCacheConfig) -> str:
     )
 
 
-def by_prompt(prompts: Sequence[str], values: np.ndarray) -> list[float]:
-    """The mean of every prompt's records: they are not independent."""
+def other_reference(lessons: Lessons, start: np.ndarray) -> list[Verdict]:
+    """A note where the reference in the cache is another model than the start.
+
+    Args:
+        lessons: of pairs.
+        start: its margins on those that are held out.
+    """
+    if not lessons.cache.settings.reference:
+        return []
+    batch = lessons.tabulate(lessons.held_out)
+    reference = lessons.cache.reference(batch).log_probs
+    apart = np.abs(lessons.margins(reference) - start).mean()
+    if apart <= _ROUNDING * np.abs(reference).mean():
+        return []
+    text = (
+        "The reference in the cache is another model than the start: margins differ by "
+        f"{apart:.3g} nats on the mean."
+    )
+    return [Verdict(text)]
+
+
+def by_prompt(
+    prompts: Sequence[str], values: np.ndarray, counted: Sequence[bool]
+) -> list[float]:
+    """The mean of every prompt's records that count: they are not independent."""
     found: dict[str, list[float]] = {}
-    for prompt, value in zip(prompts, values.tolist(), strict=True):
-        found.setdefault(prompt, []).append(value)
+    for prompt, value, counts in zip(prompts, values.tolist(), counted, strict=True):
+        if counts:
+            found.setdefault(prompt, []).append(value)
     return [float(np.mean(of_prompt)) for of_prompt in found.values()]
 
 

@@ -21,7 +21,7 @@ from experiments.course import Course
 from experiments.edpo import EdpoConfig, RewardDistillation
 from experiments.game import TextBook
 from experiments.lab import Lab
-from experiments.references import kept, tabulated
+from experiments.references import checksums, kept, tabulated
 from experiments.reward_models import (
     OracleRewards,
     RewardSource,
@@ -98,7 +98,8 @@ class DrdoOracle:
     ) -> np.ndarray:
         """``float32[n, 2, 1]``; the trunk starts as the student does."""
         del stage
-        of = [data_hash(course.pairs), dataclasses.asdict(self.options), seed]
+        options = dataclasses.asdict(self.options)
+        of = [data_hash(course.pairs), checksums(course.start), options, seed]
 
         def rewards() -> np.ndarray:
             return self._rewards(desk, course, seed)

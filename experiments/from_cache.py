@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -24,10 +24,17 @@ from jax.sharding import Mesh
 from experiments import toy_cache
 from experiments.cached_lessons import Lessons, open_lessons
 from experiments.cached_methods import METHODS, Method
-from experiments.cached_report import START, STUDENT, conclude, show
+from experiments.cached_report import (
+    START,
+    STUDENT,
+    conclude,
+    other_reference,
+    show,
+)
 from experiments.command import run_command
 from experiments.devices import open_meshes
 from experiments.pupil import Pupil
+from experiments.references import checksums
 from experiments.settings import FitConfig, SettingsError
 from experiments.stages import Desk
 from experiments.system import TOY_FIT, export_student
@@ -46,12 +53,15 @@ from rkd_jax.evaluation.report import summary_table, write_report
 from rkd_jax.interop import load_model
 from rkd_jax.models.decoder import Decoder
 from rkd_jax.models.surgery import keep_layers
+from rkd_jax.placement import on_mesh
 from rkd_jax.sharding import MeshConfig
-from rkd_jax.signals.cache import Manifest
+from rkd_jax.signals.cache import CacheError
+from rkd_jax.signals.cache_identity import name_of
 from rkd_jax.training.progress import Progress
 from rkd_jax.training.run import RunFolder
 from rkd_jax.training.together import once
-from rkd_jax.types import Params
+from rkd_jax.types import LossOutput, Objective, Params
+from rkd_jax.untrusted import refused
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +112,7 @@ class FromCacheConfig:
     """Discard the run the output folder holds."""
     data: str | None = "data.jsonl"
     """JSON Lines that the cache was made of. None: toy data and a cache of them, by a
-    random teacher, are written into the output folder first."""
+    random teacher, are written beside the output folder first."""
     cache: str = "cache"
     """Folder that `rkd cache` wrote."""
     student: StudentConfig = StudentConfig()
@@ -151,6 +161,15 @@ def tiny() -> FromCacheConfig:
     )
 
 
+class School(NamedTuple):
+    """A student, what it learns from, and how."""
+
+    pupil: Pupil
+    lessons: Lessons
+    method: Method
+    trainer: Trainer
+
+
 def run(config: FromCacheConfig) -> Path:
     """Train, measure and export; returns the path of the report.
 
@@ -158,39 +177,56 @@ def run(config: FromCacheConfig) -> Path:
         SettingsError, CacheError: the method, the data and the cache do not go
             together.
     """
-    mesh, _ = open_meshes(config.mesh, None)
-    identity = config.identity()
-    if config.data is not None:
-        # Another cache may have been written to the same folder since.
-        identity |= {"cached": Manifest.load(config.cache).identity()}
+    # All that may be refused comes first: a folder is claimed, or emptied, by its run.
+    school = open_school(config)
     folder = RunFolder.open(
-        config.out, identity, name="from_cache", overwrite=config.fresh
+        config.out, identity(config, school), name="from_cache", overwrite=config.fresh
     )
-    pupil, lessons = open_school(config, folder, mesh)
     with Progress() as progress:
         desk = Desk(folder, progress, config.checkpoint_every, config.checkpoints_kept)
         final = folder.stage("report")
         if not final.done:
-            report = learn(config, desk, pupil, lessons)
+            report = learn(config, desk, school)
             page = once(lambda: write_report(final.path, report).name)
             final.finish({"report": page})
             print(summary_table(report))
-            print(f"student: {folder.path / 'student'}")
+            print(f"student: {folder.path / STUDENT}")
     return final.path / final.result["report"]
 
 
-def open_school(
-    config: FromCacheConfig, folder: RunFolder, mesh: Mesh | None
-) -> tuple[Pupil, Lessons]:
-    """The student on the mesh, and what it learns from."""
+def identity(config: FromCacheConfig, school: School) -> dict[str, Any]:
+    """What makes a run this run: other files may be under the same names by now."""
+    return config.identity() | {
+        "cached": school.lessons.cache.manifest.identity(),
+        "weights": name_of(checksums(school.pupil.student_params)),
+    }
+
+
+def open_school(config: FromCacheConfig) -> School:
+    """Everything that a run needs, and whether it goes together.
+
+    Raises:
+        SettingsError, CacheError: it does not.
+    """
+    if config.updates < 0:
+        raise SettingsError(f"--updates {config.updates} must not be negative")
+    mesh, _ = open_meshes(config.mesh, None)
     data, cache, method = config.data, config.cache, METHODS[config.method]
     if data is None:
-        toys, seed = folder.path / "toys", config.student.seed
+        toys, seed = Path(f"{config.out}-toys-{config.method}"), config.student.seed
         data, cache = toy_cache.write(toys, method.reads, seed=seed)
     model, params, tokenizer = load_student(config.student, mesh)
     lessons = open_lessons(data, cache, tokenizer, vocabulary=model.config.vocab_size)
-    check(config, method, lessons)
-    return Pupil(tokenizer, lessons.rows, model, params), lessons
+    pupil = Pupil(tokenizer, lessons.rows, model, params)
+    check(config, pupil, lessons)
+    try:
+        objective = method.objective(model, config, lessons)
+        trace(objective, method, pupil, lessons)
+    except CacheError:
+        raise
+    except ValueError as error:
+        raise SettingsError(f"--method {config.method}: {error}") from error
+    return School(pupil, lessons, method, Trainer(pupil, objective, config.fit))
 
 
 def load_student(
@@ -210,10 +246,8 @@ def load_student(
     if tokenizer is None:
         raise SettingsError(f"{path} holds no tokenizer; put tokenizer.json beside it")
     if options.chat_template is not None:
-        try:
+        with refused("--student.chat-template", SettingsError):
             template = named_template(options.chat_template)
-        except ValueError as error:
-            raise SettingsError(f"--student.chat-template: {error}") from error
         tokenizer = tokenizer.with_chat_template(template)
     if options.drop_layers:
         check_drop_layers(options, model.config)
@@ -224,26 +258,48 @@ def load_student(
     return as_student(model, options), params, tokenizer
 
 
-def check(config: FromCacheConfig, method: Method, lessons: Lessons) -> None:
-    """Raise an error unless the cache holds what the method reads."""
-    manifest = lessons.cache.manifest
+def check(config: FromCacheConfig, pupil: Pupil, lessons: Lessons) -> None:
+    """Raise an error unless student, cache and method fit."""
+    manifest, rows = lessons.cache.manifest, lessons.rows
+    method = METHODS[config.method]
     if manifest.kind != method.reads.__name__:
         raise SettingsError(
             f"--method {config.method} reads {method.reads.__name__}s, "
             f"{lessons.cache.path} is a cache of {manifest.kind}s"
         )
-    # Refused here rather than at the first update, after everything was compiled.
-    method.signal(lessons.cache, lessons.tabulate(lessons.taught, 1))
+    columns = rows.max_prompt + rows.max_response
+    if columns > pupil.context:
+        raise SettingsError(
+            f"{lessons.cache.path} has prompts of up to {rows.max_prompt} tokens and "
+            f"responses of {rows.max_response}, the student's context {pupil.context}"
+        )
 
 
-def learn(
-    config: FromCacheConfig, desk: Desk, pupil: Pupil, lessons: Lessons
-) -> Report:
+def trace(objective: Objective, method: Method, pupil: Pupil, lessons: Lessons) -> None:
+    """Raise here what the first update would raise, of one record and nothing computed.
+
+    Raises:
+        CacheError: the cache lacks what the method reads.
+        ValueError: the loss refuses an option.
+    """
+    batch, signal = method.signal(lessons.cache, lessons.tabulate(lessons.taught, 1))
+    rng = jax.random.key(0)
+
+    def loss(params: Params) -> LossOutput:
+        return objective.student_loss(params, {}, (), batch, signal, rng)
+
+    with on_mesh(pupil.mesh):
+        jax.eval_shape(loss, jax.eval_shape(lambda: method.begin(pupil, rng)))
+
+
+def learn(config: FromCacheConfig, desk: Desk, school: School) -> Report:
     """The training, and what came of it."""
-    started, method = time.monotonic(), METHODS[config.method]
-    trainer = Trainer(
-        pupil, method.objective(pupil.student, config, lessons), config.fit
-    )
+    started, (pupil, lessons, method, trainer) = time.monotonic(), school
+    measure = method.measure(pupil, lessons)
+    values = {START: measure(pupil.student_params)}
+    notes = other_reference(lessons, values[START]) if method.refers else []
+    for note in notes:
+        desk.progress.note(note.text)
     params = trainer.train(
         desk,
         "1-training",
@@ -255,10 +311,9 @@ def learn(
     )
     params = method.policy(params)
     export_student(pupil, desk.run.path / STUDENT, params)
+    values[STUDENT] = measure(params)
+    report = conclude(config, desk, lessons, values, notes)
     policies = {START: pupil.student_params, STUDENT: params}
-    measure = method.measure(pupil, lessons)
-    values = {name: measure(policy) for name, policy in policies.items()}
-    report = conclude(config, desk, lessons, values)
     samples = show(config, desk, pupil, lessons, policies)
     timings = desk.progress.timings | {"total": time.monotonic() - started}
     return dataclasses.replace(report, samples=samples, timings=timings)

@@ -101,10 +101,12 @@ class Table:
     def features(self, batch: Pairs) -> np.ndarray | None:
         """`states` of a batch's pairs; of packed ones at their columns, ``[B, T, D]``.
 
-        There they are the same numbers and 0 in between: nothing is computed again.
+        There they are the same numbers and 0 in between: nothing is computed again. All
+        processes have to call it, for the whole batch.
         """
         if self.book is None or not is_packed(batch):
             return self.states(batch.index)
+        batch = fetch(batch)
         records = located(batch)
         states = self.states(np.array([number for number, _ in records]))
         laid = np.zeros(

@@ -201,7 +201,7 @@ class Judge:
         }
 
     def _ranking(self, params: Params) -> Interval:
-        """Share of held-out pairs whose chosen response gained more on the start.
+        """Share of held-out pairs whose preferred response gained more on the start.
 
         Pairs of one prompt share responses, so the prompt is the unit; ties are left
         out.
@@ -212,7 +212,7 @@ class Judge:
         hits = dict[str, list[float]]()
         for pair, excess in zip(self._pairs, gain, strict=True):
             if pair.label != 0.5:
-                hit = 0.5 * (1.0 - float(np.sign(excess)))
+                hit = 0.5 * (1.0 - float(np.sign((pair.label - 0.5) * excess)))
                 hits.setdefault(as_key(pair), []).append(hit)
         return mean_interval([np.mean(of_prompt) for of_prompt in hits.values()])
 
@@ -270,7 +270,9 @@ def differences(
 
 
 def plain(interval: Interval) -> str:
-    """Mean and interval."""
+    """Mean and interval, if one could be told."""
+    if np.isnan(interval.low):
+        return f"{interval.mean:.3f}"
     return f"{interval.mean:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
 
 

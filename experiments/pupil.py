@@ -64,7 +64,7 @@ class Pupil:
     def check_rows(self, what: str, rows: int, accumulation: int = 1) -> None:
         """Raise SettingsError unless the rows of an update divide over the mesh."""
         shards = row_shards(self.mesh)
-        if self.mesh is not None and rows % (accumulation * shards):
+        if accumulation < 1 or rows % (accumulation * shards):
             raise SettingsError(
                 f"{what}: {rows} rows in {accumulation} micro-batches do not divide "
                 f"over data x fsdp = {shards} devices; take a multiple of "

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from experiments.game import TextBook
@@ -23,13 +25,33 @@ from rkd_jax.untrusted import refused
 def reference_log_probs(
     lab: Lab, desk: Desk, start: Params, pairs: Sequence[PreferenceRecord]
 ) -> np.ndarray:
-    """`pair_log_probs` of the run's start, ``float32[n, 2]``, kept in the run folder.
+    """`pair_log_probs` of a run's start, ``float32[n, 2]``, kept in its folder."""
+    of = [data_hash(pairs), checksums(start)]
+    return kept(desk, "3-reference", of, lambda: pair_log_probs(lab, start, pairs))
 
-    ``start`` is the one student that all methods of the run begin with.
+
+def checksums(params: Params) -> list[int]:
+    """A number for every array, wherever it is: which weights these are.
+
+    Sums of their bits, each times an odd number of its place, modulo 2 ** 32: exact, so
+    the same on one device and on any mesh.
     """
-    return kept(
-        desk, "3-reference", data_hash(pairs), lambda: pair_log_probs(lab, start, pairs)
-    )
+    return [int(found) for found in _checksums(jax.tree.leaves(params))]
+
+
+@jax.jit
+def _checksums(arrays: list[jax.Array]) -> list[jax.Array]:
+    return [_checksum(array) for array in arrays]
+
+
+def _checksum(array: jax.Array) -> jax.Array:
+    width = jnp.dtype(f"uint{8 * min(array.dtype.itemsize, 4)}")
+    bits = jax.lax.bitcast_convert_type(array, width).astype(jnp.uint32)
+    place = jnp.zeros(bits.shape, jnp.uint32)
+    for axis, size in enumerate(bits.shape):
+        index = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+        place = place * jnp.uint32(size) + index
+    return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
 
 
 def pair_log_probs(
@@ -52,9 +74,10 @@ def kept(
     """``compute()``, unless an earlier call or start of this run has kept it.
 
     Args:
-        desk: of the run; what it is of besides ``of`` has to be fixed in a run.
+        desk: of the run; what it depends on besides ``of`` has to be fixed in a run.
         stage: what it is, the beginning of the folder's name.
-        of: JSON, what else it depends on.
+        of: JSON, such as the `checksums` of the model: a run is bound to the path of
+            its weights and not to what is in there.
         compute: its result is on the host, and equal in all processes.
 
     Raises:

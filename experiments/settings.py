@@ -170,7 +170,8 @@ class FitConfig:
     """Micro-batches per update: less memory, the same numbers."""
     row_length: int = 0
     """Columns of a packed row, which holds as many records as fit; 0 for a row to each
-    record. SFT, SeqKD, KD, DPO, TVKD, DRDO and d-DPO read packed rows."""
+    record. SFT, SeqKD, KD, DPO, TVKD, DRDO and the d-DPO beside it read packed
+    rows."""
     bucket: int = 0
     """Records of like length share a batch, whose widths are multiples of this; 0 for
     batches as wide as --policy allows. Every width that occurs is compiled. For those

@@ -102,6 +102,8 @@ def check_drop_layers(config: ModelConfig, teacher: DecoderConfig) -> None:
             f"drop_layers names layer {unknown[0]}, the teacher has layers 0 to "
             f"{teacher.num_layers - 1}"
         )
+    if len(set(config.drop_layers)) == teacher.num_layers:
+        raise SettingsError("drop_layers names every layer; a student needs one")
 
 
 def on(mesh: Mesh | None, model: Decoder, params: Params) -> Params:

@@ -176,7 +176,8 @@ def record_batches(
             lab.tokenizer,
             narrower(lab.rows, bucket),
             batch_size=batch_size,
-            # A window of several epochs has a record twice, and side by side.
+            # A record that a window of several epochs has again and again would be its
+            # own neighbour.
             window_batches=min(32, len(records) // batch_size),
             seed=seed,
             shard=mesh_shard(lab.mesh),
@@ -189,8 +190,8 @@ def record_batches(
     least = members * (prompt + limits.max_response)
     if not least <= row_length <= lab.context:
         raise SettingsError(
-            f"{what}: row_length {row_length}; the longest record that --policy allows "
-            f"takes {least} columns, the models' context has {lab.context}"
+            f"{what}: row_length {row_length}; the longest record allowed takes "
+            f"{least} columns, the models' context has {lab.context}"
         )
     return make_packed_batches(
         records,

@@ -22,7 +22,7 @@ from experiments.command import run_command
 from experiments.course import Course
 from experiments.game import TextBook
 from experiments.lab import Lab
-from experiments.references import kept, reference_log_probs, tabulated
+from experiments.references import checksums, kept, reference_log_probs, tabulated
 from experiments.settings import (
     FitConfig,
     ModelConfig,
@@ -92,11 +92,13 @@ class Tvkd:
         """No teacher and no reference is needed once the table is there."""
         lab, pairs = self.lab, course.pairs
 
+        of = [data_hash(pairs), checksums(lab.teacher_params), self.settings]
+
         def shape() -> np.ndarray:
             book = TextBook(lambda rows: self.shaping(lab.teacher_params, rows))
             return book.look_up(tabulated(lab, pairs).teacher_sequences)
 
-        shaping = kept(desk, "3-shaping", [data_hash(pairs), self.settings], shape)
+        shaping = kept(desk, "3-shaping", of, shape)
         reference = reference_log_probs(lab, desk, course.start, pairs)
         return self.trainer.train(
             desk,

@@ -206,6 +206,8 @@ class CacheCommand:
 
         shaping = dataclasses.asdict(self.shaping)
         keep = shaping.pop("keep")
+        if not keep and self.shaping != Shaping():
+            raise UsageError("options of --shaping without --shaping.keep: add it")
         with said_by_options():
             return CacheSettings(
                 top_k=self.top_k,

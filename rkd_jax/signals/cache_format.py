@@ -66,6 +66,10 @@ class ShapingSettings:
 
     def __post_init__(self):
         check_choice("value_source", self.value_source, get_args(ValueSource))
+        if self.support is not None and self.support < 1:
+            raise ValueError(
+                f"support={self.support} must be positive, or None for all"
+            )
         shaping_of_logits(**dataclasses.asdict(self))
 
 

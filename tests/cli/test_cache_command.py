@@ -192,6 +192,8 @@ def test_many_reasons_are_one_short_line(files, tmp_path, capsys):
         (["--shaping.keep", "--shaping.power", "1"], "power = 1 on normalised"),
         (["--shaping.keep", "--shaping.support", "258"], "support=259 exceeds the te"),
         (["--shaping.keep", *RAW, "--shaping.support", "3"], "raw_logits have none"),
+        (["--shaping.keep", "--shaping.support", "0"], "support=0 must be positive"),
+        (["--shaping.gamma", "0.5"], "without --shaping.keep"),
     ],
 )
 def test_bad_input_is_one_clear_line(files, tmp_path, capsys, options, message):

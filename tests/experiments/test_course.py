@@ -84,3 +84,16 @@ def test_the_prompt_is_the_unit_of_a_ranking(margins, expected, monkeypatch):
     found = Judge._ranking(judge, "now")
     assert found.mean == pytest.approx(expected)
     assert found.n == 2
+
+
+def test_a_ranking_is_right_about_the_preferred_response(monkeypatch):
+    """Which may be the second one."""
+    pairs = [pair("a", label=0.2), pair("b", label=0.8), pair("c", label=0.1)]
+    gains = {"now": np.array([[-1.0, 0.0], [2.0, 0.0], [3.0, 0.0]])}
+    for name in ("pair_log_probs", "reference_log_probs"):
+        monkeypatch.setattr(
+            judging, name, lambda *given: gains.get(given[-2], np.zeros((3, 2)))
+        )
+    judge = types.SimpleNamespace(lab=None, desk=None, _pairs=pairs, _start="start")
+    found = Judge._ranking(judge, "now")
+    assert found.mean == pytest.approx(2 / 3)

@@ -28,7 +28,7 @@ from rkd_jax.data.tokenizer import byte_tokenizer
 from rkd_jax.interop import load_model, save_model
 from rkd_jax.models.decoder import Decoder
 from rkd_jax.sharding import MeshConfig
-from rkd_jax.signals.cache import CacheSettings, CacheWriter, Source
+from rkd_jax.signals.cache import CacheError, CacheSettings, CacheWriter, Source
 from rkd_jax.signals.cache_rows import Located, located
 from rkd_jax.signals.teacher import make_sequence_scorer
 from rkd_jax.signals.topk import make_topk
@@ -80,6 +80,11 @@ def refused(monkeypatch, capsys):
         return line
 
     return run
+
+
+def toys_of(folder: Path) -> Path:
+    """Data and cache of a run of the toy."""
+    return Path(f"{folder}-toys-{folder.name}")
 
 
 def report_of(folder: Path) -> dict:
@@ -136,11 +141,7 @@ def live(method, temperature):
 def test_updates_are_those_of_the_models_themselves(method, runs, tmp_path):
     config = options(tmp_path / "run", method)
     run = RunFolder.open(config.out, {})
-    pupil, lessons = from_cache.open_school(config, run, None)
-    found = METHODS[method]
-    trainer = Trainer(
-        pupil, found.objective(pupil.student, config, lessons), config.fit
-    )
+    pupil, lessons, found, trainer = from_cache.open_school(config)
     with Progress(io.StringIO()) as progress:
         trainer.train(
             Desk(run, progress, 100),
@@ -183,8 +184,7 @@ def log_softmax(model, params, row: Located) -> np.ndarray:
 def test_held_out_values_are_those_of_the_exported_student(method, runs):
     """KL of a list and its bucket, and margins, by hand and in float64."""
     model, params, tokenizer = load_model(runs[method] / "student")
-    config = options(runs[method], method)
-    pupil, lessons = from_cache.open_school(config, RunFolder(runs[method], {}), None)
+    pupil, lessons, *_ = from_cache.open_school(options(runs[method], method))
     batch = lessons.tabulate(lessons.held_out)
     if method == "dpo":
         chosen, rejected = (
@@ -229,8 +229,7 @@ def test_packed_rows_of_all_records_make_the_same_first_update(method, tmp_path)
     """Every one of the 22 records in one batch, of which the update is a mean."""
     config = options(tmp_path / "run", method, updates=1)
     run = RunFolder.open(config.out, {})
-    pupil, lessons = from_cache.open_school(config, run, None)
-    found = METHODS[method]
+    pupil, lessons, found, _ = from_cache.open_school(config)
     objective = found.objective(pupil.student, config, lessons)
     length = 2 * (lessons.rows.max_prompt + lessons.rows.max_response)
     tokenized = [
@@ -284,7 +283,7 @@ def test_on_a_mesh_it_is_the_same_run(runs, tmp_path):
 
 def test_two_processes_read_their_own_rows_and_make_the_same_run(runs, tmp_path):
     folder = tmp_path / "run"
-    toys = runs["kd"] / "toys"
+    toys = toys_of(runs["kd"])
     options = ("--data", toys / "data.jsonl", "--cache", toys / "cache")
     options += ("--student.seed", SEED, "--mesh.data", -1, "--out", folder)
     ends = run_two("experiments.from_cache", "--tiny", *map(str, options))
@@ -299,7 +298,7 @@ def test_two_processes_read_their_own_rows_and_make_the_same_run(runs, tmp_path)
 
 def test_own_data_and_student_from_files(runs, tmp_path, monkeypatch, capsys):
     """As a user has them: nothing of the toy but what is on the disk."""
-    toys = runs["dpo"] / "toys"
+    toys = toys_of(runs["dpo"])
     model, _, params = toy_models()
     save_model(tmp_path / "student", model.config, params, tokenizer=byte_tokenizer())
     command = ["from_cache", "--data", toys / "data.jsonl", "--cache", toys / "cache"]
@@ -308,7 +307,7 @@ def test_own_data_and_student_from_files(runs, tmp_path, monkeypatch, capsys):
     command += ["--samples-shown", 0, "--out", tmp_path / "run"]
     monkeypatch.setattr(sys, "argv", [*map(str, command)])
     from_cache.main()
-    assert "margin of the chosen response" in capsys.readouterr().out
+    assert "margin of the preferred response" in capsys.readouterr().out
     np.testing.assert_allclose(
         losses(tmp_path / "run" / "1-training"), losses(runs["dpo"] / "1-training")
     )
@@ -349,20 +348,20 @@ def test_what_the_cache_skipped_is_left_out_and_counted(tmp_path):
         student=student,
         samples_shown=0,
     )
-    _, lessons = from_cache.open_school(config, RunFolder(tmp_path, {}), None)
+    lessons = from_cache.open_school(config).lessons
     assert sorted(lessons.taught.numbers) == [0, 1, 2, 4, 5, 6, 7, 8]
     assert list(lessons.held_out.numbers) == [9]
     records = [
         dataclasses.replace(r, response="see " * 9) for r in lessons.taught.records
     ]
-    (cut,) = lessons.source(
-        "", dataclasses.replace(lessons.taught, records=records)
-    ).changed
+    part = dataclasses.replace(lessons.taught, records=records)
+    (cut,) = dataclasses.replace(lessons, taught=part).sources("")[0].changed
     assert (cut.reason, cut.places) == ("response truncated", (0, 1, 2, 4, 5))
     from_cache.run(config)
-    trained, _ = report_of(tmp_path / "run")["data"]
+    trained, held_out = report_of(tmp_path / "run")["data"]
+    assert held_out["skipped"] == []  # said once
     (incident,) = trained["skipped"]
-    assert incident["reason"].startswith("not in the cache: ")
+    assert incident["reason"].startswith("not in the cache (records, from 0): ")
     assert (incident["count"], incident["places"]) == (1, [3])
 
 
@@ -412,7 +411,7 @@ def test_numbers_of_packed_rows_leave_their_gaps_alone():
 
 
 def test_of_other_data_is_refused_with_both_hashes(runs, tmp_path, refused):
-    toys = runs["kd"] / "toys"
+    toys = toys_of(runs["kd"])
     records = read_jsonl(toys / "data.jsonl", DemonstrationRecord)[0]
     write_jsonl(tmp_path / "data.jsonl", records[::-1])
     line = refused(
@@ -433,15 +432,19 @@ def test_of_other_data_is_refused_with_both_hashes(runs, tmp_path, refused):
         ("kd", ("--student.drop-layers", "7"), "names layer 7"),
         ("kd", ("--student.chat-template", __file__), "template and row layout"),
         ("kd", ("--student.chat-template", "/nowhere"), "/nowhere"),
+        ("kd", ("--student.drop-layers", "0", "1", "2"), "names every layer"),
         ("kd", ("--fit.batch-size", "64"), "22 records for batches of 64"),
+        ("kd", ("--fit.accumulation", "3"), "4 rows in 3 micro-batches"),
+        ("kd", ("--updates", "-1"), "--updates -1 must not be negative"),
+        ("dpo", ("--beta", "0"), "--method dpo: beta"),
         ("kd", ("--cache", "/nowhere"), "/nowhere"),
-        ("tvkd", ("--fit.row-length", "20"), "the longest record that"),
+        ("tvkd", ("--fit.row-length", "20"), "the longest record allowed"),
     ],
 )
 def test_what_does_not_go_together_is_one_line(
     method, arguments, said, runs, tmp_path, refused
 ):
-    toys = runs[method] / "toys"
+    toys = toys_of(runs[method])
     own = ("--data", toys / "data.jsonl", "--cache", toys / "cache")
     own += ("--out", tmp_path / "run", "--method", method)
     assert said in refused(*own, *arguments)
@@ -461,9 +464,9 @@ def test_a_part_that_the_cache_lacks_is_said_before_anything_is_compiled(tmp_pat
         reference=Source(model, reference),
     ).write()
     config = options(tmp_path / "run", "tvkd", data=str(data), cache=str(cache))
-    with pytest.raises(ValueError, match="holds no shaping"):
+    with pytest.raises(CacheError, match="holds no shaping"):
         from_cache.run(config)
-    assert not (tmp_path / "run" / "1-training").exists()
+    assert not (tmp_path / "run").exists()  # a command that is refused claims nothing
     one = tmp_path / "one.jsonl"
     write_jsonl(one, records[:1] * 3)
     CacheWriter(
@@ -478,4 +481,108 @@ def test_a_part_that_the_cache_lacks_is_said_before_anything_is_compiled(tmp_pat
         tmp_path / "run", "dpo", data=str(one), cache=str(tmp_path / "one")
     )
     with pytest.raises(SettingsError, match="none is left to hold out"):
-        from_cache.run(dataclasses.replace(config, fresh=True))
+        from_cache.run(config)
+
+
+def test_a_start_that_is_refused_leaves_what_is_there(runs, tmp_path, refused):
+    """Not even --fresh empties a folder for a command that cannot run."""
+    folder = tmp_path / "run"
+    shutil.copytree(runs["kd"], folder)
+    toys = toys_of(runs["kd"])
+    own = ("--data", toys / "data.jsonl", "--cache", toys / "cache", "--out", folder)
+    refused(*own, "--fresh", "--method", "dpo")
+    assert report_of(folder) == report_of(runs["kd"])
+
+
+def cached_pairs(folder: Path, records, *, oracle=None) -> tuple[str, str]:
+    """A file of pairs and a cache of the reference's and an oracle's word on them."""
+    data, cache = folder / "data.jsonl", folder / "cache"
+    folder.mkdir()
+    write_jsonl(data, records)
+    model, _, reference = toy_models()
+    CacheWriter(
+        cache,
+        records,
+        byte_tokenizer(),
+        toy_cache.ROWS,
+        CacheSettings(top_k=None, reference=True, oracle="toy"),
+        reference=Source(model, reference),
+        oracle=oracle or letter_share,
+    ).write()
+    return str(data), str(cache)
+
+
+def test_a_label_says_which_response_is_right(tmp_path):
+    """The rejected ones here, and in ties neither."""
+    labels = [0.0, 0.0, 0.5]
+    records = [
+        PreferenceRecord(f"p{n}", "see", f"no. {n}", label=labels[n % 3])
+        for n in range(30)
+    ]
+    data, cache = cached_pairs(tmp_path / "cached", records)
+    config = options(
+        tmp_path / "run", "dpo", data=data, cache=cache, updates=12, samples_shown=0
+    )
+    from_cache.run(config)
+    report = report_of(tmp_path / "run")
+    assert [row["preference_accuracy"]["mean"] for row in report["policies"]] == [1.0]
+    difference = report["differences"][0]["difference"]
+    assert difference["mean"] > 1.0
+    assert difference["n"] == 2  # of three that are held out
+
+
+def test_another_reference_than_the_start_is_said(runs, tmp_path):
+    def notes(folder):
+        return [line["text"] for line in report_of(folder)["summary"][2:]]
+
+    assert notes(runs["dpo"]) == notes(runs["tvkd"]) == notes(runs["drdo"]) == []
+    toys = toys_of(runs["dpo"])
+    other = dataclasses.replace(from_cache.tiny().student, seed=SEED + 7)
+    config = dataclasses.replace(
+        options(tmp_path / "run", "dpo", samples_shown=0, updates=1),
+        data=str(toys / "data.jsonl"),
+        cache=str(toys / "cache"),
+        student=other,
+    )
+    from_cache.run(config)
+    (note,) = notes(tmp_path / "run")
+    assert "another model than the start" in note
+
+
+def test_other_weights_under_the_same_name_are_another_run(
+    runs, tmp_path, refused, capsys
+):
+    toys, student = toys_of(runs["dpo"]), tmp_path / "student"
+    model, teacher, params = toy_models()
+    command = ("--data", toys / "data.jsonl", "--cache", toys / "cache")
+    command += ("--student.model", student, "--method", "dpo", "--samples-shown", 0)
+    command += ("--out", tmp_path / "run")
+    save_model(student, model.config, params, tokenizer=byte_tokenizer())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["from_cache", "--tiny", *map(str, command)])
+        from_cache.main()
+    capsys.readouterr()
+    save_model(
+        student, model.config, teacher, tokenizer=byte_tokenizer(), overwrite=True
+    )
+    assert "holds another run" in refused(*command)
+
+
+def test_rewards_that_tell_nothing_apart_and_a_short_context_are_one_line(
+    tmp_path, refused
+):
+    records = [PreferenceRecord(f"p{n}", "see", f"no. {n}") for n in range(10)]
+
+    def same(prompts, responses):
+        return [1.0] * len(responses)
+
+    data, cache = cached_pairs(tmp_path / "cached", records, oracle=same)
+    own = ("--data", data, "--cache", cache, "--out", tmp_path / "run")
+    line = refused(*own, "--method", "drdo")
+    assert "--method drdo: reward models [0] give all responses the same" in line
+    model, _, params = toy_models()
+    short = dataclasses.replace(model.config, max_length=40)
+    save_model(tmp_path / "short", short, params, tokenizer=byte_tokenizer())
+    line = refused(*own, "--method", "dpo", "--student.model", tmp_path / "short")
+    assert "prompts of up to 96 tokens and responses of 12" in line
+    assert "the student's context 40" in line

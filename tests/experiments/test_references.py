@@ -4,19 +4,28 @@ import dataclasses
 import io
 import types
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments import drdo, references, tvkd
 from experiments.baselines import Dpo, DpoConfig
 from experiments.drdo import DrdoOracle
 from experiments.edpo import EdpoConfig, Pdpo
 from experiments.lab import open_lab
-from experiments.references import kept, pair_log_probs, reference_log_probs
+from experiments.references import (
+    checksums,
+    kept,
+    pair_log_probs,
+    reference_log_probs,
+)
 from experiments.stages import Desk
 from experiments.system import TOY_FIT
 from experiments.tvkd import Tvkd
 from rkd_jax.data.records import DemonstrationRecord, PreferenceRecord
+from rkd_jax.sharding import MeshConfig, make_mesh
 from rkd_jax.training.metrics import read_metrics
 from rkd_jax.training.progress import Progress
 from rkd_jax.training.run import RunFolder, RunMismatch
@@ -93,6 +102,39 @@ def test_other_pairs_are_scored_and_keep_their_own_order(lab, desk):
     assert scores.texts > asked
     np.testing.assert_array_equal(turned, first[::-1])
     np.testing.assert_array_equal(first, pair_log_probs(lab, start, PAIRS))
+
+
+def test_other_weights_are_scored_anew(lab, desk):
+    """A run is bound to where its weights are, and others may be there by now."""
+    first = reference_log_probs(lab, desk, lab.student_params, PAIRS)
+    other = jax.tree.map(lambda x: 1.5 * x, lab.student_params)
+    found = reference_log_probs(lab, desk, other, PAIRS)
+    np.testing.assert_array_equal(found, pair_log_probs(lab, other, PAIRS))
+    assert np.abs(found - first).min() > 1e-3
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_checksums_know_every_number_and_its_place_on_any_mesh(dtype):
+    values = np.random.default_rng(0).normal(size=(8, 6)).astype(np.float32)
+    array = jnp.asarray(values, dtype)
+    (found,) = checksums([array])
+    mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
+    for spec in (("fsdp", "tensor"), ("tensor",), (None, "tensor")):
+        place = NamedSharding(mesh, PartitionSpec(*spec))
+        assert checksums([jax.device_put(array, place)]) == [found]
+    swapped = array.at[0].set(array[1]).at[1].set(array[0])
+    turned = array.reshape(6, 8)
+    changed = array.at[3, 4].set(array[3, 4] * 1.01)
+    others = [checksums([x])[0] for x in (swapped, array.T, changed)]
+    assert len({found, *others}) == 4
+    assert checksums([turned]) == [found]  # its place is that in memory
+    exact = sum(
+        int(bits) * (2 * place + 1)
+        for place, bits in enumerate(
+            np.asarray(array).view("u4" if dtype == "float32" else "u2").ravel()
+        )
+    )
+    assert found == exact % 2**32
 
 
 def test_rewards_of_an_oracle_are_read_by_whoever_comes_next(lab, course, desk):

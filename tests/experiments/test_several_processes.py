@@ -128,3 +128,14 @@ def test_rows_come_together_where_devices_of_a_process_are_no_neighbours(shared)
         alone, twice = (process["scattered"][n] for n in shared_training.SCATTERED)
         assert alone == [[index, index + 2], list(range(8))]
         assert twice == [[0, 1], list(range(8))]
+
+
+def test_packed_pairs_of_a_frozen_trunk_in_two_processes(tmp_path):
+    """What is known of the pairs is laid at the columns of everybody's rows."""
+    packed = ("--reward.row-length", "700", "--game.row-length", "700")
+    packed += ("--game.pairs-per-step", "8", "--mesh.data", "-1")
+    folder = tmp_path / "run"
+    command = ("experiments.pbkd", "--tiny", *packed, "--out", str(folder))
+    ends = run_two(*command, devices=1)
+    assert [status for status, _, _ in ends] == [0, 0], ends[0][2][-2000:]
+    assert (folder / "report" / "report.json").exists()
