@@ -1,26 +1,20 @@
 """Batches of records of like length in an experiment: the same losses, narrower."""
 
 import dataclasses
-import io
 import types
 
 import jax
 import numpy as np
 import pytest
 
-from experiments import tvkd
 from experiments.baselines import Dpo, DpoConfig, Gkd, GkdConfig, Kd, Sft
-from experiments.lab import open_lab
 from experiments.pupil import count_shapes
 from experiments.settings import FitConfig, SettingsError
-from experiments.stages import Desk
 from experiments.trainer import narrower
 from rkd_jax.data.collate import collate
 from rkd_jax.data.records import DemonstrationRecord, PreferenceRecord
 from rkd_jax.data.tokenize import TokenizeConfig, tokenize_record
 from rkd_jax.training.metrics import read_metrics
-from rkd_jax.training.progress import Progress
-from rkd_jax.training.run import RunFolder
 from rkd_jax.types import ReferenceSignal
 
 pytestmark = pytest.mark.usefixtures("compiled_programs")
@@ -37,17 +31,6 @@ TEXTS = [
     DemonstrationRecord(pair.prompt, pair.chosen, pair.teacher_prompt) for pair in PAIRS
 ]
 FIT = FitConfig(1e-3, 4, accumulation=2, bucket=40)
-
-
-@pytest.fixture(scope="module")
-def lab(compiled_programs):
-    return open_lab(tvkd.tiny())
-
-
-@pytest.fixture
-def desk(tmp_path):
-    with Progress(io.StringIO()) as progress:
-        yield Desk(RunFolder.open(tmp_path / "run", {}), progress, checkpoint_every=100)
 
 
 def test_widths_are_multiples_up_to_the_limits(lab):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import io
 import types
 
 import jax
@@ -19,7 +18,6 @@ from experiments.lab import READINGS, open_lab
 from experiments.pbkd import Pbkd
 from experiments.reward_models import OracleRewards, RewardModels
 from experiments.settings import FitConfig, GameConfig, SettingsError
-from experiments.stages import Desk
 from experiments.warm_start import warm_start
 from rkd_jax.data.collate import collate
 from rkd_jax.data.packing import collate_packed, pack
@@ -28,7 +26,6 @@ from rkd_jax.data.tokenize import tokenize_record
 from rkd_jax.models.heads import RewardModel
 from rkd_jax.packed import target_segments
 from rkd_jax.training.metrics import read_metrics
-from rkd_jax.training.progress import Progress
 from rkd_jax.training.run import RunFolder
 
 pytestmark = pytest.mark.usefixtures("compiled_programs")
@@ -50,11 +47,6 @@ TEXTS = [
 
 
 @pytest.fixture(scope="module")
-def lab(compiled_programs):
-    return open_lab(tvkd.tiny())
-
-
-@pytest.fixture(scope="module")
 def course(lab):
     """What a `Trainer` reads of one."""
     return types.SimpleNamespace(
@@ -63,12 +55,6 @@ def course(lab):
         demonstrations=TEXTS,
         held_out_pairs=PAIRS[:2],
     )
-
-
-@pytest.fixture
-def desk(tmp_path):
-    with Progress(io.StringIO()) as progress:
-        yield Desk(RunFolder.open(tmp_path / "run", {}), progress, checkpoint_every=100)
 
 
 def rows_of(lab, records) -> int:

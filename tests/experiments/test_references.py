@@ -1,7 +1,6 @@
 """What frozen models say of pairs: computed once in a run, whoever asks."""
 
 import dataclasses
-import io
 import types
 
 import jax
@@ -14,21 +13,18 @@ from experiments import drdo, references, tvkd
 from experiments.baselines import Dpo, DpoConfig
 from experiments.drdo import DrdoOracle
 from experiments.edpo import EdpoConfig, Pdpo
-from experiments.lab import open_lab
 from experiments.references import (
     checksums,
     kept,
     pair_log_probs,
     reference_log_probs,
 )
-from experiments.stages import Desk
 from experiments.system import TOY_FIT
 from experiments.tvkd import Tvkd
 from rkd_jax.data.records import DemonstrationRecord, PreferenceRecord
 from rkd_jax.sharding import MeshConfig, make_mesh
 from rkd_jax.training.metrics import read_metrics
-from rkd_jax.training.progress import Progress
-from rkd_jax.training.run import RunFolder, RunMismatch
+from rkd_jax.training.run import RunMismatch
 
 pytestmark = pytest.mark.usefixtures("compiled_programs")
 PAIRS = [
@@ -36,17 +32,6 @@ PAIRS = [
     for i in range(8)
 ]
 OTHERS = PAIRS[::-1]
-
-
-@pytest.fixture(scope="module")
-def lab(compiled_programs):
-    return open_lab(tvkd.tiny())
-
-
-@pytest.fixture
-def desk(tmp_path):
-    with Progress(io.StringIO()) as progress:
-        yield Desk(RunFolder.open(tmp_path / "run", {}), progress, checkpoint_every=100)
 
 
 @pytest.fixture

@@ -79,12 +79,6 @@ def fingerprints(tree) -> list[str]:
     ]
 
 
-@pytest.fixture(scope="module")
-def lab(compiled_programs):
-    """What the toys have in common."""
-    return open_lab(tvkd.tiny())
-
-
 @pytest.fixture
 def courses(lab, monkeypatch):
     """Every course that a run takes and its start's hash; it finds the lab open."""
