@@ -62,15 +62,19 @@ class Pupil:
         )
 
     def check_rows(self, what: str, rows: int, accumulation: int = 1) -> None:
-        """Raise SettingsError unless the rows of an update divide over the mesh."""
+        """Raise SettingsError unless an update's rows divide, over the mesh too."""
         shards = row_shards(self.mesh)
-        if accumulation < 1 or rows % (accumulation * shards):
-            raise SettingsError(
-                f"{what}: {rows} rows in {accumulation} micro-batches do not divide "
-                f"over data x fsdp = {shards} devices; take a multiple of "
-                f"{accumulation * shards}, fewer micro-batches, or more of --mesh on "
-                "tensor"
-            )
+        if accumulation >= 1 and rows % (accumulation * shards) == 0:
+            return
+        where, way = "", " or"
+        if shards > 1:
+            where, way = f" over data x fsdp = {shards} devices", ","
+        tensor = ", or more of --mesh on tensor" if shards > 1 else ""
+        raise SettingsError(
+            f"{what}: {rows} rows in {accumulation} micro-batches do not divide"
+            f"{where}; take a multiple of {max(accumulation, 1) * shards}{way} fewer "
+            f"micro-batches{tensor}"
+        )
 
 
 def count_shapes(rows: TokenizeConfig) -> int:

@@ -260,7 +260,7 @@ class Trainer:
         if not 0 < bucket < widest:
             raise SettingsError(
                 f"{name} has to be positive and below the longest prompt or response "
-                f"that --policy allows, {widest}"
+                f"allowed, {widest}"
             )
 
     def batches(self, records: Sequence[Record], seed: int):

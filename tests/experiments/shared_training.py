@@ -20,11 +20,13 @@ from jax.sharding import Mesh
 
 from experiments import tvkd
 from experiments.baselines import Gkd, GkdConfig
+from experiments.game import TextBook, tabulate
 from experiments.lab import open_lab
 from experiments.several_processes import meet
 from experiments.stages import Desk
 from experiments.system import TOY_FIT
-from rkd_jax.data.records import DemonstrationRecord
+from experiments.trainer import record_batches
+from rkd_jax.data.records import DemonstrationRecord, PreferenceRecord
 from rkd_jax.placement import fetch, follow_parameters, move, place_rows
 from rkd_jax.sharding import (
     AXES,
@@ -79,6 +81,21 @@ def train(folder: Path, mesh: MeshConfig) -> list[int]:
     return records.read[64:]
 
 
+def laid(mesh: MeshConfig) -> dict[str, list]:
+    """Sums of the features in every column of a packed batch, and its records."""
+    lab = open_lab(dataclasses.replace(tvkd.tiny(), mesh=mesh))
+    pairs = [PreferenceRecord(f"{i}?", "yes " * (1 + i % 3), "no") for i in range(24)]
+    table = tabulate(lab, TextBook(lab.features), pairs)
+    batches = record_batches(
+        "pairs", lab, pairs, batch_size=4, row_length=700, seed=SEED
+    )
+    # As `experiments.stages.train` hands it to who prepares a batch.
+    batch = shard_batch(next(batches), lab.mesh)
+    batch = dataclasses.replace(batch, index=batches.index)
+    features = table.features(batch).sum(-1)
+    return {"features": features.tolist(), "index": batches.index.tolist()}
+
+
 def scattered(shape: tuple[int, int, int]) -> tuple[list[int], list[int]]:
     """The blocks of this process where every other device is its own, and all rows."""
     devices = np.array(jax.devices()).reshape(2, 2).T.reshape(shape)
@@ -105,6 +122,7 @@ def _main(folder: str) -> None:
         "read": train(Path(folder), MESH),
         "widths": widths(MESH),
         "between": between(),
+        "laid": laid(MESH),
         "scattered": {name: scattered(shape) for name, shape in SCATTERED.items()},
     }
     Path(folder, f"seen-{jax.process_index()}.json").write_text(json.dumps(seen))

@@ -218,7 +218,7 @@ def test_the_game_names_the_option_of_a_row_that_need_not_hold_a_pair(
     lab, options = labs["frozen"]
     sized = dataclasses.replace(options, steps=1, batch_size=2, row_length=663)
     with pytest.raises(SettingsError, match="--reward: row_length 663.* takes 664 col"):
-        Pbkd(lab, GameConfig(pairs_per_step=2), sized).train(
+        Pbkd(lab, GameConfig(pairs_per_step=2, accumulation=1), sized).train(
             desk, "game", course, steps=1, seed=0
         )
 
@@ -269,7 +269,7 @@ def test_so_does_the_warm_start(lab, desk, tmp_path):
 def test_a_row_that_need_not_hold_a_record_or_exceeds_the_context(
     lab, course, desk, row_length
 ):
-    method = Sft(lab, FitConfig(batch_size=2, row_length=row_length))
+    method = Sft(lab, FitConfig(batch_size=2, accumulation=1, row_length=row_length))
     message = f"row_length {row_length}.* takes 332 columns.* context has 1024"
     with pytest.raises(SettingsError, match=message):
         method.train(desk, "sft", course, steps=1, seed=0)
@@ -284,7 +284,9 @@ def test_fewer_records_than_rows_of_a_batch(lab, course, desk):
 
 
 def test_two_responses_need_twice_the_room(lab, course, desk):
-    method = Dpo(lab, DpoConfig(FitConfig(batch_size=2, row_length=663)))
+    method = Dpo(
+        lab, DpoConfig(FitConfig(batch_size=2, accumulation=1, row_length=663))
+    )
     with pytest.raises(SettingsError, match="takes 664 columns"):
         method.train(desk, "dpo", course, steps=1, seed=0)
 
@@ -302,6 +304,6 @@ def test_a_penalty_on_samples_reads_a_row_for_each_record(lab):
 def test_ahead_of_time_there_are_no_packed_shapes(lab):
     with pytest.raises(SettingsError, match="sft: row_length 900, but shapes are"):
         inputs_of(Sft(lab, FitConfig(row_length=ROW)), None)
-    game = Pbkd(lab, GameConfig(row_length=ROW), tvkd.tiny().reward)
+    game = Pbkd(lab, GameConfig(row_length=ROW, accumulation=1), tvkd.tiny().reward)
     with pytest.raises(SettingsError, match="pbkd: row_length 900, but shapes are"):
         inputs_of(game, None)
