@@ -114,8 +114,8 @@ class CacheCommand:
     records: Literal["auto", "demonstrations", "preferences"] = "auto"
     """What a line of the data is; auto looks at the first."""
     on_error: Literal["raise", "skip"] = "raise"
-    """Stop at a line or record that cannot be used, or leave it out and count it; a
-    training on the same data stops at such a record."""
+    """Stop at a line or record that cannot be used, or leave it out and count it;
+    experiments.from_cache leaves it out too, a pipeline of your own stops there."""
     rows: Rows = dataclasses.field(default_factory=Rows)
     chat_template: str | None = None
     """chatml, or a file with a Jinja template, in place of the tokenizer's own."""
