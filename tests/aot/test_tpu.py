@@ -102,15 +102,12 @@ def test_a_float32_head_under_bfloat16_states_takes_little_memory():
     sizes = ("--hidden", "4096", "--vocab", "128256", "--dtype", "bfloat16")
     options = ("--head-dtype", "float32", "--topology", "v5e:2x2", "--json")
     program = "experiments.benchmarks.fused"
-    losses = ("--losses", "forward_kl", "jsd", "--rows", "1024")
+    losses = ("--losses", "jsd", "log_probs", "--rows", "256", "1024")
     for found in lines_of(program, *sizes, *options, *losses):
-        assert found["default_temp_gib"] * 2**30 <= 0.4e9
-        assert found["default_temp_gib"] <= found["dense_temp_gib"] / 2
-    losses = ("--losses", "log_probs", "--rows", "256", "8192")
-    few, many = lines_of(program, *sizes, *options, *losses)
-    assert few["default_temp_gib"] <= few["dense_temp_gib"]
-    assert many["default_temp_gib"] * 2**30 <= 1.6e9
-    assert many["dense_temp_gib"] * 2**30 > 8e9
+        assert found["default_temp_gib"] <= found["dense_temp_gib"]
+        if found["rows"] == 1024:
+            assert found["default_temp_gib"] * 2**30 <= 0.4e9
+            assert found["default_temp_gib"] <= found["dense_temp_gib"] / 2
 
 
 def test_a_step_sends_what_it_has_to(compiled):
