@@ -20,6 +20,7 @@ from rkd_jax.data.packing import pack
 from rkd_jax.data.tokenize import tokenize_record
 from rkd_jax.data.tokenizer import byte_tokenizer
 from rkd_jax.interop import load_model, save_model
+from rkd_jax.objectives.drdo import make_drdo
 from rkd_jax.sharding import MeshConfig
 from rkd_jax.signals.cache_rows import Located, located
 from rkd_jax.signals.teacher import make_sequence_scorer
@@ -86,6 +87,30 @@ def live(method, temperature):
         ),
         "drdo": lambda batch: (rewards(batch), ()),
     }[method]
+
+
+def test_rewards_of_drdo_are_scaled_over_all_that_is_taught(runs):
+    config = options(runs["drdo"], "drdo")
+    pupil, lessons, method, trainer = from_cache.open_school(config)
+    pairs = lessons.taught.records
+    gaps = np.subtract(
+        letter_share(None, [pair.chosen for pair in pairs]),
+        letter_share(None, [pair.rejected for pair in pairs]),
+    )
+    batch = lessons.tabulate(lessons.taught, 4)
+    batch, signal = method.signal(lessons.cache, batch)
+    params = method.begin(pupil, jax.random.key(0))
+
+    def loss(objective):
+        given = (params, {}, (), batch, signal, jax.random.key(0))
+        return objective.student_loss(*given).total
+
+    by_hand = make_drdo(
+        pupil.student, method.head, oracle_scale=np.sqrt(np.mean(gaps**2))
+    )
+    np.testing.assert_allclose(loss(trainer.objective), loss(by_hand), rtol=1e-5)
+    unscaled = loss(make_drdo(pupil.student, method.head))
+    assert abs(unscaled / loss(by_hand) - 1) > 0.01
 
 
 @pytest.mark.parametrize("method", METHODS)
