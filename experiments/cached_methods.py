@@ -67,7 +67,7 @@ def divergences(pupil: Pupil, lessons: Lessons) -> Measured:
     temperature = lessons.cache.settings.temperature
 
     @jax.jit
-    def per_token(params: Params, rows: tuple[Sequences, TopkSignal]) -> jax.Array:
+    def per_row(params: Params, rows: tuple[Sequences, TopkSignal]) -> jax.Array:
         sequences, teacher = rows
         mask = sequences.response_mask
         found = linear_topk_divergence(
@@ -82,7 +82,7 @@ def divergences(pupil: Pupil, lessons: Lessons) -> Measured:
         )
         return sequence_mean(found, mask)
 
-    followed = follow_parameters(per_token, to_host=True)
+    followed = follow_parameters(per_row, to_host=True)
 
     def measure(params: Params) -> np.ndarray:
         def of_some(index):

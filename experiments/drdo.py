@@ -21,7 +21,7 @@ from experiments.course import Course
 from experiments.edpo import EdpoConfig, RewardDistillation
 from experiments.game import TextBook
 from experiments.lab import Lab
-from experiments.references import checksums, kept, tabulated
+from experiments.references import checksums, kept
 from experiments.reward_models import (
     OracleRewards,
     RewardSource,
@@ -117,7 +117,7 @@ class DrdoOracle:
             desk, "3-oracle", start, pairs, steps=self.options.oracle_steps, seed=seed
         )
         book = TextBook(lambda rows: self._score(params, rows))
-        return book.look_up(tabulated(lab, pairs).sequences)[:, :, None]
+        return book.look_up(lab.collated(pairs).sequences)[:, :, None]
 
 
 class Drdo:

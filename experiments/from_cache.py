@@ -39,20 +39,16 @@ from experiments.settings import FitConfig, SettingsError
 from experiments.stages import Desk
 from experiments.system import TOY_FIT, export_student
 from experiments.teacher_student import (
-    RANDOM_TEACHER,
     as_student,
-    check_drop_layers,
-    on,
-    weights_path,
+    load_weights,
+    without_layers,
 )
 from experiments.trainer import Trainer
 from rkd_jax.data.chat_template import named_template
-from rkd_jax.data.tokenizer import Tokenizer, byte_tokenizer
+from rkd_jax.data.tokenizer import Tokenizer
 from rkd_jax.evaluation.content import Report
 from rkd_jax.evaluation.report import summary_table, write_report
-from rkd_jax.interop import load_model
 from rkd_jax.models.decoder import Decoder
-from rkd_jax.models.surgery import keep_layers
 from rkd_jax.placement import on_mesh
 from rkd_jax.sharding import MeshConfig
 from rkd_jax.signals.cache import CacheError
@@ -237,24 +233,13 @@ def load_student(
     Raises:
         SettingsError: no tokenizer, or no such layer or template.
     """
-    path = weights_path(options.model)
-    if path is None:
-        model, tokenizer = Decoder(RANDOM_TEACHER), byte_tokenizer()
-        params = on(mesh, model, model.init(jax.random.key(options.seed)))
-    else:
-        model, params, tokenizer = load_model(path, param_dtype="float32", mesh=mesh)
-    if tokenizer is None:
-        raise SettingsError(f"{path} holds no tokenizer; put tokenizer.json beside it")
+    model, params, tokenizer = load_weights(options.model, options.seed, mesh)
     if options.chat_template is not None:
         with refused("--student.chat-template", SettingsError):
             template = named_template(options.chat_template)
         tokenizer = tokenizer.with_chat_template(template)
     if options.drop_layers:
-        check_drop_layers(options, model.config)
-        layers = range(model.config.num_layers)
-        kept = tuple(n for n in layers if n not in options.drop_layers)
-        shape, params = keep_layers(model.config, params, kept)
-        model, params = Decoder(shape), on(mesh, Decoder(shape), params)
+        model, params = without_layers(options, model, params, mesh)
     return as_student(model, options), params, tokenizer
 
 

@@ -19,11 +19,9 @@ from experiments.lab import Lab
 from experiments.settings import GameConfig, RewardConfig, SettingsError
 from experiments.stages import Desk, train, training_key
 from experiments.trainer import Step, constant_rate, record_batches
-from rkd_jax.data.collate import collate
 from rkd_jax.data.packing import is_packed
 from rkd_jax.data.pipeline import ZippedBatches
 from rkd_jax.data.records import DemonstrationRecord, PreferenceRecord
-from rkd_jax.data.tokenize import tokenize_record
 from rkd_jax.losses import bradley_terry, check_epsilon
 from rkd_jax.objectives.pbkd import make_pbkd
 from rkd_jax.objectives.reward_model import l2_penalty, make_reward_model, pair_returns
@@ -133,10 +131,7 @@ def tabulate(
     records: Sequence[DemonstrationRecord] | Sequence[PreferenceRecord],
 ) -> Table:
     """Tokenise every record and look its states up."""
-    rows = [
-        tokenize_record(r, lab.tokenizer, lab.rows, i) for i, r in enumerate(records)
-    ]
-    batch = collate(rows, lab.rows)
+    batch = lab.collated(records)
     if not lab.trains_trunk:
         book.learn(batch.sequences)
     labels = getattr(batch, "label", None)

@@ -14,9 +14,7 @@ from experiments.lab import Lab, Sampler
 from experiments.references import pair_log_probs, reference_log_probs
 from experiments.settings import EvaluationConfig
 from experiments.stages import Desk, as_key, write_responses
-from rkd_jax.data.collate import collate
 from rkd_jax.data.records import PreferenceRecord, Prompt, PromptRecord
-from rkd_jax.data.tokenize import tokenize_record
 from rkd_jax.evaluation.content import (
     Difference,
     Policy,
@@ -113,11 +111,7 @@ class Judge:
     ):
         self.lab, self.desk, self.prompts, self.rng = lab, desk, prompts, rng
         self.options = options
-        rows = [
-            tokenize_record(p, lab.tokenizer, lab.rows, i)
-            for i, p in enumerate(prompts)
-        ]
-        batch = collate(rows, lab.rows)
+        batch = lab.collated(prompts)
         self._views = self._first((batch.prompts, batch.teacher_prompts))
         self._pairs = pairs if options.preferences else ()
         self._start = start

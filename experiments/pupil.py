@@ -10,9 +10,10 @@ from jax.sharding import Mesh
 
 from experiments.settings import SettingsError
 from experiments.several_processes import widest
+from rkd_jax.data.collate import Batch, collate
 from rkd_jax.data.pipeline import BatchIterator, make_batches
-from rkd_jax.data.records import DemonstrationRecord, PreferenceRecord
-from rkd_jax.data.tokenize import TokenizeConfig
+from rkd_jax.data.records import DemonstrationRecord, PreferenceRecord, Record
+from rkd_jax.data.tokenize import TokenizeConfig, tokenize_record
 from rkd_jax.data.tokenizer import Tokenizer
 from rkd_jax.models.api import CausalLM
 from rkd_jax.sharding import mesh_of, mesh_shard, row_shards
@@ -60,6 +61,14 @@ class Pupil:
             shard=mesh_shard(self.mesh),
             agree=widest,
         )
+
+    def collated(self, records: Sequence[Record]) -> Batch:
+        """All records as one batch on the host, numbered in their order."""
+        rows = [
+            tokenize_record(record, self.tokenizer, self.rows, number)
+            for number, record in enumerate(records)
+        ]
+        return collate(rows, self.rows)
 
     def check_rows(self, what: str, rows: int, accumulation: int = 1) -> None:
         """Raise SettingsError unless an update's rows divide, over the mesh too."""

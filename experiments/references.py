@@ -12,13 +12,11 @@ import numpy as np
 from experiments.game import TextBook
 from experiments.lab import Lab
 from experiments.stages import Desk
-from rkd_jax.data.collate import collate
 from rkd_jax.data.records import PreferenceRecord
-from rkd_jax.data.tokenize import tokenize_record
 from rkd_jax.signals.cache_identity import data_hash, name_of
 from rkd_jax.training.run import RunMismatch
 from rkd_jax.training.together import once
-from rkd_jax.types import Params, PreferenceBatch
+from rkd_jax.types import Params
 from rkd_jax.untrusted import refused
 
 
@@ -59,13 +57,7 @@ def pair_log_probs(
 ) -> np.ndarray:
     """Summed log-probs of both responses of every pair, ``float32[n, 2]``."""
     scores = TextBook(lambda rows: lab.reference_scores(params, rows))
-    return scores.look_up(tabulated(lab, pairs).sequences)
-
-
-def tabulated(lab: Lab, pairs: Sequence[PreferenceRecord]) -> PreferenceBatch:
-    """All pairs as one batch on the host."""
-    rows = [tokenize_record(r, lab.tokenizer, lab.rows, i) for i, r in enumerate(pairs)]
-    return collate(rows, lab.rows)
+    return scores.look_up(lab.collated(pairs).sequences)
 
 
 def kept(

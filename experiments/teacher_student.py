@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Protocol
 
 import jax
 from jax.sharding import Mesh
@@ -19,6 +20,20 @@ from rkd_jax.models.surgery import keep_layers
 from rkd_jax.placement import move
 from rkd_jax.sharding import mesh_of, parameter_shardings
 from rkd_jax.types import Params
+
+
+class Drops(Protocol):
+    """Options that name layers to do without."""
+
+    drop_layers: tuple[int, ...]
+
+
+class Computes(Protocol):
+    """Options that say how a student computes."""
+
+    dtype: str
+    remat: str
+
 
 RANDOM_TEACHER = DecoderConfig(
     vocab_size=byte_tokenizer().vocab_size,
@@ -41,19 +56,35 @@ def load_teacher(
         SettingsError: the weights come without a tokenizer.
         ShardingError: an axis of a parameter does not divide over the mesh.
     """
-    path = weights_path(config.teacher)
-    if path is None:
-        model = Decoder(RANDOM_TEACHER)
-        params = model.init(jax.random.key(config.seed))
-        return model, on(mesh, model, params), byte_tokenizer()
-    model, params, tokenizer = load_model(path, param_dtype="float32", mesh=mesh)
-    if tokenizer is None:
-        raise SettingsError(f"{path} holds no tokenizer; put tokenizer.json beside it")
+    model, params, tokenizer = load_weights(config.teacher, config.seed, mesh)
     if config.teacher == "smollm2":
         # Its own template slips a system turn of the vendor's before ours or in place
         # of none; the plain ChatML one writes what the record says and nothing else.
         tokenizer = tokenizer.with_chat_template(CHATML)
     return with_dtype(model, config.dtype), params, tokenizer
+
+
+def load_weights(
+    name: str, seed: int, mesh: Mesh | None
+) -> tuple[Decoder, Params, Tokenizer]:
+    """What an option names, on the mesh: float32 parameters, ``seed`` of random ones.
+
+    Raises:
+        SettingsError: the weights come without a tokenizer.
+        ShardingError: an axis of a parameter does not divide over the mesh.
+    """
+    path = weights_path(name)
+    if path is None:
+        model = Decoder(RANDOM_TEACHER)
+        return (
+            model,
+            on(mesh, model, model.init(jax.random.key(seed))),
+            byte_tokenizer(),
+        )
+    model, params, tokenizer = load_model(path, param_dtype="float32", mesh=mesh)
+    if tokenizer is None:
+        raise SettingsError(f"{path} holds no tokenizer; put tokenizer.json beside it")
+    return model, params, tokenizer
 
 
 def weights_path(name: str) -> Path | None:
@@ -86,15 +117,26 @@ def cut_student(
         if tokenizer is not None:
             same_vocabulary(tokenizer, load_teacher(config, mesh_of(teacher_params))[2])
         return as_student(model, config), params
-    check_drop_layers(config, teacher.config)
-    layers = range(teacher.config.num_layers)
-    kept = tuple(i for i in layers if i not in config.drop_layers)
-    student_config, params = keep_layers(teacher.config, teacher_params, kept)
-    student = as_student(Decoder(student_config), config)
-    return student, on(mesh, student, params)
+    student, params = without_layers(config, teacher, teacher_params, mesh)
+    return as_student(student, config), params
 
 
-def check_drop_layers(config: ModelConfig, teacher: DecoderConfig) -> None:
+def without_layers(
+    config: Drops, model: Decoder, params: Params, mesh: Mesh | None
+) -> tuple[Decoder, Params]:
+    """The model without the layers that ``config.drop_layers`` names, on the mesh.
+
+    Raises:
+        SettingsError: no such layer, or none is left.
+    """
+    check_drop_layers(config, model.config)
+    layers = range(model.config.num_layers)
+    kept = tuple(n for n in layers if n not in config.drop_layers)
+    shape, params = keep_layers(model.config, params, kept)
+    return Decoder(shape), on(mesh, Decoder(shape), params)
+
+
+def check_drop_layers(config: Drops, teacher: DecoderConfig) -> None:
     """Raise SettingsError for a layer that the teacher does not have."""
     unknown = sorted(set(config.drop_layers) - set(range(teacher.num_layers)))
     if unknown:
@@ -125,7 +167,7 @@ def with_dtype(model: Decoder, dtype: str) -> Decoder:
     return Decoder(dataclasses.replace(model.config, dtype=dtype))
 
 
-def as_student(model: Decoder, config: ModelConfig) -> Decoder:
+def as_student(model: Decoder, config: Computes) -> Decoder:
     """The same architecture, computing as the options say."""
     arithmetic = {"dtype": config.dtype, "remat": config.remat}
     return Decoder(dataclasses.replace(model.config, **arithmetic))

@@ -22,7 +22,7 @@ from experiments.command import run_command
 from experiments.course import Course
 from experiments.game import TextBook
 from experiments.lab import Lab
-from experiments.references import checksums, kept, reference_log_probs, tabulated
+from experiments.references import checksums, kept, reference_log_probs
 from experiments.settings import (
     FitConfig,
     ModelConfig,
@@ -96,7 +96,7 @@ class Tvkd:
 
         def shape() -> np.ndarray:
             book = TextBook(lambda rows: self.shaping(lab.teacher_params, rows))
-            return book.look_up(tabulated(lab, pairs).teacher_sequences)
+            return book.look_up(lab.collated(pairs).teacher_sequences)
 
         shaping = kept(desk, "3-shaping", of, shape)
         reference = reference_log_probs(lab, desk, course.start, pairs)
