@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 
 from rkd_jax.training.checksums import first_damage, has_checksums, write_checksums
 from rkd_jax.training.interrupt import PeerLost, blaming_peers
-from rkd_jax.training.orbax_failures import Raised, reason_of
+from rkd_jax.training.orbax_failures import Raised, hide_late_answers, reason_of
 from rkd_jax.training.provenance import differences, plain, summary, versions
 from rkd_jax.training.state import TrainState, abstract
 from rkd_jax.training.tensorstore_leaks import avoid_leaks
@@ -75,6 +75,7 @@ class Checkpoints:
 
     def __init__(self, folder: str | os.PathLike, *, config: Any, keep: int = 2):
         avoid_leaks()
+        hide_late_answers()
         path = os.fspath(folder)
         self._remote = "://" in path
         self.folder = path if self._remote else os.path.abspath(path)

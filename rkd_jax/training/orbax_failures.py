@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
+import sys
 
 from rkd_jax.training.together import Disagreement
 
@@ -37,3 +39,34 @@ class Raised(logging.Filter):
         if raised and record.exc_info and self.failure is None:
             self.failure = OSError(reason_of(record.exc_info[1]))
         return not raised
+
+
+def hide_late_answers() -> None:
+    """Print nothing of arrays whose end nobody waits for; calling this again is cheap.
+
+    At the first array that cannot be written orbax closes the event loop that waits for
+    all of them. To tensorstore every other array then is an error that it cannot raise
+    anywhere; it prints a traceback for each from threads of its own, amid the line in
+    which a program says why it stops. All else goes on to the hook that was there.
+    """
+    there = sys.unraisablehook
+    if getattr(there, "hides_late_answers", False):
+        return
+
+    def hook(failure: sys.UnraisableHookArgs) -> None:
+        trace = failure.exc_traceback
+        late = (
+            isinstance(failure.exc_value, RuntimeError)
+            and trace is not None
+            and trace.tb_frame.f_code is _TELL.__code__
+            and trace.tb_frame.f_locals["self"].is_closed()
+        )
+        if not late:
+            there(failure)
+
+    hook.hides_late_answers = True
+    sys.unraisablehook = hook
+
+
+_TELL = asyncio.BaseEventLoop.call_soon_threadsafe
+"""How another thread tells an event loop that something has come to its end."""
