@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,7 +14,7 @@ from experiments.cached_lessons import Lessons
 from experiments.game import in_chunks
 from experiments.pupil import Pupil
 from rkd_jax.data.records import DemonstrationRecord, PreferenceRecord
-from rkd_jax.losses import linear_topk_divergence, reward_scale
+from rkd_jax.losses import generalized_jsd, linear_topk_divergence, reward_scale
 from rkd_jax.masking import sequence_mean
 from rkd_jax.models.api import CausalLM, response_hidden
 from rkd_jax.models.heads import ScalarHead
@@ -62,7 +63,7 @@ class Method(NamedTuple):
 
 
 def divergences(pupil: Pupil, lessons: Lessons) -> Measured:
-    """Divergence to the teacher's lists on every held-out response, nats per token."""
+    """Forward KL to the teacher's lists on every held-out response, nats per token."""
     model, batch = pupil.student, lessons.tabulate(lessons.held_out)
     temperature = lessons.cache.settings.temperature
 
@@ -109,8 +110,9 @@ def margins(pupil: Pupil, lessons: Lessons) -> Measured:
 
 
 def _kd(model: CausalLM, config: FromCacheConfig, lessons: Lessons) -> Objective:
-    del config
-    return make_topk_kd(model, temperature=lessons.cache.settings.temperature)
+    divergence = functools.partial(generalized_jsd, beta=config.kd.beta)
+    temperature = lessons.cache.settings.temperature
+    return make_topk_kd(model, divergence, temperature=temperature)
 
 
 def _dpo(model: CausalLM, config: FromCacheConfig, lessons: Lessons) -> Objective:
@@ -157,7 +159,7 @@ METHODS = {
         objective=_kd,
         metric="student/divergence",
         measure=divergences,
-        unit="divergence to the teacher's list, nats per token",
+        unit="forward KL to the teacher's list, nats per token",
     ),
     "dpo": Method(
         signal=lambda cache, batch: (batch, cache.reference(batch)),

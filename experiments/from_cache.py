@@ -81,6 +81,15 @@ class StudentConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ListDivergence:
+    """Of KD; see `make_topk_kd`."""
+
+    beta: float = 0.0
+    """Of the generalised JSD, as in GKD: 0 is forward KL. Below 1: reverse KL is
+    infinite where a rounded list leaves no mass to other tokens."""
+
+
+@dataclasses.dataclass(frozen=True)
 class ShapingWeight:
     """Of TVKD; see `make_tvkd`. What the shaping is the cache says."""
 
@@ -117,6 +126,7 @@ class FromCacheConfig:
     tvkd the shaping, drdo the oracle's rewards of pairs."""
     beta: float = 0.1
     """Of DPO and TVKD."""
+    kd: ListDivergence = ListDivergence()
     tvkd: ShapingWeight = ShapingWeight()
     drdo: DrdoWeights = DrdoWeights()
     updates: int = 100

@@ -17,8 +17,9 @@ NAMES = {
     "rkd_jax.placement": "follow_parameters place_rows fetch fill_rows on_mesh jit_on "
     "on_own_rows describe_mesh",
     "rkd_jax.losses": "token_log_probs forward_kl reverse_kl generalized_jsd "
-    "skew_forward_kl skew_reverse_kl total_variation topk_forward_kl dpo ipo simpo "
-    "linear_token_log_probs linear_divergence linear_topk_divergence "
+    "skew_forward_kl skew_reverse_kl total_variation topk_forward_kl "
+    "topk_divergence dpo ipo simpo linear_token_log_probs linear_divergence "
+    "linear_topk_divergence "
     "linear_soft_value linear_expectation linear_sequence_reverse_kl "
     "bradley_terry confidence_slack trajectory_return reward_to_go reward_gap "
     "triviality_threshold reward_player_loss leave_one_out_per_step next_value_sum "
@@ -35,6 +36,7 @@ NAMES = {
     "rkd_jax.objectives.ava": "make_ava_d make_ava_p ava_token_rewards",
     "rkd_jax.losses.divergences": "forward_kl reverse_kl generalized_jsd "
     "skew_forward_kl skew_reverse_kl total_variation topk_forward_kl",
+    "rkd_jax.losses.topk": "topk_divergence",
     "rkd_jax.losses.fused": "linear_token_log_probs linear_divergence "
     "linear_topk_divergence linear_soft_value linear_expectation Tiles",
     "rkd_jax.losses.preference": "dpo ipo simpo",

@@ -3,6 +3,7 @@
 ===================  ===================================================================
 likelihood           log-probs of given tokens
 divergences          between next-token distributions, ``[..., V] x [..., V] -> [...]``
+topk                 the same where the teacher is a list and one bucket for the rest
 divergence_terms     what they sum over the vocabulary
 fused                both from states and heads: ``[.., T, V]`` logits never exist
 fused_plan           how a fused loss is cut; how it is computed: vocabulary_tiles,
@@ -95,6 +96,7 @@ from rkd_jax.losses.reward_distillation import (
     reward_scale,
     running_mean_loss,
 )
+from rkd_jax.losses.topk import topk_divergence
 from rkd_jax.losses.tvkd_release import (
     bucket_entropy,
     bucket_log_probs,
@@ -173,6 +175,7 @@ __all__ = [
     "target_bucket_log_probs",
     "temporal_difference",
     "token_log_probs",
+    "topk_divergence",
     "topk_forward_kl",
     "total_variation",
     "trajectory_return",

@@ -54,6 +54,15 @@ def reverse_kl_slopes(q: jax.Array, p: jax.Array) -> jax.Array:
     return mass * _log_ratio(mass, q, p)
 
 
+def reverse_kl_pull(q: jax.Array, p: jax.Array) -> jax.Array:
+    """What sums up to the same as the slopes.
+
+    Of the slopes themselves XLA on a GPU would keep an array, for whoever needs them
+    after their sum.
+    """
+    return reverse_kl_terms(q, p) + (jnp.exp(q) - jnp.exp(p))
+
+
 def generalized_jsd_terms(q: jax.Array, p: jax.Array, *, beta=0.5) -> jax.Array:
     """Of `generalized_jsd`."""
     if _is(beta, 0):

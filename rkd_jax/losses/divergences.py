@@ -305,6 +305,14 @@ def topk_forward_kl(
         Coarse-grained KL as in DCKD, 2502.17927. Deviation: the student's bucket is an
         exact log-sum-exp over the tail, without a probability floor.
     """
+    q, p = coarse_grained(student_logits, topk_ids, topk_log_probs, temperature)
+    return kl_terms(p, q).sum(-1)
+
+
+def coarse_grained(
+    student_logits, topk_ids, topk_log_probs, temperature
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probs of student and teacher, [.., K + 1]: listed tokens, then all others."""
     check_domain("temperature", temperature, "(0, inf)")
     chex.assert_equal_shape([topk_ids, topk_log_probs])
     chex.assert_equal_shape_prefix([student_logits, topk_ids], student_logits.ndim - 1)
@@ -312,11 +320,11 @@ def topk_forward_kl(
     p = jax.lax.stop_gradient(topk_log_probs.astype(q.dtype))
     present = p > -jnp.inf
     listed = jnp.where(present, take_tokens(q, topk_ids), -jnp.inf)
-    terms = kl_terms(
+    rest = _logsumexp_without(q, topk_ids, present)
+    return (
+        jnp.concatenate([listed, rest], axis=-1),
         jnp.concatenate([p, log_rest(p, q.shape[-1])], axis=-1),
-        jnp.concatenate([listed, _logsumexp_without(q, topk_ids, present)], axis=-1),
     )
-    return terms.sum(-1)
 
 
 def _log_probs(student_logits, teacher_logits, temperature):

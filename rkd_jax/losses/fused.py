@@ -36,6 +36,7 @@ import jax
 import jax.numpy as jnp
 
 from rkd_jax.losses import divergences
+from rkd_jax.losses.divergences import forward_kl
 from rkd_jax.losses.domain import check_choice, check_domain
 from rkd_jax.losses.fused_plan import TILES, Tiles, run
 from rkd_jax.losses.readouts import Readout
@@ -47,6 +48,7 @@ from rkd_jax.losses.row_losses import (
     TopK,
     summand_of,
 )
+from rkd_jax.losses.topk import coarse_summand_of
 
 Divergence = Callable[..., jax.Array]
 
@@ -186,6 +188,7 @@ def linear_topk_divergence(
     topk_ids: jax.Array,
     topk_log_probs: jax.Array,
     *,
+    divergence: Callable[..., jax.Array] = forward_kl,
     mask: jax.Array | None = None,
     weights: jax.Array | None = None,
     temperature: float = 1.0,
@@ -194,13 +197,14 @@ def linear_topk_divergence(
     axis_name: str | None = None,
     tiles: Tiles = TILES,
 ) -> jax.Array:
-    """Forward KL to a teacher's top k and one bucket for the rest, in nats.
+    """`topk_divergence` to a teacher's top k and one bucket for the rest, in nats.
 
     Args:
         hidden: float[*batch, D] of the student.
         head: float[D, V] of the student.
-        topk_ids: int[*batch, K], as `topk_forward_kl`.
+        topk_ids: int[*batch, K], as `topk_divergence`.
         topk_log_probs: float[*batch, K], taken at the same temperature.
+        divergence: see `topk_divergence`.
         mask: see `linear_token_log_probs`.
         weights: see `linear_token_log_probs`.
         temperature: see `linear_token_log_probs`.
@@ -210,23 +214,24 @@ def linear_topk_divergence(
         tiles: see `linear_token_log_probs`.
 
     Returns:
-        float32[*batch], as `topk_forward_kl`; 0 where ``mask`` is not set, NaN where a
+        float32[*batch], as `topk_divergence`; 0 where ``mask`` is not set, NaN where a
         listed id is outside [0, V). Not reduced.
 
     Gradient:
         Flows to the student's states, head and bias.
 
     Raises:
-        ValueError: options out of range, or sizes that disagree.
+        ValueError: options out of range, sizes that disagree, or a divergence that
+            `topk_divergence` refuses.
 
     References:
-        See `topk_forward_kl`. Deviation: none.
+        See `topk_divergence`. Deviation: none.
     """
     chex.assert_equal_shape([topk_ids, topk_log_probs])
     width = head.shape[1] * (1 if axis_name is None else jax.lax.axis_size(axis_name))
     log_probs = jax.lax.stop_gradient(topk_log_probs)
     return run(
-        TopK(vocabulary=width),
+        TopK(vocabulary=width, summand=coarse_summand_of(divergence)),
         (Readout(hidden, head, bias), None),
         (topk_ids.astype(jnp.int32), log_probs),
         mask=mask,

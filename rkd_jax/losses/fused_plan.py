@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any, Literal
 
 import chex
@@ -30,6 +31,8 @@ class Tiles:
 
     Attributes:
         logits: numbers in one array of logits, ``rows x V`` in the first pass.
+        strip: numbers of it that a CPU takes at once, out of its cache, where a loss
+            has two sides; other devices take all.
         block: most rows at once in the second pass.
         columns: of the vocabulary at once in the second pass.
         gradient: ``"recompute"`` computes the logits again in the backward pass: the
@@ -42,6 +45,7 @@ class Tiles:
     """
 
     logits: int = 2**25
+    strip: int = 2**19
     block: int = 2048
     columns: int = 4096
     gradient: Literal["recompute", "ahead"] | None = None
@@ -160,11 +164,11 @@ def _local(
         None if side is None else side._replace(hidden=rows(side.hidden))
         for side in (student, teacher)
     )
-    chunk, block = _cut(student, tiles)
+    chunk, block, strip = _cut(student, tiles)
     by_tiles = not batch_axes and few_rows(student, teacher)
     gradient = tiles.gradient
     if chunk >= len(student.hidden):
-        gradient = "keep"
+        gradient, by_tiles = "keep", False
     elif gradient is None:
         wide = student.head.dtype.itemsize >= 4 and axis_name is None
         gradient = "ahead" if wide and not by_tiles else "recompute"
@@ -173,6 +177,7 @@ def _local(
         temperatures=temperatures,
         softcaps=softcaps,
         rows=chunk,
+        strip=strip,
         block=block,
         columns=tiles.columns,
         gradient=gradient,
@@ -185,8 +190,8 @@ def _local(
     return vocabulary_loss(plan, student, teacher, data, weights, mask).reshape(batch)
 
 
-def _cut(student: Readout, tiles: Tiles) -> tuple[int, int]:
-    """Rows of a chunk, and rows of a block: a whole number of chunks."""
+def _cut(student: Readout, tiles: Tiles) -> tuple[int, int, int]:
+    """Rows of a chunk, of a block of whole chunks, and of a strip, part of a chunk."""
     count, width = len(student.hidden), student.head.shape[1]
     blocks = max(-(-count // tiles.block), 1)
     block = max(-(-count // blocks), 1)
@@ -194,7 +199,8 @@ def _cut(student: Readout, tiles: Tiles) -> tuple[int, int]:
     chunk = -(-block // chunks)
     if chunk > 8:
         chunk = -(-chunk // 8) * 8
-    return chunk, chunk * chunks
+    strip = 8 * math.gcd(chunk // 8, max(tiles.strip // width // 8, 1))
+    return chunk, chunk * chunks, chunk if chunk % 8 else strip
 
 
 def _check_readout(side: Readout, batch: tuple[int, ...]) -> None:

@@ -1,6 +1,6 @@
 r"""What vocabulary heads say of states: some rows and some columns at a time.
 
->>> plan = Plan(None, (2.0, 2.0), (None, None), 1, 1, 2, "keep", None)
+>>> plan = Plan(None, (2.0, 2.0), (None, None), 1, 1, 1, 2, "keep", None)
 >>> side = Readout(jnp.ones((1, 1)), jnp.array([[2.0, 4.0]]))
 >>> print(tempered_logits(plan, side, None, [side.hidden], slice(None))[0])
 [[1. 2.]]
@@ -38,6 +38,7 @@ class Plan:
     temperatures: tuple[float, float]  # of student and teacher
     softcaps: tuple[float | None, float | None]  # of student and teacher
     rows: int  # of a chunk of the first pass, which sees all columns
+    strip: int  # rows of that at once once there are logits; divides ``rows``
     block: int  # rows of a chunk of the second pass, a multiple of ``rows``
     columns: int  # of a tile of the second pass
     gradient: Gradient
@@ -120,7 +121,7 @@ def few_rows(student: Readout, teacher: Readout | None) -> bool:
 
 
 def normalise(plan: Plan, logits: list[jax.Array], columns, data):
-    """`Logs` of some rows with all columns, and the normalisers, ``[C, sides]``.
+    """`Logs` of some rows with all columns, and the normalisers of the sides, ``[C]``.
 
     Tokens that the loss has listed are to be read from `Logs.apart`, not from the logs.
     """
@@ -130,31 +131,39 @@ def normalise(plan: Plan, logits: list[jax.Array], columns, data):
         logs = log_probs_of(logits, normalisers, columns)
         return logs._replace(power_sums=powers), normalisers
     student, normaliser, apart = _normaliser_in_parts(plan, logits[0], places)
-    normalisers = normaliser[:, None]
-    logs = log_probs_of([student], normalisers, columns)
-    return logs._replace(apart=apart), normalisers
+    logs = log_probs_of([student], [normaliser], columns)
+    return logs._replace(apart=apart), [normaliser]
 
 
 def _normalisers(plan: Plan, logits: list[jax.Array]):
-    """Log of the sum of exponentials of each side, ``[C, sides]``, or 0.
+    """Log of the sum of exponentials of each side, ``[C]`` or 0.
 
     And those of the student's probabilities to the loss's powers, ``[C, powers]``: the
     largest token is the same, and all sums go over the shards together.
     """
-    top = jnp.stack([z.max(-1) for z in logits], axis=-1)
-    if plan.axis_name is not None:
-        top = jax.lax.pmax(top, plan.axis_name)
-    shifted = [z - top[:, i, None] for i, z in enumerate(logits)]
+    tops = _over_shards(plan, jax.lax.pmax, [z.max(-1) for z in logits])
+    shifted = [z - top[:, None] for z, top in zip(logits, tops, strict=True)]
     shifted += [power * shifted[0] for power in plan.loss.powers]
-    total = jnp.stack([jnp.exp(z).sum(-1) for z in shifted], axis=-1)
-    if plan.axis_name is not None:
-        total = jax.lax.psum(total, plan.axis_name)
-    sides, total = len(logits), jnp.log(total)
-    has = jnp.array(plan.normalised[:sides])
-    normalisers = jnp.where(has[None], top + total[:, :sides], 0.0)
-    below = (top - normalisers)[:, :1]  # the largest log-prob
-    powers = jnp.array(plan.loss.powers, total.dtype)
-    return normalisers, powers[None] * below + total[:, sides:]
+    totals = [jnp.exp(z).sum(-1) for z in shifted]
+    totals = [jnp.log(x) for x in _over_shards(plan, jax.lax.psum, totals)]
+    normalisers = [
+        top + total if has else jnp.zeros_like(top)
+        for top, total, has in zip(tops, totals, plan.normalised, strict=False)
+    ]
+    if not plan.loss.powers:
+        return normalisers, None
+    largest = tops[0] - normalisers[0]  # log-prob
+    sums = zip(plan.loss.powers, totals[len(logits) :], strict=True)
+    sums = [power * largest + total for power, total in sums]
+    return normalisers, jnp.stack(sums, axis=-1)
+
+
+def _over_shards(plan: Plan, reduce: Callable, parts: list) -> list[jax.Array]:
+    """All of a row out of its shards' parts, in one collective."""
+    if plan.axis_name is None:
+        return parts
+    parts = reduce(jnp.stack(parts, axis=-1), plan.axis_name)
+    return list(jnp.unstack(parts, axis=-1))
 
 
 def _normaliser_in_parts(plan: Plan, logits: jax.Array, places: jax.Array):
@@ -186,7 +195,7 @@ def _normaliser_in_parts(plan: Plan, logits: jax.Array, places: jax.Array):
 
 def log_probs_of(logits: list[jax.Array], normalisers, columns) -> Logs:
     """Of any columns, once the normalisers are known."""
-    logs = [z - normalisers[:, i, None] for i, z in enumerate(logits)]
+    logs = [z - one[:, None] for z, one in zip(logits, normalisers, strict=True)]
     return Logs(logs[0], logs[1] if len(logs) > 1 else None, columns)
 
 

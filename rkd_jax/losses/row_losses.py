@@ -18,7 +18,6 @@ import jax.numpy as jnp
 
 from rkd_jax.losses import divergence_terms as terms
 from rkd_jax.losses import divergences
-from rkd_jax.losses.divergence_terms import kl_terms
 from rkd_jax.losses.divergences import log_rest
 from rkd_jax.losses.importance import counted
 from rkd_jax.losses.likelihood import put_tokens, take_tokens
@@ -106,12 +105,15 @@ class Summand(NamedTuple):
 
     terms: Callable[..., jax.Array]
     slopes: Callable[..., jax.Array]  # derivative of the terms in the student's
+    pull: Callable[..., jax.Array] | None = None  # of the same sum as the slopes
     options: tuple[tuple[str, Any], ...] = ()  # by name; comparable
 
 
 SUMMANDS = {
     divergences.forward_kl: Summand(terms.forward_kl_terms, terms.forward_kl_slopes),
-    divergences.reverse_kl: Summand(terms.reverse_kl_terms, terms.reverse_kl_slopes),
+    divergences.reverse_kl: Summand(
+        terms.reverse_kl_terms, terms.reverse_kl_slopes, terms.reverse_kl_pull
+    ),
     divergences.generalized_jsd: Summand(
         terms.generalized_jsd_terms, terms.generalized_jsd_slopes
     ),
@@ -174,6 +176,13 @@ class PerToken(BySlopes):
         options = dict(self.summand.options)
         return self.summand.slopes(logs.student, logs.teacher, **options)
 
+    def pull(self, logs: Logs, data: None, stats: None) -> jax.Array:
+        """The sum of the slopes, or of what adds up to the same."""
+        if self.summand.pull is None:
+            return super().pull(logs, data, stats)
+        options = dict(self.summand.options)
+        return self.summand.pull(logs.student, logs.teacher, **options).sum(-1)
+
 
 @dataclasses.dataclass(frozen=True)
 class CreditedReverseKl(BySlopes):
@@ -210,9 +219,14 @@ class _Buckets(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class TopK(RowLoss):
-    """Forward KL with one bucket for the tail; ``data`` is ids and log-probs [C, K]."""
+    """A divergence with one bucket for the tail; ``data`` is ids and log-probs [C, K].
+
+    The student's bucket is a log-sum-exp, of whose slope every token outside the list
+    has its share.
+    """
 
     vocabulary: int  # V, all shards together
+    summand: Summand
 
     def places(self, columns: jax.Array, data) -> jax.Array:
         """The teacher's list. An entry with log-prob -inf counts as absent."""
@@ -231,35 +245,46 @@ class TopK(RowLoss):
     def partial(self, logs: Logs, data, stats: _Buckets) -> jax.Array:
         """All of it from the first shard."""
         ids, log_probs = data
-        value = kl_terms(log_probs.astype(stats.listed.dtype), stats.listed).sum(-1)
-        value = value + kl_terms(stats.teacher, stats.student)
+        listed, rest = self._of_buckets(self.summand.terms, log_probs, stats)
+        value = listed.sum(-1) + rest
         # A listed token that the student does not have is nowhere, its mass is.
         unknown = (log_probs > -jnp.inf) & ((ids < 0) | (ids >= self.vocabulary))
         value = jnp.where(unknown.any(-1), jnp.nan, value)
         return jnp.where(logs.columns[0] == 0, value, 0.0)
 
     def pull(self, logs: Logs, data, stats: _Buckets) -> jax.Array:
-        """Minus the mass of the teacher's buckets, from the first shard."""
-        listed = jnp.exp(data[1].astype(stats.listed.dtype)).sum(-1)
-        rest = jnp.where(stats.student > -jnp.inf, jnp.exp(stats.teacher), 0.0)
-        return jnp.where(logs.columns[0] == 0, -listed - rest, 0.0)
+        """The slopes of all buckets, from the first shard."""
+        listed, rest = self._slopes(data, stats)
+        return jnp.where(logs.columns[0] == 0, listed.sum(-1) + rest, 0.0)
 
     def logit_gradient(self, logs: Logs, data, stats, pull, scale) -> jax.Array:
         """Outside the list a multiple of the student's mass: one pass, then K writes.
 
-        The factor is p_rest / q_rest + pull, which may be larger than any number: its
-        logarithm joins the log-prob.
+        The factor is the bucket's slope over its mass, less the pull, which may be
+        larger than any number: its logarithm joins the log-prob.
         """
-        some = (stats.teacher > -jnp.inf) & (stats.student > -jnp.inf)
-        ratio = jnp.where(some, stats.teacher - stats.student, -jnp.inf)
-        top = jnp.maximum(ratio, 0.0)
-        factor = jnp.exp(ratio - top) + pull * jnp.exp(-top)
+        slopes, rest = self._slopes(data, stats)
+        some = rest != 0.0
+        size = jnp.log(jnp.where(some, jnp.abs(rest), 1.0)) - stats.student
+        size = jnp.where(some, size, -jnp.inf)
+        top = jnp.maximum(size, 0.0)
+        factor = jnp.sign(rest) * jnp.exp(size - top) - pull * jnp.exp(-top)
         size = top + jnp.log(jnp.abs(factor))
-        others = -jnp.sign(factor)[:, None] * jnp.exp(logs.student + size[:, None])
+        others = jnp.sign(factor)[:, None] * jnp.exp(logs.student + size[:, None])
         others = _scaled(others, scale)
-        listed = -jnp.exp(data[1].astype(others.dtype))
-        listed = _scaled(listed - jnp.exp(stats.listed) * pull[:, None], scale)
+        listed = _scaled(slopes - jnp.exp(stats.listed) * pull[:, None], scale)
         return put_tokens(others, self.places(logs.columns, data), listed)
+
+    def _slopes(self, data, stats: _Buckets) -> tuple[jax.Array, jax.Array]:
+        """Derivatives in the student's buckets; 0 in one that holds no token."""
+        listed, rest = self._of_buckets(self.summand.slopes, data[1], stats)
+        return listed, jnp.where(stats.student > -jnp.inf, rest, 0.0)
+
+    def _of_buckets(self, function, log_probs, stats: _Buckets):
+        """An elementwise function of listed tokens, [C, K], and of the rest, [C]."""
+        function = functools.partial(function, **dict(self.summand.options))
+        listed = function(stats.listed, log_probs.astype(stats.listed.dtype))
+        return listed, function(stats.student, stats.teacher)
 
 
 @dataclasses.dataclass(frozen=True)

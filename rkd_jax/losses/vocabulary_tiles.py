@@ -24,7 +24,7 @@ Three ways to a gradient, all exact for any cotangent:
   again and written over. One array of the size of the head is kept in float32.
 
 >>> from rkd_jax.losses.row_losses import TokenLogProb
->>> plan = Plan(TokenLogProb(), (1.0, 1.0), (None, None), 2, 2, 2, "recompute", None)
+>>> plan = Plan(TokenLogProb(), (1.0, 1.0), (None, None), 2, 2, 2, 2, "recompute", None)
 >>> side = Readout(jnp.zeros((2, 1)), jnp.ones((1, 4)))
 >>> targets, weights = jnp.array([0, 3], jnp.int32), jnp.ones(2)
 >>> print(jnp.exp(vocabulary_loss(plan, side, None, targets, weights, None)))
@@ -64,7 +64,7 @@ class _Rows(NamedTuple):
     """What the first pass finds, with N' rows each."""
 
     values: jax.Array
-    normalisers: jax.Array  # [N', sides]
+    normalisers: list[jax.Array]  # of each side
     pull: jax.Array  # sum of the slopes
     stats: Any
 
@@ -139,50 +139,69 @@ def _only_pass(plan, rows, student, teacher) -> tuple[_Rows, Logs]:
     logits = tempered_logits(plan, student, teacher, rows.hidden, slice(None))
     found, logs = _of_chunk(plan, logits, columns, rows.data)
     found = _together(plan, found)
-    return found._replace(values=jnp.where(_live(rows), found.values, 0.0)), logs
+    return found._replace(values=_of_live(rows, found.values)), logs
 
 
 def _kept(plan, rows, found, logs, student, cotangent) -> Readout:
     """The gradient out of the log-probs of all rows."""
-    scale = jnp.where(_live(rows), cotangent, 0.0)
+    scale, hidden = _of_live(rows, cotangent), rows.hidden[0]
     delta = _logit_gradient(plan, logs, rows.data, found, scale)
-    narrow, hidden = delta.astype(student.hidden.dtype), rows.hidden[0]
-    states = product(narrow, student.head.astype(narrow.dtype), (1, 1))
+    head = student.head.astype(hidden.dtype)
+
+    def products(delta):
+        # As an array of its own, or both would be computed from arrays of other terms.
+        delta = jax.lax.optimization_barrier(delta)
+        narrow = delta.astype(hidden.dtype)
+        return product(narrow, head, (1, 1)), product(hidden, narrow, (0, 0))
+
+    def tpu_products(delta):
+        # Wide in one of them, where the matrix unit rounds it: a narrow array that both
+        # read would be written beside the log-probs.
+        states = product(delta.astype(hidden.dtype), head, (1, 1))
+        return states, product(hidden.astype(delta.dtype), delta, (0, 0))
+
+    states, head_gradient = jax.lax.platform_dependent(
+        delta, tpu=tpu_products, default=products
+    )
     if plan.axis_name is not None:
         states = jax.lax.psum(states, plan.axis_name)
     bias = None if student.bias is None else delta.sum(0)
-    return Readout(states, product(hidden, narrow, (0, 0)), bias)
+    return Readout(states, head_gradient, bias)
 
 
-def _live(rows) -> jax.Array:
-    """bool[N']: the rows that count."""
-    return jnp.arange(len(rows.hidden[0]), dtype=jnp.int32) < rows.live
+def _of_live(rows, values: jax.Array) -> jax.Array:
+    """0 in the rows that do not count."""
+    if rows.index is None:
+        return values
+    live = jnp.arange(len(values), dtype=jnp.int32) < rows.live
+    return jnp.where(live, values, 0.0)
 
 
 def _first_pass(plan, rows, student, teacher, weights):
     """`_Rows`, and the gradient of their sum under ``weights`` if there are any."""
     columns = columns_of(plan, student, 0, student.head.shape[1])
 
-    def of_chunk(hidden, data):
+    def of_chunk(hidden, data, scale):
         logits = all_logits(plan, student, teacher, hidden)
-        return _of_chunk(plan, logits, columns, data)
+        return _in_strips(plan, logits, columns, data, scale)
 
     def body(i, carry):
         found, gradient = carry
         here = functools.partial(_chunk, start=i * plan.rows, size=plan.rows)
         hidden, data = jax.tree.map(here, (rows.hidden, rows.data))
-        new, logs = of_chunk(hidden, data)
+        scale = None
         if gradient is not None:
-            new = _together(plan, new)
             live = i * plan.rows + jnp.arange(plan.rows, dtype=jnp.int32) < rows.live
             scale = jnp.where(live, here(weights), 0.0)
-            delta = _logit_gradient(plan, logs, data, new, scale)
+        new, delta = of_chunk(hidden, data, scale)
+        if gradient is not None:
             gradient = _accumulate(plan, gradient, i, delta, hidden[0], student)
         return _write(found, new, i * plan.rows), gradient
 
     size = len(rows.hidden[0])
     here = functools.partial(_chunk, start=0, size=plan.rows)
-    example, _ = jax.eval_shape(of_chunk, *jax.tree.map(here, (rows.hidden, rows.data)))
+    chunk = jax.tree.map(here, (rows.hidden, rows.data))
+    example, _ = jax.eval_shape(functools.partial(of_chunk, scale=None), *chunk)
     blank = jax.tree.map(
         lambda x: own_zeros(plan, (size, *x.shape[1:]), x.dtype), example
     )
@@ -196,7 +215,34 @@ def _first_pass(plan, rows, student, teacher, weights):
     found, gradient = jax.lax.fori_loop(0, count, body, (blank, gradient))
     if weights is None:
         found = _together(plan, found)
-    return found._replace(values=jnp.where(_live(rows), found.values, 0.0)), gradient
+    return found._replace(values=_of_live(rows, found.values)), gradient
+
+
+def _of_logits(plan, columns, logits, data, scale) -> tuple[_Rows, jax.Array | None]:
+    """What there is to know of some rows, and their gradient if ``scale`` is given."""
+    found, logs = _of_chunk(plan, logits, columns, data)
+    if scale is None:
+        return found, None
+    found = _together(plan, found)
+    return found, _logit_gradient(plan, logs, data, found, scale)
+
+
+def _in_strips(plan, logits, columns, data, scale):
+    """`_of_logits` of a chunk; on a CPU a few rows at a time, which stay in its cache.
+
+    XLA walks over all of the memory there for every exponential. Of one side alone
+    there are too few of them.
+    """
+    whole = functools.partial(_of_logits, plan, columns)
+    if len(logits) < 2 or plan.axis_name is not None or plan.strip == plan.rows:
+        return whole(logits, data, scale)
+
+    def strips(*rows):
+        cut = jax.tree.map(lambda x: x.reshape(-1, plan.strip, *x.shape[1:]), rows)
+        found = jax.lax.map(lambda strip: whole(*strip), cut)
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
+
+    return jax.lax.platform_dependent(logits, data, scale, cpu=strips, default=whole)
 
 
 def _together(plan: Plan, rows: _Rows) -> _Rows:
@@ -306,7 +352,7 @@ def _logit_gradient(plan, logs: Logs, data, known: _Rows, scale) -> jax.Array:
     delta = plan.loss.logit_gradient(logs, data, known.stats, pull, scale)
     cap = plan.softcaps[0]
     if cap is not None:
-        logits = (logs.student + known.normalisers[:, :1]) * plan.temperatures[0]
+        logits = (logs.student + known.normalisers[0][:, None]) * plan.temperatures[0]
         delta = delta * jnp.where(delta != 0.0, 1.0 - (logits / cap) ** 2, 0.0)
     return delta
 

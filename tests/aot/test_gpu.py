@@ -51,6 +51,18 @@ def test_fused_losses_hold_no_logits_at_the_published_shape():
         assert row["dense_temp_gib"] > 7, row
 
 
+@pytest.mark.parametrize("head_dtype", ["float32", "bfloat16"])
+def test_no_fused_loss_of_few_rows_takes_more_than_the_dense_one(head_dtype):
+    sizes = ("--hidden", "4096", "--vocab", "128256", "--rows", "256")
+    command = ("experiments.benchmarks.fused", "--topology", "h100:1", *sizes)
+    losses = ("log_probs", "forward_kl", "reverse_kl", "jsd", "total_variation")
+    dtypes = ("--dtype", "bfloat16", "--head-dtype", head_dtype)
+    every = run(*command, *dtypes, "--losses", *losses)
+    assert [row["loss"] for row in every] == list(losses)
+    for row in every:
+        assert row["default_temp_gib"] <= row["dense_temp_gib"], row
+
+
 def test_products_of_its_attention_are_counted():
     """Two forward; backward the scores again, and two for each of them."""
     query = jax.ShapeDtypeStruct((2, 64, 8, 32), jnp.bfloat16)

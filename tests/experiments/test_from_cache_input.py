@@ -1,9 +1,11 @@
 """What a training on a teacher cache is given: parts of it, and what is refused."""
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -18,6 +20,8 @@ from rkd_jax.data.sources import read_jsonl, write_jsonl
 from rkd_jax.data.tokenize import tokenize_record
 from rkd_jax.data.tokenizer import byte_tokenizer
 from rkd_jax.interop import save_model
+from rkd_jax.losses import generalized_jsd, topk_divergence
+from rkd_jax.models.api import response_logits
 from rkd_jax.signals.cache import CacheError, CacheSettings, CacheWriter, Source
 from tests.experiments.toy_school import (
     SEED,
@@ -156,6 +160,8 @@ def test_of_other_data_is_refused_with_both_hashes(toys, tmp_path, refused_line)
         ("kd", ("--updates", "-1"), "--updates -1 must not be negative"),
         ("dpo", ("--beta", "0"), "--method dpo: beta"),
         ("kd", ("--cache", "/nowhere"), "/nowhere"),
+        ("kd", ("--kd.beta", "1"), "kd: generalized_jsd(beta=1.0) is infinite where"),
+        ("kd", ("--kd.beta", "-1"), "--method kd: beta must lie in"),
         ("tvkd", ("--fit.row-length", "20"), "the longest record allowed"),
     ],
 )
@@ -166,6 +172,26 @@ def test_what_does_not_go_together_is_one_line(
     own = ("--data", folder / "data.jsonl", "--cache", folder / "cache")
     own += ("--out", tmp_path / "run", "--method", method)
     assert said in refused_line(*own, *arguments)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.4])
+def test_kd_has_the_divergence_that_is_asked_for(beta, toys, tmp_path):
+    folder, kd = toys["kd"], from_cache.ListDivergence(beta)
+    data, cache = folder / "data.jsonl", folder / "cache"
+    config = options(tmp_path / "run", "kd", data=data, cache=cache, kd=kd)
+    pupil, lessons, method, trainer = from_cache.open_school(config)
+    batch = lessons.tabulate(lessons.taught, 2)
+    _, teacher = method.signal(lessons.cache, batch)
+    sequences, params = batch.sequences, pupil.student_params
+    logits = response_logits(pupil.student, params, sequences)
+    divergence = functools.partial(generalized_jsd, beta=beta)
+    expected = topk_divergence(
+        logits, teacher.ids, teacher.log_probs, divergence=divergence
+    )
+    loss = trainer.objective.student_loss
+    found = loss(params, {}, (), batch, teacher, jax.random.key(0))
+    expected = expected[sequences.response_mask].sum()
+    np.testing.assert_allclose(found.total, expected, rtol=1e-5)
 
 
 def test_a_part_that_the_cache_lacks_is_said_before_anything_is_compiled(tmp_path):

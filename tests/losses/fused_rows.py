@@ -24,6 +24,9 @@ TILES = {  # by how the gradient comes about; one chunk holds all rows of the la
     "ahead": SMALL(gradient="ahead"),
     "keep": Tiles(),
 }
+# Where a loss has two sides, a chunk of 24 rows goes by strips of 8.
+STRIPS = Tiles(logits=53 * 24, strip=53 * 8, block=24, columns=20, gradient="ahead")
+TILES_OF_TWO = TILES | {"strips": STRIPS}
 DIVERGENCES = {
     "forward": forward_kl,
     "reverse": reverse_kl,

@@ -30,7 +30,7 @@ def log_probs(seed):
 
 @pytest.mark.parametrize(("divergence", "options"), CASES, ids=name)
 def test_slopes_are_the_derivatives_of_the_terms(x64, divergence, options):
-    terms, slopes, _ = SUMMANDS[divergence]
+    terms, slopes, pull, _ = SUMMANDS[divergence]
     q, p = log_probs(0), log_probs(1)
     p[0, :9] = -np.inf
     q[1, 4] = p[1, 4] = -np.inf
@@ -38,6 +38,9 @@ def test_slopes_are_the_derivatives_of_the_terms(x64, divergence, options):
     expected = jax.grad(lambda q: terms(q, p, **options).sum())(q)
     assert not jnp.isnan(expected).any()  # of reverse KL some are infinite
     np.testing.assert_allclose(slopes(q, p, **options), expected, rtol=1e-9, atol=1e-15)
+    if pull is not None:
+        sums = pull(q, p, **options).sum(-1)
+        np.testing.assert_allclose(sums, expected.sum(-1), rtol=1e-9)
 
 
 @pytest.mark.parametrize("weight", [1e-3, 0.1, 0.3, 0.5, 0.7, 0.999])

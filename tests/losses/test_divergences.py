@@ -14,6 +14,7 @@ from rkd_jax.losses import (
     reverse_kl,
     skew_forward_kl,
     skew_reverse_kl,
+    topk_divergence,
     topk_forward_kl,
     total_variation,
 )
@@ -229,6 +230,43 @@ class TestTopk:
             )
         np.testing.assert_allclose(value, expected, rtol=1e-9)
         assert (expected <= kl(P, Q) + 1e-12).all()
+
+    @pytest.mark.parametrize("name", [x for x in FORMULAS if x != "reverse_kl"])
+    @pytest.mark.parametrize("k", [1, 5])
+    def test_formula_of_every_divergence(self, name, k):
+        ids, log_probs = self.top(k)
+        options, formula = FORMULAS[name]
+        bound = partial(getattr(losses, name), **options)
+        loss = jax.jit(partial(topk_divergence, divergence=bound))
+        p, q = (np.take_along_axis(probs, ids, -1) for probs in (P, Q))
+        p, q = (np.concatenate([x, 1 - x.sum(-1, keepdims=True)], -1) for x in (p, q))
+        np.testing.assert_allclose(
+            loss(STUDENT, ids, log_probs), formula(q, p), rtol=1e-9
+        )
+        assert (formula(q, p) <= formula(Q, P) + 1e-12).all()
+        if k == 5:  # one token outside: all that there is
+            gradient = student_gradient(loss, ids, log_probs)
+            expected = student_gradient(bound, TEACHER)
+            np.testing.assert_allclose(gradient, expected, atol=1e-10)
+
+    def test_forward_kl_is_what_it_is_called(self):
+        found = topk_divergence(STUDENT, *self.top(3), temperature=1.6)
+        expected = topk_value(STUDENT, *self.top(3), temperature=1.6)
+        np.testing.assert_array_equal(found, expected)
+
+    @pytest.mark.parametrize(
+        "divergence",
+        [
+            reverse_kl,
+            partial(generalized_jsd, beta=1.0),
+            partial(skew_reverse_kl, alpha=0.0),
+        ],
+    )
+    def test_what_is_infinite_outside_of_a_full_list_is_refused(self, divergence):
+        bound = partial(topk_divergence, divergence=divergence)
+        for call in (bound, jax.jit(bound)):
+            with pytest.raises(ValueError, match=r"_\w+\(.*\) is infinite where"):
+                call(STUDENT, *self.top(3))
 
     @pytest.mark.parametrize("k", [5, 6])
     def test_with_at_most_one_token_outside_it_is_the_full_divergence(self, k):

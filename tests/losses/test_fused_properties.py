@@ -107,6 +107,7 @@ def test_any_size_any_cut_any_mask_any_option(name, data):
     widths = draw(st.integers(1, 5)), draw(st.integers(1, 5))
     tiles = Tiles(
         logits=vocabulary * draw(st.integers(8, 9)),
+        strip=vocabulary * draw(st.sampled_from([8, 100])),
         block=draw(st.integers(1, 20)),
         columns=draw(st.integers(1, 24)),
         gradient=draw(st.sampled_from(["recompute", "ahead", None])),

@@ -5,11 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rkd_jax.losses import forward_kl, topk_forward_kl
+from rkd_jax.losses import forward_kl, topk_divergence, topk_forward_kl
 from rkd_jax.losses.fused import linear_topk_divergence
 from tests.losses.fused_rows import (
     ANY,
     BIAS,
+    DIVERGENCES,
     HEAD,
     HIDDEN,
     IDS,
@@ -28,11 +29,23 @@ from tests.losses.fused_rows import (
 pytestmark = pytest.mark.usefixtures("x64")
 
 
-@pytest.mark.parametrize("gradient", TILES)
-@pytest.mark.parametrize("softcap", [None, 4.0])
-def test_topk_is_the_dense_one_with_its_bucket(softcap, gradient):
+CASES = [("forward", softcap, tiles) for softcap in (None, 4.0) for tiles in TILES]
+CASES += [
+    ("jsd-0.1", None, "ahead"),
+    ("skew-forward", 4.0, "recompute"),
+    ("skew-reverse", None, "ahead"),
+    ("total-variation", 4.0, "keep"),
+]
+
+
+@pytest.mark.parametrize(("name", "softcap", "gradient"), CASES)
+def test_topk_is_the_dense_one_with_its_bucket(name, softcap, gradient):
+    """Also of a list with gaps, and of one that leaves nothing to the bucket."""
+    divergence = DIVERGENCES[name]
     teacher = jax.nn.log_softmax(logits(TEACHER_HIDDEN, TEACHER_HEAD))
     listed = jnp.take_along_axis(teacher, IDS, -1).at[3, 2].set(-jnp.inf)
+    full = np.flatnonzero(MASK)[-1]
+    listed = listed.at[full].set(jax.nn.log_softmax(listed[full]))
 
     def fused(hidden, head, bias):
         return linear_topk_divergence(
@@ -40,6 +53,7 @@ def test_topk_is_the_dense_one_with_its_bucket(softcap, gradient):
             head,
             IDS,
             listed,
+            divergence=divergence,
             mask=MASK,
             temperature=0.7,
             bias=bias,
@@ -49,7 +63,9 @@ def test_topk_is_the_dense_one_with_its_bucket(softcap, gradient):
 
     def dense(hidden, head, bias):
         found = logits(hidden, head, bias, softcap)
-        return topk_forward_kl(found, IDS, listed, temperature=0.7)
+        return topk_divergence(
+            found, IDS, listed, divergence=divergence, temperature=0.7
+        )
 
     agree(fused, dense, HIDDEN, HEAD, BIAS, mask=MASK)
 

@@ -46,10 +46,12 @@ def divergence(name, **options):
     return Case(label, rows, "logits")
 
 
-def topk(x, y, mask):
-    ids, log_probs = (fill_masked(part, mask) for part in y)
-    x = fill_masked(x, mask)
-    return sequence_sum(losses.topk_forward_kl(x, ids, log_probs), mask)
+def topk(loss):
+    def rows(x, y, mask):
+        ids, log_probs = (fill_masked(part, mask) for part in y)
+        return sequence_sum(loss(fill_masked(x, mask), ids, log_probs), mask)
+
+    return rows
 
 
 def likelihood(x, y, mask):
@@ -202,6 +204,7 @@ def surrogate(loss):
     return lambda x, y, mask: jnp.sum(loss(x, y, mask), axis=(1, 2))
 
 
+topk_jsd = partial(losses.topk_divergence, divergence=losses.generalized_jsd)
 to_go = weighted(partial(losses.reward_to_go, gamma=0.9))
 per_step = weighted(losses.leave_one_out_per_step)
 
@@ -213,7 +216,8 @@ CASES = [
     divergence("skew_forward_kl", alpha=0.2),
     divergence("skew_reverse_kl", alpha=0.2),
     divergence("total_variation"),
-    Case("topk_forward_kl", topk, "logits", "topk"),
+    Case("topk_forward_kl", topk(losses.topk_forward_kl), "logits", "topk"),
+    Case("topk_divergence", topk(topk_jsd), "logits", "topk"),
     Case("token_log_probs", likelihood, "logits", "tokens"),
     Case("dpo", with_reference(losses.dpo, sequence_sum), "pair"),
     Case("ipo", with_reference(losses.ipo, sequence_mean), "pair"),

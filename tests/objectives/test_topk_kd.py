@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rkd_jax.losses import generalized_jsd, reverse_kl
 from rkd_jax.objectives.kd import make_kd
 from rkd_jax.objectives.topk_kd import make_topk_kd
 from rkd_jax.signals.teacher import make_teacher_log_probs
@@ -91,6 +92,23 @@ def test_the_divergence_of_the_buckets_by_hand(temperature):
     np.testing.assert_allclose(out.total, total, rtol=1e-10)
     np.testing.assert_allclose(out.metrics["student/divergence"].total, total)
     assert float(out.weight) == MASK.sum()
+
+
+def test_another_divergence_of_the_buckets_by_hand():
+    jsd = functools.partial(generalized_jsd, beta=0.3)
+    out = call(make_topk_kd(MODEL, jsd), signal_of(1))
+    total = 0.0
+    for x, k, _ in visited():
+        top = [TEACHER[x, k].argmax()]
+        p, q = (np.exp(buckets(scores[x, k], top)) for scores in (TEACHER, STUDENT))
+        m = 0.3 * p + 0.7 * q
+        total += (0.3 * p * np.log(p / m) + 0.7 * q * np.log(q / m)).sum()
+    np.testing.assert_allclose(out.total, total, rtol=1e-10)
+
+
+def test_a_divergence_that_a_full_list_makes_infinite_is_refused():
+    with pytest.raises(ValueError, match=r"reverse_kl\(\) is infinite where"):
+        make_topk_kd(MODEL, reverse_kl)
 
 
 def test_the_gradient_by_hand():
