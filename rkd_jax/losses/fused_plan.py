@@ -52,6 +52,11 @@ class Tiles:
 
 
 TILES = Tiles()
+_CHUNKS = 4
+"""Of a block at least, where there are two sides: in three, their logits would be more
+than a quarter of what the dense loss holds."""
+_ROWS = 256
+"""Of such a chunk at least: products of fewer take longer."""
 
 
 def run(
@@ -164,7 +169,7 @@ def _local(
         None if side is None else side._replace(hidden=rows(side.hidden))
         for side in (student, teacher)
     )
-    chunk, block, strip = _cut(student, tiles)
+    chunk, block, strip = _cut(student, tiles, two_sided=teacher is not None)
     by_tiles = not batch_axes and few_rows(student, teacher)
     gradient = tiles.gradient
     if chunk >= len(student.hidden):
@@ -190,12 +195,16 @@ def _local(
     return vocabulary_loss(plan, student, teacher, data, weights, mask).reshape(batch)
 
 
-def _cut(student: Readout, tiles: Tiles) -> tuple[int, int, int]:
+def _cut(
+    student: Readout, tiles: Tiles, *, two_sided: bool
+) -> tuple[int, int, int]:
     """Rows of a chunk, of a block of whole chunks, and of a strip, part of a chunk."""
     count, width = len(student.hidden), student.head.shape[1]
     blocks = max(-(-count // tiles.block), 1)
     block = max(-(-count // blocks), 1)
     chunks = -(-block // max(tiles.logits // width, 8))
+    if two_sided and chunks > 1:
+        chunks = max(chunks, min(_CHUNKS, block // _ROWS))
     chunk = -(-block // chunks)
     if chunk > 8:
         chunk = -(-chunk // 8) * 8

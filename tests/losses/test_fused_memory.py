@@ -1,0 +1,29 @@
+"""What the compiler for CPUs sets aside, at sizes that are used."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from experiments.benchmarks.fused import FusedBenchmark, arguments, dense, fused
+
+SIZES = FusedBenchmark()
+
+
+def temporaries(version, loss, rows):
+    """Bytes of a value with its gradients for states and head."""
+    given = jax.eval_shape(functools.partial(arguments, SIZES, rows))
+    hidden, head = given.pop("hidden"), given.pop("head")
+    step = jax.jit(jax.value_and_grad(functools.partial(version, loss), (0, 1)))
+    compiled = step.lower(hidden, head, given).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("loss", ["log_probs", "forward_kl", "reverse_kl", "jsd"])
+def test_no_more_than_a_quarter_of_the_dense_loss(loss):
+    few, whole = (
+        temporaries(version, loss, 1024)
+        for version in (functools.partial(fused, "default"), dense)
+    )
+    assert few <= whole / 4, (few, whole)
