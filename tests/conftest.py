@@ -1,5 +1,6 @@
 """One strict setting for every test: eight CPU devices, no implicit promotion."""
 
+import gc
 import os
 from importlib import metadata
 
@@ -8,10 +9,13 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 ).strip()
 # Tests compile much and compute little. Two thirds of compiling was the emitters of
-# fusions, which have an older alternative; XLA dies of a flag that it does not know.
+# fusions, which have an older alternative; of what is left a tenth was code generators,
+# one for each of many parts of a program. XLA dies of a flag that it does not know.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 if metadata.version("jaxlib").startswith("0.10."):
-    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] += (
+        " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    )
 # BLAS threads of two test processes fight for the same two cores.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -23,6 +27,10 @@ from jax.experimental.compilation_cache import compilation_cache
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Tracing makes objects by the million and few of them in circles; looking for these
+# took 6 % of the time.
+gc.freeze()
+gc.set_threshold(100_000, 20, 20)
 
 
 @pytest.fixture

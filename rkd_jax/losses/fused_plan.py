@@ -195,9 +195,7 @@ def _local(
     return vocabulary_loss(plan, student, teacher, data, weights, mask).reshape(batch)
 
 
-def _cut(
-    student: Readout, tiles: Tiles, *, two_sided: bool
-) -> tuple[int, int, int]:
+def _cut(student: Readout, tiles: Tiles, *, two_sided: bool) -> tuple[int, int, int]:
     """Rows of a chunk, of a block of whole chunks, and of a strip, part of a chunk."""
     count, width = len(student.hidden), student.head.shape[1]
     blocks = max(-(-count // tiles.block), 1)

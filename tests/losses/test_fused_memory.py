@@ -3,7 +3,6 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import pytest
 
 from experiments.benchmarks.fused import FusedBenchmark, arguments, dense, fused
