@@ -19,10 +19,14 @@ def temporaries(version, loss, rows):
     return compiled.memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize("loss", ["log_probs", "forward_kl", "reverse_kl", "jsd"])
-def test_no_more_than_a_quarter_of_the_dense_loss(loss):
+# A quarter is promised; two sides, in chunks and strips, take less.
+PARTS = {"log_probs": 4, "forward_kl": 6, "reverse_kl": 6, "jsd": 12}
+
+
+@pytest.mark.parametrize("loss", PARTS)
+def test_temporaries_are_a_small_part_of_those_of_the_dense_loss(loss):
     few, whole = (
         temporaries(version, loss, 1024)
         for version in (functools.partial(fused, "default"), dense)
     )
-    assert few <= whole / 4, (few, whole)
+    assert few <= whole / PARTS[loss], (few, whole)
