@@ -9,13 +9,10 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 ).strip()
 # Tests compile much and compute little. Two thirds of compiling was the emitters of
-# fusions, which have an older alternative; of what is left a tenth was code generators,
-# one for each of many parts of a program. XLA dies of a flag that it does not know.
+# fusions, which have an older alternative; XLA dies of a flag that it does not know.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 if metadata.version("jaxlib").startswith("0.10."):
-    os.environ["XLA_FLAGS"] += (
-        " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-    )
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 # BLAS threads of two test processes fight for the same two cores.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
