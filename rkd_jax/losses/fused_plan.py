@@ -30,7 +30,7 @@ class Tiles:
     """How the work is cut. Sizes decide memory and time and nothing else.
 
     Attributes:
-        logits: numbers in one array of logits, ``rows x V`` in the first pass.
+        logits: most numbers in one array of logits, ``rows x V`` in the first pass.
         strip: numbers of it that a CPU takes at once, out of its cache, where a loss
             has two sides; other devices take all.
         block: most rows at once in the second pass.

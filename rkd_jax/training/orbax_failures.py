@@ -9,6 +9,9 @@ import sys
 
 from rkd_jax.training.together import Disagreement
 
+_TELL = asyncio.BaseEventLoop.call_soon_threadsafe
+"""How another thread tells an event loop that something has come to its end."""
+
 
 def reason_of(error: BaseException) -> str:
     """The operating system's words if they are in there, else the first line."""
@@ -66,7 +69,3 @@ def hide_late_answers() -> None:
 
     hook.hides_late_answers = True
     sys.unraisablehook = hook
-
-
-_TELL = asyncio.BaseEventLoop.call_soon_threadsafe
-"""How another thread tells an event loop that something has come to its end."""

@@ -147,7 +147,9 @@ def test_a_full_disk_is_one_line_and_costs_no_earlier_checkpoint(
     status, errors = finish(start(tmp_path, str(STEPS), "disk=3"))
     assert status == 1
     assert "Traceback" not in errors
-    assert errors.splitlines()[-1] == (
+    # Python may warn of coroutines of orbax behind it.
+    (line,) = [line for line in errors.splitlines() if line.startswith("error:")]
+    assert line.startswith(
         f"error: cannot write checkpoints in {tmp_path}/checkpoints: File too large; "
         "free some space or choose another folder; checkpoints [2] are intact and the "
         "same command goes on from the newest"
