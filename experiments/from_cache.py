@@ -74,7 +74,7 @@ class StudentConfig:
     the cache."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute dtype; parameters stay float32."""
-    remat: Literal["none", "attention", "dots", "full"] = "none"
+    remat: Literal["none", "attention", "dots", "full"] = "dots"
     """What the blocks compute again in the backward pass; see `DecoderConfig`."""
     seed: int = 0
     """Of a random one."""

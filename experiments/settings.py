@@ -28,7 +28,7 @@ class ModelConfig:
     held-in loss (`rkd_jax.models.surgery.greedy_depth_prune`)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute dtype; parameters stay float32."""
-    remat: Literal["none", "attention", "dots", "full"] = "none"
+    remat: Literal["none", "attention", "dots", "full"] = "dots"
     """What the student's blocks compute again in the backward pass, from most memory to
     least; see `DecoderConfig`."""
     seed: int = 0

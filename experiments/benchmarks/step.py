@@ -88,7 +88,7 @@ class StepBenchmark:
     student: str = "h384-l6-i1024-q6-kv3"
     """Width, layers, width of the MLP, query heads, key heads."""
     teacher: str = "h768-l12-i2048-q12-kv6"
-    remat: Literal["none", "attention", "dots", "full"] = "none"
+    remat: Literal["none", "attention", "dots", "full"] = "dots"
     """What the student's blocks compute again; see `DecoderConfig`."""
     attention: Literal["auto", "xla", "dot_product", "cudnn", "splash"] = "auto"
     """Who computes attention, of both models."""

@@ -42,6 +42,8 @@ def _count(jaxpr: Jaxpr, share: float, unknown: int, *, kernel: bool = False) ->
     total = 0.0
     for eqn in jaxpr.eqns:
         name, inner = eqn.primitive.name, share
+        if not eqn.outvars and not kernel:  # of no use, and gone once it is compiled
+            continue
         if name == "dot_general":
             total += share * _product(eqn)
             continue

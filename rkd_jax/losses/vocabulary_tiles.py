@@ -237,10 +237,26 @@ def _in_strips(plan, logits, columns, data, scale):
     if len(logits) < 2 or plan.axis_name is not None or plan.strip == plan.rows:
         return whole(logits, data, scale)
 
-    def strips(*rows):
-        cut = jax.tree.map(lambda x: x.reshape(-1, plan.strip, *x.shape[1:]), rows)
-        found = jax.lax.map(lambda strip: whole(*strip), cut)
-        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
+    def strips(logits, data, scale):
+        student, teacher = logits
+
+        def body(i, carry):
+            found, student = carry
+            here = functools.partial(_chunk, start=i * plan.strip, size=plan.strip)
+            strip = jax.tree.map(here, ([student, teacher], data, scale))
+            new, delta = whole(*strip)
+            if delta is not None:
+                # Plus zero, in words that make it wait for the values: XLA then writes
+                # into the logits, not into a copy of all of them.
+                wait = jnp.minimum(jnp.isnan(new.values).sum(dtype=jnp.int32), 0)
+                student = _write(student, delta, i * plan.strip + wait)
+            return _write(found, new, i * plan.strip), student
+
+        example, _ = jax.eval_shape(whole, logits, data, None)
+        blank = jax.tree.map(lambda x: own_zeros(plan, x.shape, x.dtype), example)
+        count = len(student) // plan.strip
+        found, delta = jax.lax.fori_loop(0, count, body, (blank, student))
+        return found, None if scale is None else delta
 
     return jax.lax.platform_dependent(logits, data, scale, cpu=strips, default=whole)
 

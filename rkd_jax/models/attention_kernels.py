@@ -38,9 +38,8 @@ from jax.sharding import AxisType, PartitionSpec
 from rkd_jax.models.config import CUDNN_DTYPES, DecoderConfig
 from rkd_jax.sharding import ambient_axes
 
-RESIDUALS = "attention"
-"""The name under which a checkpoint policy finds what a kernel's backward needs."""
-
+_RESIDUALS = "attention"  # of splash, as it is told
+_CUDNN_FORWARD = "dot_product_attention_fwd"  # start of the names of its primitives
 _LANES = 128  # of a TPU: rows of keys and queries come in multiples
 _BLOCKS = (512, 384, 256, 128)
 
@@ -82,6 +81,14 @@ def _is_ampere_or_later(device: jax.Device) -> bool:
 def long_enough_for_splash(length: int) -> bool:
     """Whether "auto" takes splash attention for rows of so many columns on a TPU."""
     return length >= _LANES
+
+
+def kept_of_kernels(primitive, *arguments, **parameters) -> bool:
+    """A checkpoint policy: what a kernel's forward pass leaves for its backward one."""
+    if primitive.name.startswith(_CUDNN_FORWARD):
+        return True
+    named = jax.checkpoint_policies.save_only_these_names(_RESIDUALS)
+    return named(primitive, *arguments, **parameters)
 
 
 def dot_product_attention(
@@ -234,7 +241,7 @@ def _splash(query, key, value, segment_ids, *, window, interpret) -> jax.Array:
         kernel = splash.make_splash_mha_single_device(
             splash.MultiHeadMask([mask] * heads),
             block_sizes=_blocks(splash, padded),
-            residual_checkpoint_name=RESIDUALS,
+            residual_checkpoint_name=_RESIDUALS,
             interpret=interpret,
         )
         mixed = jax.vmap(kernel)(

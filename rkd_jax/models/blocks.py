@@ -17,8 +17,8 @@ from rkd_jax.models.attention import (
 from rkd_jax.models.attention_kernels import (
     HOLD_SCORES,
     KERNELS,
-    RESIDUALS,
     choose,
+    kept_of_kernels,
 )
 from rkd_jax.models.config import DecoderConfig
 from rkd_jax.models.linear import Dense
@@ -36,7 +36,7 @@ _NORMAL = nn.initializers.normal(0.02)
 _KEPT = {
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(RESIDUALS),
+        kept_of_kernels,
     ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }

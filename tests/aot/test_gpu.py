@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import pytest
 
 from rkd_jax.aot.flops import matmul_flops
-from rkd_jax.models.attention_kernels import cudnn_attention
+from rkd_jax.models.attention_kernels import cudnn_attention, kept_of_kernels
 
 ROOT = Path(__file__).parents[2]
 PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
@@ -79,6 +79,9 @@ def test_products_of_its_attention_are_counted():
 
     assert products(loss) == 2
     assert products(jax.grad(loss, (0, 1, 2))) == 7
+    kept = jax.checkpoint(loss, policy=kept_of_kernels)
+    assert products(jax.grad(kept, (0, 1, 2))) == 7
+    assert products(jax.grad(jax.checkpoint(loss), (0, 1, 2))) == 9
 
 
 def test_a_whole_update_on_eight_gpus():

@@ -95,7 +95,7 @@ def test_round_trip(family):
     assert content["eos_token_id"] == 7
     assert content["architectures"] == [FAMILIES[family].architecture]
     back = from_hf(content, dtype="bfloat16")
-    assert back == dataclasses.replace(config, remat="none", attention="auto")
+    assert back == dataclasses.replace(config, remat="dots", attention="auto")
     assert family_of(config) == family
 
 

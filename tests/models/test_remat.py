@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rkd_jax.aot.flops import matmul_flops
 from rkd_jax.losses import token_log_probs
 from rkd_jax.masking import masked_mean
 from rkd_jax.models.decoder import Decoder, DecoderConfig
@@ -103,6 +104,19 @@ def test_scores_of_the_library_attention_are_computed_again_too():
         return str(jax.make_jaxpr(step(config))(params)).count("dot_general")
 
     assert products("attention") == products("none") + 1
+
+
+def test_a_kernel_runs_forward_once_unless_nothing_is_kept():
+    params = jax.eval_shape(Decoder(TOY).init, jax.random.key(0))
+
+    def products(policy):
+        config = dataclasses.replace(TOY, remat=policy, attention="splash")
+        run = step(config, length=TOY.max_length)
+        return matmul_flops(jax.make_jaxpr(run)(params).jaxpr, devices=1)
+
+    once = products("none")
+    assert products("attention") == products("dots") == once
+    assert products("full") > once
 
 
 def test_a_deep_model_compiles_to_a_program_as_long_as_a_shallow_one():
