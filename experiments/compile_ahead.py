@@ -185,8 +185,9 @@ def _advice(result: Plan, inputs: Inputs, lab: Lab, mesh: Mesh) -> tuple[str, ..
             "a larger slice, or more of --mesh on fsdp: what is held alone takes "
             f"{gib(memory.peak - memory.temporaries)}"
         )
-    elif lab.student.config.remat != "full":
-        first = "--remat full (in the experiment --models.remat full)"
+    elif (remat := lab.student.config.remat) != "full":
+        leaner = "full" if remat == "dots" else "dots"
+        first = f"--remat {leaner} (in the experiment --models.remat {leaner})"
     elif part % 2 == 0:
         first = f"--accumulation {2 * inputs.step.accumulation}"
     else:
