@@ -47,6 +47,7 @@ from rkd_jax.losses.readouts import (
     all_logits,
     cast,
     columns_of,
+    head_product,
     log_probs_of,
     normalise,
     over_tiles,
@@ -152,13 +153,13 @@ def _kept(plan, rows, found, logs, student, cotangent) -> Readout:
         # As an array of its own, or both would be computed from arrays of other terms.
         delta = jax.lax.optimization_barrier(delta)
         narrow = delta.astype(hidden.dtype)
-        return product(narrow, head, (1, 1)), product(hidden, narrow, (0, 0))
+        return product(narrow, head, (1, 1)), head_product(hidden, narrow)
 
     def tpu_products(delta):
         # Wide in one of them, where the matrix unit rounds it: a narrow array that both
         # read would be written beside the log-probs.
         states = product(delta.astype(hidden.dtype), head, (1, 1))
-        return states, product(hidden.astype(delta.dtype), delta, (0, 0))
+        return states, head_product(hidden.astype(delta.dtype), delta)
 
     states, head_gradient = jax.lax.platform_dependent(
         delta, tpu=tpu_products, default=products
@@ -279,7 +280,7 @@ def _accumulate(plan, gradient, i, delta, hidden, student):
     def tile(start, size, head):
         part = jax.lax.dynamic_slice_in_dim(narrow, start, size, axis=1)
         old = jax.lax.dynamic_slice_in_dim(head, start, size, axis=1)
-        new = old + product(hidden, part, (0, 0))
+        new = old + head_product(hidden, part)
         return jax.lax.dynamic_update_slice_in_dim(head, new, start, axis=1)
 
     # In one piece where that is no larger than the logits were: a tile is a copy.
@@ -335,7 +336,7 @@ def _second_pass(plan, rows, found, student, teacher, cotangent, into):
             states = product(narrow, column_head, (1, 1))
             states = here(hidden_gradient) + states
             hidden_gradient = _write(hidden_gradient, states, i * plan.block)
-            head = head + product(hidden[0], narrow, (0, 0))
+            head = head + head_product(hidden[0], narrow)
             return hidden_gradient, head, bias + delta.sum(0)
 
         states, head_gradient, bias_gradient = carry
