@@ -187,8 +187,9 @@ def remat_section(run: Runner, sizes: Sequence[str]) -> str:
     )
     return f"""## What a block keeps for its backward pass
 
-`--objective dpo --remat NAME`, the same sizes. What the loss of {first["sequences"]}
-responses and the gradients take is part of the temporaries whatever is kept.
+`--objective dpo --remat NAME`, the same sizes; "dots" is what is taken where nothing
+is said. What the loss of {first["sequences"]} responses and the gradients take is part
+of the temporaries whatever is kept.
 
 {lines}"""
 

@@ -30,10 +30,10 @@ class DecoderConfig:
     ===========  =======================================================================
     none         everything is kept, scores and probabilities [H, L, L] included
     attention    those are computed again: memory grows with L, not with its square
-    dots         projections are kept, and what a kernel of attention hands on; norms,
-                 rotation, activation and XLA's attention are not. What is read again
-                 costs less than what is not written: no slower than the others
-                 wherever it was timed or compiled
+    dots         projections are kept, and what a kernel of attention leaves; norms,
+                 rotation, activation and XLA's attention are not. No slower than the
+                 two above wherever it was timed, nor by any compiler's count: cheap
+                 terms cost more to write and read than to compute again
     full         the input of every block alone: one more forward pass, a third more
                  arithmetic in a step
     ===========  =======================================================================
