@@ -16,6 +16,8 @@ from experiments.published_shapes import SHAPES, shape_of
 from experiments.settings import SettingsError
 from experiments.system import TOY_FIT
 from experiments.teacher_student import cut_student, load_teacher
+from rkd_jax.aot.report import Memory, Plan
+from rkd_jax.aot.topology import chip_of
 from rkd_jax.models.decoder import Decoder
 from rkd_jax.sharding import MeshConfig, make_mesh
 
@@ -158,6 +160,37 @@ def test_a_plan_on_the_devices_that_are_here():
 def test_what_does_not_go_together_is_said(changes, message):
     with pytest.raises(SettingsError, match=message):
         plan(dataclasses.replace(REQUEST, **changes), jax.devices())
+
+
+@pytest.mark.parametrize(
+    ("remat", "batch", "held", "first"),
+    [
+        ("none", 16, 1, "--remat dots (in the experiment --models.remat dots)"),
+        ("attention", 16, 1, "--remat dots (in"),
+        ("dots", 16, 1, "--remat full (in"),
+        ("full", 32, 1, "--accumulation 4"),
+        ("full", 16, 1, "a larger slice, or more of --mesh on tensor"),
+        ("none", 16, 15, "a larger slice, or more of --mesh on fsdp: what is held"),
+    ],
+)
+def test_what_does_not_fit_is_told_what_to_change_first(remat, batch, held, first):
+    request = dataclasses.replace(REQUEST, remat=remat, batch=batch)
+    config, table = compile_ahead._experiment(request)
+    lab = abstract_lab(config, accelerator=None)
+    mesh = make_mesh(MeshConfig(fsdp=8))
+    inputs = inputs_of(table(lab, config)["TVKD"], batch)
+    inputs = compile_ahead._cut(request, inputs, mesh)
+    found = Plan(
+        setting={},
+        chip=chip_of(request.topology),
+        devices=8,
+        memory=Memory(arguments=held * 2**30, temporaries=20 * 2**30),
+        work=None,
+        tokens=1,
+        model_flops=1.0,
+    )
+    (note,) = compile_ahead._advice(found, inputs, lab, mesh)
+    assert f"too much; the first thing to change: {first}" in note
 
 
 def test_a_model_that_nobody_published():
