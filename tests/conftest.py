@@ -11,8 +11,12 @@ os.environ["XLA_FLAGS"] = (
 # Tests compile much and compute little. Two thirds of compiling was the emitters of
 # fusions, which have an older alternative; XLA dies of a flag that it does not know.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# Nor does it help to cut a program into 32 for two cores that other tests keep busy: an
+# eighth of the processor time of compile-bound files.
 if metadata.version("jaxlib").startswith("0.10."):
-    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] += (
+        " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    )
 # BLAS threads of two test processes fight for the same two cores.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

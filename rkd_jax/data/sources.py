@@ -45,6 +45,7 @@ __all__ = [
 R = TypeVar("R", bound=Record)
 Columns = Mapping[str, str | Callable[[Mapping[str, Any]], Any]]
 OnError = Literal["raise", "skip"]
+OTHER_REASONS = "other reasons"
 
 
 @dataclasses.dataclass
@@ -62,7 +63,8 @@ class ReadReport:
 
     Example: ``ReadReport("pairs.jsonl", read=2, skipped={"malformed JSON": Skipped(1,
     [3], "column 9: ...")})``. Places are line numbers from 1 in files of lines, row
-    numbers from 0 elsewhere.
+    numbers from 0 elsewhere. A reason may quote the row, so there may be as many as
+    rows: those that come first have an entry each, the later ones `OTHER_REASONS`.
     """
 
     source: str
@@ -70,6 +72,7 @@ class ReadReport:
     skipped: dict[str, Skipped] = dataclasses.field(default_factory=dict)
 
     PLACES_KEPT = 3
+    REASONS_KEPT = 20
 
     @property
     def total_skipped(self) -> int:
@@ -78,7 +81,11 @@ class ReadReport:
 
     def skip(self, place: int, error: RecordError) -> None:
         """Count one row that was left out."""
-        entry = self.skipped.setdefault(error.reason, Skipped(remedy=error.remedy))
+        if error.reason in self.skipped or len(self.skipped) < self.REASONS_KEPT:
+            reason, remedy = error.reason, error.remedy
+        else:
+            reason, remedy = OTHER_REASONS, f"the first is {error}"
+        entry = self.skipped.setdefault(reason, Skipped(remedy=remedy))
         entry.count += 1
         if len(entry.places) < self.PLACES_KEPT:
             entry.places.append(place)

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from rkd_jax.data.sources import OTHER_REASONS
 from rkd_jax.data.tokenize import TokenizeConfig
 from rkd_jax.signals.cache_format import CacheError, CacheMismatch, CacheSettings
 from rkd_jax.untrusted import is_plain_name, one_line, refused, shown
@@ -37,7 +38,6 @@ _MEANING = {
 _HASH = re.compile("[0-9a-f]{16}")
 _KINDS = ("DemonstrationRecord", "PreferenceRecord")
 _MOST = 2**53  # of anything that is counted
-OTHER_REASONS = "other reasons"
 _MOST_REASONS = 8  # that a shard tells apart
 _LONGEST_REASON = 120  # characters
 

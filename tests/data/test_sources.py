@@ -70,6 +70,20 @@ def test_bad_line_is_named_or_counted(file, line, message):
     assert (skipped.count, skipped.places) == (1, [3])
 
 
+def test_reasons_that_quote_their_line_do_not_pile_up(file):
+    line = '{"prompt": "p", "response": "r", "extra %d": 1}\n'
+    lines = [line % number for number in range(50)] + [line % 3] * 2
+    path = file("".join(lines).encode())
+    _, report = read_jsonl(path, DemonstrationRecord, on_error="skip")
+    other = report.skipped.pop("other reasons")
+    assert list(report.skipped) == [f"unknown 'extra {n}'" for n in range(20)]
+    assert [entry.count for entry in report.skipped.values()] == [1] * 3 + [3] + [
+        1
+    ] * 16
+    assert (other.count, other.places) == (30, [21, 22, 23])
+    assert other.remedy.startswith("the first is unknown 'extra 20'; ")
+
+
 def test_reading_goes_on_behind_an_over_long_line(file):
     for length in (395, 396, 397, 398, 399, 400, 5000):
         path = file(b"x" * length + b"\n" + GOOD)

@@ -16,7 +16,11 @@ def run_two(
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         address = f"localhost:{probe.getsockname()[1]}"
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    # Of flags that the tests themselves have, the later one counts.
+    flags = (
+        f"{os.environ.get('XLA_FLAGS', '')} "
+        f"--xla_force_host_platform_device_count={devices}"
+    )
     shared = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
     command = [sys.executable, "-m", module, "--distributed", *arguments]
     both = [
