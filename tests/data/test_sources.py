@@ -77,9 +77,8 @@ def test_reasons_that_quote_their_line_do_not_pile_up(file):
     _, report = read_jsonl(path, DemonstrationRecord, on_error="skip")
     other = report.skipped.pop("other reasons")
     assert list(report.skipped) == [f"unknown 'extra {n}'" for n in range(20)]
-    assert [entry.count for entry in report.skipped.values()] == [1] * 3 + [3] + [
-        1
-    ] * 16
+    counts = [entry.count for entry in report.skipped.values()]
+    assert counts == [1, 1, 1, 3, *[1] * 16]
     assert (other.count, other.places) == (30, [21, 22, 23])
     assert other.remedy.startswith("the first is unknown 'extra 20'; ")
 

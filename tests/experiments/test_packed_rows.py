@@ -188,12 +188,13 @@ def test_the_game_is_played_on_packed_pairs(labs, course, desk, trunk):
             row_length=sized.row_length,
             accumulation=parts,
             critic_steps=2,
-            # What Adam makes of a gradient of rounding is in proportion to this.
-            learning_rate=3e-4,
+            learning_rate=1e-3,
             epsilon=1e-3,
         )
         method = Pbkd(lab, config, sized)
-        found[name] = method.train(desk, name, course, steps=2, seed=0)
+        # With seeds 0 and 1 one gradient of the policy is rounding alone, of which Adam
+        # makes a step like of any other.
+        found[name] = method.train(desk, name, course, steps=2, seed=2)
         logs[name] = read_metrics(desk.run.path / name)
         anchors = read_metrics(desk.run.path / f"{name}-anchor")
         logs[f"{name} anchor"] = anchors
