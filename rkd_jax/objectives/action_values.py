@@ -315,15 +315,17 @@ def _asked(names, q_function, q_rows, sequences, anchor, student, teacher) -> _Q
             who: one.read(weights[who], fill_masked(states[who], mask))
             for who, one in rows.items()
         }
+        # Nothing is padding any more: masks over the vocabulary would take passes.
+        filled = jnp.ones(mask.shape, bool)
         here = Slice(
-            q_function.shaped(said["q"], said.get(anchor), mask),
+            q_function.shaped(said["q"], said.get(anchor), filled),
             said.get("student"),
             said.get("teacher"),
             said.get(anchor),
-            targets,
-            mask,
+            fill_masked(targets, mask),
+            filled,
         )
-        return {name: MOMENTS[name](here) for name in names}
+        return {name: fill_masked(MOMENTS[name](here), mask) for name in names}
 
     return _Question(
         at,
