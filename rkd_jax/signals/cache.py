@@ -43,7 +43,7 @@ from rkd_jax.signals.cache_format import (
 from rkd_jax.signals.cache_identity import model_hash
 from rkd_jax.signals.cache_manifest import Manifest, check_same
 from rkd_jax.signals.cache_rows import Batch, Located, located, response_shape
-from rkd_jax.signals.cache_shards import damaged, problem
+from rkd_jax.signals.cache_shards import damaged, problem, strange
 from rkd_jax.signals.cache_sources import Source
 from rkd_jax.signals.cache_writer import CacheWriter
 from rkd_jax.types import ReferenceSignal, ShapingSignal, TopkSignal
@@ -106,7 +106,7 @@ class TeacherCache:
         reference_hash: str | None = None,
         vocabulary: int | None = None,
     ):
-        self.path = Path(path)
+        self.path = Path(path).absolute()  # files are opened when they are needed
         self.manifest = Manifest.load(self.path)
         wanted = {
             "teacher": teacher_hash,
@@ -132,10 +132,15 @@ class TeacherCache:
             )
         files = [self.path / shard.file for shard in self.manifest.shards]
         if gone := [file for file in files if not file.is_file()]:
-            raise FileNotFoundError(f"{gone[0]}: listed in the manifest, but gone")
+            raise FileNotFoundError(
+                f"{gone[0]}: listed in the manifest, but gone; write the cache again, "
+                "which restores it alone"
+            )
+        first = 0
         for file, shard in zip(files, self.manifest.shards, strict=True):
-            if (size := file.stat().st_size) != shard.bytes:
-                raise damaged(file, f"{size} bytes, the manifest lists {shard.bytes}")
+            if why := strange(file, shard, self.manifest, first):
+                raise damaged(file, why)
+            first += shard.records
         self.source = self._opened(files)
         found = len(self.source)
         if found != self.manifest.records:

@@ -17,7 +17,12 @@ from typing import Any
 
 from rkd_jax.data.sources import OTHER_REASONS
 from rkd_jax.data.tokenize import TokenizeConfig
-from rkd_jax.signals.cache_format import CacheError, CacheMismatch, CacheSettings
+from rkd_jax.signals.cache_format import (
+    CacheError,
+    CacheMismatch,
+    CacheSettings,
+    ShapingSettings,
+)
 from rkd_jax.untrusted import is_plain_name, one_line, refused, shown
 
 FORMAT = 2
@@ -57,6 +62,7 @@ class Shard:
     bytes: int
     skipped: dict[str, int] = dataclasses.field(default_factory=dict)
     first_skipped: int | None = None  # number of the record
+    seal: str | None = None  # see `rkd_jax.signals.cache_shards`; older ones have none
 
     def check(self, records: int) -> None:
         """Raise ValueError if no writer would say this of a file of ``records``."""
@@ -64,6 +70,8 @@ class Shard:
             raise ValueError(f"{shown(self.file)} is not a file name in this folder")
         if self.records != records:
             raise ValueError(f"{self.file} with {shown(self.records)} records")
+        if self.seal is not None and not _is_hash(self.seal):
+            raise ValueError(f"{self.file}: seal={shown(self.seal)} is no hash")
         first = 0 if self.first_skipped is None else self.first_skipped
         counts = (self.responses, self.tokens, self.bytes, first)
         for count in (self.records, *counts, *dict(self.skipped).values()):
@@ -144,16 +152,36 @@ class Manifest:
             if field.name not in ("shards", "format")
         }
 
+    def numbers(self) -> dict[str, Any]:
+        """All that decides a number in a shard; settings that are the defaults are left
+        out, so that one which a later version adds changes nothing."""
+        names = ("teacher", "reference", "tokenizer", "rows", "data")
+        said = _less(self.settings, CacheSettings().to_json())
+        if said.get("shaping"):
+            defaults = dataclasses.asdict(ShapingSettings())
+            said["shaping"] = _less(said["shaping"], defaults)
+        return {name: getattr(self, name) for name in names} | {"settings": said}
+
     def save(self, folder: Path) -> None:
-        """Replace the folder's manifest, all or nothing."""
+        """Replace the folder's manifest, all or nothing.
+
+        Raises:
+            CacheError: the disk does not take it.
+        """
         data = json.dumps(dataclasses.asdict(self), indent=1) + "\n"
         temporary = folder / f".{MANIFEST}{UNFINISHED}"
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, folder / MANIFEST)
-        sync_directory(folder)
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, folder / MANIFEST)
+            sync_directory(folder)
+        except OSError as error:
+            raise CacheError(
+                f"{folder / MANIFEST}: cannot be written: {error}; free some space or "
+                "choose another folder, and start again"
+            ) from error
 
     @classmethod
     def load(cls, folder: str | Path) -> Manifest:
@@ -171,8 +199,8 @@ class Manifest:
             version = data["format"]
         if version != FORMAT:
             raise CacheError(
-                f"{path}: format {shown(version)}, this version reads {FORMAT}; "
-                "write the cache again"
+                f"{path}: format {shown(version)}, this version reads {FORMAT}; use "
+                "the version that wrote it, or write the cache into another folder"
             )
         with refused(f"{path}: not the manifest of a cache", CacheError):
             # With what settings that came later are in a manifest from before them.
@@ -215,7 +243,7 @@ def _check(manifest: Manifest) -> None:
     for name in ("teacher", "reference", "tokenizer", "rows", "data"):
         value = getattr(manifest, name)
         absent = value is None and name in optional
-        if not absent and not (isinstance(value, str) and _HASH.fullmatch(value)):
+        if not absent and not _is_hash(value):
             raise ValueError(f"{name}={shown(value)} is no hash")
     if manifest.kind not in _KINDS:
         raise ValueError(f"kind={shown(manifest.kind)}")
@@ -234,6 +262,15 @@ def _check(manifest: Manifest) -> None:
     files = [shard.file for shard in manifest.shards]
     if len(set(files)) != len(files):
         raise ValueError("a shard is listed twice")
+
+
+def _is_hash(value: Any) -> bool:
+    return isinstance(value, str) and _HASH.fullmatch(value) is not None
+
+
+def _less(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that are not the defaults."""
+    return {k: v for k, v in settings.items() if k not in defaults or defaults[k] != v}
 
 
 def _check_count(name: str, value: Any, *, least: int = 0) -> None:

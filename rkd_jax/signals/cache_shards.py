@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -18,6 +20,7 @@ from rkd_jax.signals.cache_format import (
 )
 from rkd_jax.signals.cache_manifest import (
     UNFINISHED,
+    Manifest,
     Shard,
     few_reasons,
     sync_directory,
@@ -26,6 +29,7 @@ from rkd_jax.untrusted import one_line
 
 # One record per read; what the codec leaves has no slack that zstd would find.
 _OPTIONS = "group_size:1,uncompressed"
+_ENDS = 2**16  # bytes of either end of a file that its seal covers
 _REMEDY = "free some space or choose another folder, and start again"
 
 
@@ -48,18 +52,47 @@ def write_shard(path: Path, payloads: Iterable[bytes]) -> None:
     written = _count(temporary)
     if written != count:
         raise CacheError(f"{path}: {written} of {count} records arrived; {_REMEDY}")
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_directory(path.parent)
+    with _on_disk(path):
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_directory(path.parent)
 
 
 @contextlib.contextmanager
 def _on_disk(path: Path) -> Iterator[None]:
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         raise CacheError(f"{path}: cannot be written: {error}; {_REMEDY}") from error
+
+
+def seal(path: Path, manifest: Manifest, first: int) -> str:
+    """Ties a shard that begins with record ``first`` to what its cache is of.
+
+    A hash of both and of the file's size and ends: ArrayRecord has checksums of the
+    rest, and a file that changed as a whole changed there.
+    """
+    size = path.stat().st_size
+    about = json.dumps([manifest.numbers(), first, size], sort_keys=True)
+    digest = hashlib.blake2b(about.encode(), digest_size=8)
+    with path.open("rb") as file:
+        digest.update(file.read(_ENDS))
+        file.seek(max(size - _ENDS, 0))
+        digest.update(file.read(_ENDS))
+    return digest.hexdigest()
+
+
+def strange(path: Path, shard: Shard, manifest: Manifest, first: int) -> str | None:
+    """How a file that is there differs from what the manifest lists, if it does."""
+    if (size := path.stat().st_size) != shard.bytes:
+        return f"{size} bytes, the manifest lists {shard.bytes}"
+    if shard.seal not in (None, seal(path, manifest, first)):
+        return (
+            "not what the manifest lists: its bytes have changed, it is of another "
+            "cache or another place in this one, or the manifest was edited"
+        )
+    return None
 
 
 def summary(path: Path, settings: CacheSettings, *, first: int) -> Shard:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -34,7 +33,7 @@ from rkd_jax.signals.cache_format import (
 )
 from rkd_jax.signals.cache_journal import JOURNAL, Journal
 from rkd_jax.signals.cache_manifest import MANIFEST, UNFINISHED, Manifest, check_same
-from rkd_jax.signals.cache_shards import locked, summary, write_shard
+from rkd_jax.signals.cache_shards import locked, seal, strange, summary, write_shard
 from rkd_jax.signals.cache_sources import (
     Given,
     HeldModel,
@@ -108,7 +107,7 @@ class CacheWriter:
                 f"batch_size={batch_size} and shard_records={shard_records} must be "
                 "positive"
             )
-        self.folder = Path(folder)
+        self.folder = Path(folder).absolute()
         self._records, self._tokenizer, self._rows = records, tokenizer, rows
         self._settings, self._oracle = settings, oracle
         self._batch_size, self._on_error = batch_size, on_error
@@ -122,8 +121,9 @@ class CacheWriter:
 
     @property
     def done(self) -> int:
-        """Records that are computed: those in finished shards and in the journal."""
-        return self.manifest.done + self._journal(len(self.manifest.shards)).count()
+        """Records that are computed: those in shards, and in journals of others."""
+        held = sum(self.manifest.shards[number].records for number in self._held())
+        return held + sum(self._journal(n).count() for n in self._missing())
 
     def write(
         self, advance: Advance | None = None, *, begin: Begin | None = None
@@ -152,13 +152,14 @@ class CacheWriter:
         with locked(self.folder):
             for leftover in self.folder.glob(f".*{UNFINISHED}"):
                 leftover.unlink()
-            self.manifest = self._there(self._open())
-            for number in range(len(self.manifest.shards)):
+            self.manifest = self._open()
+            for number in self._held():
                 self._forget(number)  # a process was killed before it could
+            missing = self._missing()
             try:
                 if self._reference_is_first:
-                    self._let_reference_speak(advance, begin)
-                self._write_shards(advance, begin)
+                    self._let_reference_speak(missing, advance, begin)
+                self._write_shards(missing, advance, begin)
             finally:
                 for model in filter(None, (self._teacher, self._reference)):
                     model.release()
@@ -169,23 +170,24 @@ class CacheWriter:
         """Whether it has a pass of its own, because the teacher needs the memory."""
         return None not in (self._teacher, self._reference)
 
-    def _let_reference_speak(self, advance: Advance, begin: Begin) -> None:
+    def _let_reference_speak(
+        self, missing: Sequence[int], advance: Advance, begin: Begin
+    ) -> None:
         """Put its words about every shard that is not there in that shard's journal."""
-        manifest = self.manifest
-        size = manifest.shard_records
-        shards = range(len(manifest.shards), -(-manifest.records // size))
-        missing = [n for n in shards if not self._path(n).exists()]
+        records = self.manifest.records
         journals = [self._journal(n, REFERENCE) for n in missing]
         left = sum(self._end(j.first) - j.first - j.count() for j in journals)
         if left:
-            begin(REFERENCE, manifest.records, manifest.records - left)
+            begin(REFERENCE, records, records - left)
         answers = self._asking(self._said_by_reference, reference=self._reference)
         for journal in journals:
             for _ in self._kept(journal, answers, advance):
                 pass
         self._reference.release()
 
-    def _write_shards(self, advance: Advance, begin: Begin) -> None:
+    def _write_shards(
+        self, missing: Sequence[int], advance: Advance, begin: Begin
+    ) -> None:
         begin(_CACHE, self.manifest.records, self.done)
         answers = self._asking(
             self._settings,
@@ -193,14 +195,11 @@ class CacheWriter:
             reference=None if self._reference_is_first else self._reference,
             oracle=self._oracle,
         )
-        while not self.manifest.complete:
-            number = len(self.manifest.shards)
-            path = self._path(number)
-            if not path.exists():
-                known = self._known(number) if self._reference_is_first else None
-                journal = self._journal(number)
-                write_shard(path, self._kept(journal, answers, advance, known))
-            self._add(path)
+        for number in missing:
+            known = self._known(number) if self._reference_is_first else None
+            kept = self._kept(self._journal(number), answers, advance, known)
+            write_shard(self._path(number), kept)
+            self._list(number)
             self._forget(number)
 
     def _describe(self, shard_records: int) -> Manifest:
@@ -236,26 +235,38 @@ class CacheWriter:
         self._wanted.save(self.folder)
         return self._wanted
 
-    def _there(self, manifest: Manifest) -> Manifest:
-        """The manifest up to a shard that somebody deleted, because it was damaged."""
-        shards = itertools.takewhile(
-            lambda shard: (self.folder / shard.file).is_file(), manifest.shards
-        )
-        return dataclasses.replace(manifest, shards=tuple(shards))
+    def _held(self) -> list[int]:
+        """Numbers of the shards that are there as the manifest lists them.
+
+        Not one that is not listed, whoever wrote it: its journal has its records. Nor
+        one that was deleted or replaced since.
+        """
+        held, first = [], 0
+        for number, shard in enumerate(self.manifest.shards):
+            path = self.folder / shard.file
+            if path.is_file() and not strange(path, shard, self.manifest, first):
+                held.append(number)
+            first += shard.records
+        return held
+
+    def _missing(self) -> list[int]:
+        """Numbers of all other shards, in order."""
+        count = -(-self.manifest.records // self.manifest.shard_records)
+        return sorted(set(range(count)).difference(self._held()))
 
     def _path(self, number: int) -> Path:
         return self.folder / f"shard-{number:05d}.array_record"
 
-    def _add(self, path: Path) -> None:
-        """Let the manifest list a finished shard."""
-        shard = summary(path, self._settings, first=self.manifest.done)
-        rest = self.manifest.records - self.manifest.done
-        if shard.records != min(self.manifest.shard_records, rest):
-            raise CacheError(
-                f"{path}: {shard.records} records; delete this file and start again"
-            )
-        shards = (*self.manifest.shards, shard)
-        self.manifest = dataclasses.replace(self.manifest, shards=shards)
+    def _list(self, number: int) -> None:
+        """Let the manifest list a finished shard, in its place."""
+        first = number * self.manifest.shard_records
+        path, shards = self._path(number), list(self.manifest.shards)
+        shard = dataclasses.replace(
+            summary(path, self._settings, first=first),
+            seal=seal(path, self.manifest, first),
+        )
+        shards[number : number + 1] = [shard]
+        self.manifest = dataclasses.replace(self.manifest, shards=tuple(shards))
         self.manifest.save(self.folder)
 
     def _journal(self, number: int, name: str = _CACHE) -> Journal:
@@ -271,7 +282,8 @@ class CacheWriter:
     def _forget(self, number: int) -> None:
         """Nothing but the shard is needed from now on."""
         for name in (REFERENCE, _CACHE):
-            self._journal_path(number, name).unlink(missing_ok=True)
+            if (path := self._journal_path(number, name)).exists():
+                path.unlink()  # unasked, a read-only folder would refuse
 
     def _end(self, first: int) -> int:
         """Number behind the last record of the shard that begins with ``first``."""

@@ -11,6 +11,7 @@ from rkd_jax.data.collate import collate
 from rkd_jax.data.records import DemonstrationRecord, RecordError
 from rkd_jax.data.tokenize import TokenizeConfig, tokenize_record
 from rkd_jax.data.tokenizer import from_bpe
+from rkd_jax.signals import cache_shards
 from rkd_jax.signals.cache import (
     CacheError,
     CacheMismatch,
@@ -255,7 +256,9 @@ def test_a_cache_that_is_not_finished_is_refused(tmp_path):
     assert len(open_cache(tmp_path)) == 7
 
 
-def test_a_damaged_shard_is_named_and_restored_alone(tmp_path):
+def test_a_damaged_shard_is_named_and_restored_alone(tmp_path, monkeypatch):
+    """In its middle by the reader, at its ends by the manifest."""
+    monkeypatch.setattr(cache_shards, "_ENDS", 100)
     asked = []
 
     def oracle(prompts, responses):
@@ -269,17 +272,24 @@ def test_a_damaged_shard_is_named_and_restored_alone(tmp_path):
     cache = open_cache(tmp_path)
     with pytest.raises(CacheError, match="shard-00001.*: damaged: .*hash mism"):
         cache.read([0, 3, 6])
+    shard.write_bytes(whole[:20] + bytes([whole[20] ^ 0xFF]) + whole[21:])
+    with pytest.raises(CacheError, match="shard-00001.*: damaged: not what the manif"):
+        open_cache(tmp_path)
     shard.write_bytes(whole[:1000])
     with pytest.raises(CacheError, match=r"shard-00001.*: damaged|hold 4 records"):
         open_cache(tmp_path)
-    shard.unlink()
-    with pytest.raises(FileNotFoundError, match="shard-00001.*gone"):
-        open_cache(tmp_path)
-    asked.clear()
-    writer(tmp_path, demonstrations(), REWARDS, oracle=oracle).write()
-    assert asked == ["3?", "4?", "5?"]
-    assert shard.read_bytes() == whole
-    assert len(open_cache(tmp_path)) == 7
+    restore = writer(tmp_path, demonstrations(), REWARDS, oracle=oracle)
+    for gone in (False, True):  # cut, as it is now, and deleted
+        asked.clear()
+        assert restore.done == 4
+        restore.write()
+        assert asked == ["3?", "4?", "5?"]
+        assert shard.read_bytes() == whole
+        assert len(open_cache(tmp_path)) == 7
+        if not gone:
+            shard.unlink()
+            with pytest.raises(FileNotFoundError, match="shard-00001.*gone.*restores"):
+                open_cache(tmp_path)
 
 
 def test_a_manifest_that_is_none(folder, tmp_path):
