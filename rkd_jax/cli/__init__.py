@@ -6,6 +6,7 @@ at once.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -13,6 +14,7 @@ import tyro
 
 from rkd_jax.cli.cache import CacheCommand
 from rkd_jax.cli.compiling import CompileCommand
+from rkd_jax.cli.interrupt import hearing_ctrl_c
 from rkd_jax.cli.usage import UsageError
 
 
@@ -27,16 +29,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description="Reward-guided and preference-based distillation.",
         args=None if arguments is None else list(arguments),
     )
-    try:
-        command.run()
-    except KeyboardInterrupt:
-        print(f"\ninterrupted; {command.after_interrupt}", file=sys.stderr)
-        sys.exit(130)
-    except Exception as error:
-        if not isinstance(error, _mendable()):
-            raise
-        print(f"error: {_one_line(error)}", file=sys.stderr)
-        sys.exit(2)
+    # Modules of the user's own, such as an oracle; nothing that is installed is hidden.
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.append(here)
+    with hearing_ctrl_c() as interrupted:
+        try:
+            command.run()
+        except (KeyboardInterrupt, Exception) as error:
+            if interrupted() or isinstance(error, KeyboardInterrupt):
+                print(f"\ninterrupted; {command.after_interrupt}", file=sys.stderr)
+                sys.exit(130)
+            if not isinstance(error, _mendable()):
+                raise
+            print(f"error: {_one_line(error)}", file=sys.stderr)
+            sys.exit(2)
 
 
 def _mendable() -> tuple[type[Exception], ...]:

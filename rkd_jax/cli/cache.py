@@ -136,12 +136,17 @@ class CacheCommand:
 
     def run(self) -> None:
         """Write the cache and say what is in it."""
+        from rkd_jax.losses.domain import check_choice
+        from rkd_jax.models.config import DTYPES
         from rkd_jax.training.compiled_programs import keep_compiled_programs
         from rkd_jax.training.progress import Progress
 
         for name in ("batch_size", "shard_records"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name}={getattr(self, name)}; at least 1 is needed")
+        if self.param_dtype is not None:
+            with said_by_options():
+                check_choice("param_dtype", self.param_dtype, DTYPES)
 
         if self.compilation_cache:
             keep_compiled_programs()

@@ -20,10 +20,10 @@ default, ``mask``, fits every sum or mean over positions (`Tiles.gradient`).
 
 Under `jax.shard_map` with the heads' columns sharded over a mesh axis, ``axis_name``
 names it: every device sees its own columns, and what passes between them is a maximum
-and a sum per row. All else is then replicated over that axis. Outside of it nothing is
-to be said: in an update with a ``batch_sharding``, or inside `jax.set_mesh`, rows are
-cut over the mesh axes of the batch and columns over that of the vocabulary, as the
-rules of `rkd_jax.sharding` have it.
+and a sum per row. Rows may be cut over other axes, and ``check_vma`` has to be left on.
+Outside of it nothing is to be said: in an update with a ``batch_sharding``, or inside
+`jax.set_mesh`, rows are cut over the mesh axes of the batch and columns over that of
+the vocabulary, as the rules of `rkd_jax.sharding` have it.
 """
 
 from __future__ import annotations
@@ -89,11 +89,13 @@ def linear_token_log_probs(
         Flows to ``hidden``, ``head`` and ``bias``.
 
     Raises:
-        ValueError: temperature or softcap out of range, or sizes that disagree.
+        ValueError: temperature or softcap out of range, or a head that is not cut over
+            ``axis_name``. AssertionError: sizes that disagree.
 
     References:
         Textbook. Deviation: none.
     """
+    chex.assert_shape(targets, hidden.shape[:-1])
     targets = targets.astype(jnp.int32)
     values = run(
         TokenLogProb(),
@@ -156,8 +158,9 @@ def linear_divergence(
         Flows to the student's states, head and bias. The teacher is data: exactly 0.
 
     Raises:
-        ValueError: a divergence that is none of those, options out of range, or sizes
-            that disagree.
+        ValueError: a divergence that is none of those, options out of range,
+            vocabularies of different size, or a head that is not cut over
+            ``axis_name``. AssertionError: other sizes that disagree.
 
     References:
         See the dense divergence. Deviation: none.
@@ -221,13 +224,15 @@ def linear_topk_divergence(
         Flows to the student's states, head and bias.
 
     Raises:
-        ValueError: options out of range, sizes that disagree, or a divergence that
-            `topk_divergence` refuses.
+        ValueError: options out of range, a divergence that `topk_divergence` refuses,
+            or a head that is not cut over ``axis_name``. AssertionError: sizes that
+            disagree.
 
     References:
         See `topk_divergence`. Deviation: none.
     """
     chex.assert_equal_shape([topk_ids, topk_log_probs])
+    chex.assert_shape(topk_ids, (*hidden.shape[:-1], None))
     width = head.shape[1] * (1 if axis_name is None else jax.lax.axis_size(axis_name))
     log_probs = jax.lax.stop_gradient(topk_log_probs)
     return run(
@@ -279,7 +284,8 @@ def linear_soft_value(
         Flows to ``hidden``, ``head`` and ``bias``.
 
     Raises:
-        ValueError: options out of range, or sizes that disagree.
+        ValueError: options out of range, or a head that is not cut over ``axis_name``.
+            AssertionError: sizes that disagree.
 
     References:
         See `soft_value`. Deviation: none.
@@ -344,7 +350,8 @@ def linear_expectation(
         Flows to states, head and bias of one side.
 
     Raises:
-        ValueError: options out of range, or sizes that disagree.
+        ValueError: options out of range, vocabularies of different size, or a head that
+            is not cut over ``axis_name``. AssertionError: other sizes that disagree.
 
     References:
         MM-PbKD, 2505.18952: the two sides of the moment gap. Deviation: none.

@@ -81,6 +81,7 @@ def run(
     for array in (mask, weights):
         if array is not None:
             chex.assert_shape(array, batch)
+    chex.assert_tree_shape_prefix(data, batch)
     for one in temperatures:
         check_domain("temperature", one, "(0, inf)")
     for cap in softcaps:
@@ -89,6 +90,8 @@ def run(
     if weights is None:
         weights = jnp.ones(batch, bool) if mask is None else mask
     weights = jax.lax.stop_gradient(weights.astype(accumulator(student.hidden)))
+    if 0 in batch:
+        return jnp.zeros_like(weights)
     local = functools.partial(
         _local,
         loss,
@@ -98,13 +101,50 @@ def run(
         normalised=normalised,
     )
     arguments = (student, jax.lax.stop_gradient(teacher), data, weights, mask)
-    if axis_name is not None:  # the caller says what every device does
-        return local(*arguments, axis_name=axis_name)
     rows = ambient_axes("batch", batch[0]) if batch else ()
     columns = ambient_axes("vocab", student.head.shape[1])
-    if not rows and not columns:
-        return local(*arguments)
-    return _over_mesh(local, rows, columns, arguments)
+    if axis_name is None and (rows or columns):
+        return _over_mesh(local, rows, columns, arguments)
+    # In a `jax.shard_map` the caller says what every device does.
+    _check_cut(axis_name, student, teacher)
+    arguments, others = _along_rows(arguments, axis_name)
+    return local(*arguments, axis_name=axis_name, batch_axes=others)
+
+
+def _check_cut(axis_name: str | None, *sides: Readout | None) -> None:
+    """Raise ValueError unless JAX knows that heads are cut over the axis."""
+    for side in sides:
+        if None in (axis_name, side) or axis_name in _varying(side.head):
+            continue
+        raise ValueError(
+            f"axis_name={axis_name!r}, over which a head is not cut: in jax.shard_map "
+            f"give it PartitionSpec(None, {axis_name!r}) and leave check_vma=True, "
+            "without which gradients of heads come out divided by the axis' size"
+        )
+
+
+def _along_rows(arguments, axis_name: str | None):
+    """All arguments as varying over every axis that one varies over but the columns'.
+
+    The gradient of what is the same on all devices adds up over the rows of each. Gives
+    those axes too; there are none outside of `jax.shard_map`.
+    """
+    kinds = [_varying(x) for x in jax.tree.leaves(arguments)]
+    axes = frozenset().union(*kinds) - {axis_name}
+
+    def varying(array):
+        missing = tuple(sorted(axes - _varying(array)))
+        return jax.lax.pcast(array, missing, to="varying") if missing else array
+
+    return jax.tree.map(varying, arguments), tuple(sorted(axes))
+
+
+def _varying(array) -> frozenset[str]:
+    """Mesh axes over which it differs, as a `jax.shard_map` has it."""
+    kind = jax.typeof(array)
+    if hasattr(kind, "vma"):  # jax 0.9
+        return kind.vma
+    return kind.manual_axis_type.varying
 
 
 def _over_mesh(local, rows: tuple[str, ...], columns: tuple[str, ...], arguments):

@@ -79,7 +79,9 @@ def linear_sequence_reverse_kl(
         value.
 
     Raises:
-        ValueError: an option out of its domain, or sizes that disagree.
+        ValueError: an option out of its domain, vocabularies of different size, or a
+            head that is not cut over ``axis_name``. AssertionError: other sizes that
+            disagree.
 
     References:
         See `sequence_reverse_kl`. Deviation: none.

@@ -15,7 +15,7 @@ _POSITIVE = (
     "embed_scale",
 )
 CUDNN_DTYPES = ("bfloat16", "float16")
-_DTYPES = ("bfloat16", "float16", "float32", "float64")
+DTYPES = ("bfloat16", "float16", "float32", "float64")
 _REMAT = ("none", "attention", "dots", "full")
 _ATTENTION = ("auto", "xla", "dot_product", "cudnn", "splash")
 
@@ -85,8 +85,8 @@ class DecoderConfig:
             raise ValueError(f"head_dim={self.head_dim} must be even (rotary pairs)")
         for name, choices in (
             ("activation", _ACTIVATIONS),
-            ("dtype", _DTYPES),
-            ("param_dtype", _DTYPES),
+            ("dtype", DTYPES),
+            ("param_dtype", DTYPES),
             ("remat", _REMAT),
             ("attention", _ATTENTION),
         ):

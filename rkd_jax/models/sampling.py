@@ -272,8 +272,10 @@ class Softmax(NamedTuple):
 
 def tempered(logits: jax.Array, temperature: float) -> Softmax:
     """``softmax(logits / temperature)`` of float[R, V], temperature positive."""
-    scaled = logits.astype(jnp.float32) / temperature
-    scaled = scaled - jnp.max(scaled, axis=-1, keepdims=True)
+    logits = logits.astype(jnp.float32)
+    # In this order the largest is 0 whatever a compiler fuses, and however cold it is.
+    scaled = logits - jnp.max(logits, axis=-1, keepdims=True)
+    scaled = scaled / max(temperature, float(jnp.finfo(jnp.float32).tiny))
     weights = jnp.exp(scaled)
     return Softmax(scaled, weights, jnp.sum(weights, axis=-1))
 

@@ -9,7 +9,8 @@ float32    every bit of what the teacher said
 float16    the nearest float16, stored as its distance from the smallest one
 uint8      one of 255 levels between the largest and the smallest, cubically
            spaced: of a gap g to the largest, in a range R, an error of at
-           most 3/2 (R g^2)^(1/3) / 254, and R / 254^3 / 2 next to it
+           most 3/2 (R g^2)^(1/3) / 254, and R / 254^3 / 2 next to it, R
+           being rounded up by at most 4 %
 =========  =================================================================
 
 With float16 and uint8 one float16 per token says how the mass divides between the list

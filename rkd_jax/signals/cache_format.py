@@ -71,6 +71,7 @@ class ShapingSettings:
                 f"support={self.support} must be positive, or None for all"
             )
         shaping_of_logits(**dataclasses.asdict(self))
+        _check_types(dataclasses.asdict(self))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +98,7 @@ class CacheSettings:
             raise ValueError(
                 "nothing to cache: choose top_k, shaping, reference or oracle"
             )
+        _check_types(vars(self))
 
     @property
     def value_names(self) -> tuple[str, ...]:
@@ -133,7 +135,7 @@ class CacheSettings:
 
 
 def _check_types(data: Mapping[str, Any]) -> None:
-    """Raise ValueError for a value of a type that its setting never has."""
+    """Raise ValueError for a value that its setting never has, or no file can hold."""
     for name, value in data.items():
         good = True
         if name in _NUMBERS:
@@ -145,7 +147,7 @@ def _check_types(data: Mapping[str, Any]) -> None:
         elif name == "oracle":
             good = isinstance(value, str | None)
         if not good:
-            raise ValueError(f"{name}={shown(value)}")
+            raise ValueError(f"{name}={shown(value)} is nothing that a manifest keeps")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """What tests of commands read, written once for each of their files."""
 
+import signal
+
 import jax
 import pytest
 
@@ -18,3 +20,11 @@ def files(tmp_path_factory):
         save_model(folder / name, MODEL.config, params, tokenizer=byte_tokenizer())
     write_jsonl(folder / "pairs.jsonl", PAIRS)
     return folder
+
+
+@pytest.fixture
+def ctrl_c_is_heard():
+    """A job in the background has it ignored, and hands that on to its children."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

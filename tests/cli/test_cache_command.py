@@ -187,6 +187,8 @@ def test_many_reasons_are_one_short_line(files, tmp_path, capsys):
         (["--rows.max-prompt", "60"], "rows of up to 68 tokens exceed the teacher's"),
         (["--oracle-calls.timeout", "0"], "timeout=0.0 must be positive"),
         (["--dtype", "int4"], "dtype='int4' is not one of"),
+        (["--param-dtype", "int8"], "param_dtype must be one of bfloat16"),
+        (["--temperature", "1e31"], "temperature=1e+31 is nothing that a manifest"),
         (["--chat-template", "nowhere.jinja"], "nowhere.jinja"),
         (["--chat-template", sys.executable], f"{sys.executable}: a template is UTF-8"),
         (["--shaping.keep", "--shaping.power", "1"], "power = 1 on normalised"),
@@ -252,14 +254,6 @@ def test_no_teacher_is_needed_where_nothing_is_read_of_it(files, tmp_path, capsy
         assert rkd(*arguments, tmp_path / "d") == 2
         assert f"error: {message}" in capsys.readouterr().err
     assert not (tmp_path / "d").exists()
-
-
-@pytest.fixture
-def ctrl_c_is_heard():
-    """A job in the background has it ignored, and hands that on to its children."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 MOODY = """

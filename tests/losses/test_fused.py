@@ -352,3 +352,25 @@ def test_a_float32_head_is_cast_tile_by_tile_where_it_meets_few_rows(wide, gradi
             slope, expected = (np.asarray(x, np.float32) for x in (slope, expected))
             error = np.abs(slope - expected).max()  # as stored in bfloat16
             assert error <= 2**-8 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (1, 5), (2, 1), (2, 5, 1)])
+def test_targets_of_other_rows_are_refused(shape):
+    hidden, head = np.ones((2, 5, 4)), np.ones((4, 7))
+    targets = np.zeros(shape, int)
+    with pytest.raises(AssertionError, match="shape"):
+        linear_token_log_probs(hidden, head, targets, mask=np.ones((2, 5), bool))
+
+
+@pytest.mark.parametrize("batch", [(0,), (0, 5), (2, 0)])
+def test_of_no_rows_there_are_no_values(batch):
+    hidden, targets = jnp.ones((*batch, 4)), jnp.zeros(batch, int)
+
+    def total(head):
+        values = linear_token_log_probs(hidden, head, targets)
+        assert values.shape == batch
+        return values.sum()
+
+    assert not jax.grad(total)(jnp.ones((4, 7))).any()
+    both = linear_divergence(hidden, jnp.ones((4, 7)), hidden, jnp.ones((4, 7)))
+    assert both.shape == batch

@@ -156,3 +156,52 @@ def test_two_small_collectives_per_chunk_and_no_gather(name, small):
     assert len(inside) == 2
     assert sorted(sum(inside, [])) == small
     assert not any(str(VOCABULARY) in shape for one in shapes for shape in one)
+
+
+@pytest.mark.parametrize("gradient", [None, "recompute", "ahead"])
+@pytest.mark.parametrize("axis", ["tensor", None])
+def test_rows_may_be_cut_in_a_shard_map_of_the_callers(axis, gradient):
+    """With the columns cut too, and with whole heads, whose gradients add up."""
+    mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    rows, head = PartitionSpec("data"), PartitionSpec(None, axis)
+    tiles = Tiles() if gradient is None else options(gradient=gradient)
+
+    def both(h, w, t, u, targets):
+        given = {"axis_name": axis, "tiles": tiles}
+        log_probs = linear_token_log_probs(h, w, targets, **given)
+        return log_probs + linear_divergence(
+            h, w, t, u, divergence=generalized_jsd, **given
+        )
+
+    cut = jax.shard_map(
+        both, mesh=mesh, in_specs=(rows, head, rows, head, rows), out_specs=rows
+    )
+    arguments = (TEACHER, TEACHER_HEAD, jnp.asarray(TARGETS))
+    weights = jnp.arange(1.0, ROWS + 1)
+    found = weighted(cut, weights, *arguments)(HIDDEN, HEAD)
+
+    def dense(h, w, t, u, targets):
+        z = jnp.matmul(h, w)
+        return token_log_probs(z, targets) + generalized_jsd(z, jnp.matmul(t, u))
+
+    expected = weighted(dense, weights, *arguments)(HIDDEN, HEAD)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4),
+        found,
+        expected,
+    )
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_head_that_is_not_known_to_be_cut_is_refused(known):
+    """Without ``check_vma`` its gradient would come out an eighth as large."""
+    mesh = jax.make_mesh((8,), ("tensor",), axis_types=(AxisType.Auto,))
+    loss = jax.shard_map(
+        functools.partial(linear_soft_value, axis_name="tensor"),
+        mesh=mesh,
+        in_specs=(ROW, ROW if known else COLUMNS),
+        out_specs=ROW,
+        check_vma=known,
+    )
+    with pytest.raises(ValueError, match="'tensor', over which a head is not cut"):
+        loss(jnp.asarray(HIDDEN), jnp.asarray(HEAD))

@@ -151,3 +151,11 @@ def test_topk_of_all_tokens_is_forward_kl():
     np.testing.assert_allclose(
         found, forward_kl(logits(HIDDEN, HEAD), teacher), rtol=1e-9
     )
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 3), (1, 5, 3), (2, 6, 3), (5, 3)])
+def test_lists_of_other_rows_are_refused(shape):
+    hidden, head = np.ones((2, 5, 4)), np.ones((4, 7))
+    lists = np.zeros(shape, int), np.zeros(shape)
+    with pytest.raises(AssertionError, match="shape"):
+        linear_topk_divergence(hidden, head, *lists, mask=np.ones((2, 5), bool))

@@ -1,6 +1,7 @@
 """The sampler against exact distributions, fresh forwards and its own promises."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from scipy import stats
 
 from rkd_jax.models.api import response_logits
 from rkd_jax.models.decoder import Decoder, DecoderConfig
-from rkd_jax.models.sampling import SamplingConfig, make_sampler
+from rkd_jax.models.sampling import SamplingConfig, make_sampler, tempered
 from rkd_jax.types import Prompts
 
 
@@ -161,6 +162,29 @@ def test_greedy_takes_the_argmax_at_temperature_one():
             token = best
     assert not np.any(samples.behaviour_log_probs)
     assert not np.any(samples.ended)
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-6, 1e-9, 1e-20, 1e-44])
+def test_the_colder_the_nearer_to_greedy(temperature):
+    """To the last bit of the largest logit, compiled as users compile it."""
+    logits = np.random.default_rng(0).normal(scale=8.0, size=(64, 50))
+    logits = jnp.asarray(logits, jnp.float32)
+    policy = jax.jit(functools.partial(tempered, temperature=temperature))(logits)
+    assert (policy.scaled.max(-1) == 0.0).all()
+    np.testing.assert_array_equal(policy.scaled.argmax(-1), logits.argmax(-1))
+    wide = np.asarray(logits, np.float64)
+    expected = wide - wide.max(-1, keepdims=True)
+    if temperature > 1e-30:
+        np.testing.assert_allclose(policy.scaled, expected / temperature, rtol=1e-6)
+    tokens = make_sampler(Bigram(6), SamplingConfig(4, temperature=temperature))(
+        jnp.asarray(TABLE), _prompts([[1], [2]]), jax.random.key(0)
+    )
+    greedy = make_sampler(Bigram(6), SamplingConfig(4, temperature=0.0))(
+        jnp.asarray(TABLE), _prompts([[1], [2]]), jax.random.key(0)
+    )
+    np.testing.assert_array_equal(tokens.sequences.tokens, greedy.sequences.tokens)
+    if temperature < 1e-3:
+        np.testing.assert_allclose(tokens.log_probs, 0.0, atol=1e-6)
 
 
 def test_log_probs_equal_a_fresh_forward(forward, decoder_samples):
