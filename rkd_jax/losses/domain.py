@@ -25,6 +25,22 @@ def check_domain(name: str, value: Any, interval: str) -> None:
         raise ValueError(f"{name} must lie in {interval}, got {value}")
 
 
+def static_number(name: str, value: Any) -> float:
+    """``value`` as a Python float; ValueError where it is none, or not known yet.
+
+    >>> static_number("temperature", None)
+    Traceback (most recent call last):
+    ...
+    ValueError: temperature must be a number while the loss is traced, got None
+    """
+    try:
+        return float(value)
+    except (TypeError, ValueError):  # of a tracer it is a TypeError
+        raise ValueError(
+            f"{name} must be a number while the loss is traced, got {value!r}"
+        ) from None
+
+
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Raise ValueError unless the switch ``value`` is one of ``choices``.
 

@@ -37,7 +37,7 @@ import jax.numpy as jnp
 
 from rkd_jax.losses import divergences
 from rkd_jax.losses.divergences import forward_kl
-from rkd_jax.losses.domain import check_choice, check_domain
+from rkd_jax.losses.domain import check_choice, check_domain, static_number
 from rkd_jax.losses.fused_plan import TILES, Tiles, run
 from rkd_jax.losses.readouts import Readout
 from rkd_jax.losses.row_losses import (
@@ -89,13 +89,15 @@ def linear_token_log_probs(
         Flows to ``hidden``, ``head`` and ``bias``.
 
     Raises:
-        ValueError: temperature or softcap out of range, or a head that is not cut over
-            ``axis_name``. AssertionError: sizes that disagree.
+        ValueError: temperature or softcap out of range or traced, or a head that is not
+            cut over ``axis_name``. AssertionError: sizes that disagree, or targets
+            that are no integers.
 
     References:
         Textbook. Deviation: none.
     """
     chex.assert_shape(targets, hidden.shape[:-1])
+    chex.assert_type(targets, int)
     targets = targets.astype(jnp.int32)
     values = run(
         TokenLogProb(),
@@ -233,6 +235,8 @@ def linear_topk_divergence(
     """
     chex.assert_equal_shape([topk_ids, topk_log_probs])
     chex.assert_shape(topk_ids, (*hidden.shape[:-1], None))
+    chex.assert_type(topk_ids, int)
+    check_domain("the length of a list", topk_ids.shape[-1], "[1, inf)")
     width = head.shape[1] * (1 if axis_name is None else jax.lax.axis_size(axis_name))
     log_probs = jax.lax.stop_gradient(topk_log_probs)
     return run(
@@ -290,10 +294,11 @@ def linear_soft_value(
     References:
         See `soft_value`. Deviation: none.
     """
+    power, scale = static_number("power", power), static_number("scale", scale)
     check_domain("power", power, "(0, inf)")
     check_domain("scale", scale, "(0, inf)")
     return run(
-        SoftValue(float(power), float(scale)),
+        SoftValue(power, scale),
         (Readout(hidden, head, bias), None),
         None,
         mask=mask,

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from rkd_jax.losses.domain import check_domain
+from rkd_jax.losses.domain import check_choice, check_domain, static_number
 from rkd_jax.losses.readouts import Plan, Readout, few_rows
 from rkd_jax.losses.row_losses import RowLoss
 from rkd_jax.losses.vocabulary_tiles import vocabulary_loss
@@ -49,6 +49,12 @@ class Tiles:
     block: int = 2048
     columns: int = 4096
     gradient: Literal["recompute", "ahead"] | None = None
+
+    def __post_init__(self):
+        for name in ("logits", "strip", "block", "columns"):
+            check_domain(name, getattr(self, name), "[1, inf)")
+        if self.gradient is not None:
+            check_choice("gradient", self.gradient, ("recompute", "ahead"))
 
 
 TILES = Tiles()
@@ -82,11 +88,10 @@ def run(
         if array is not None:
             chex.assert_shape(array, batch)
     chex.assert_tree_shape_prefix(data, batch)
-    for one in temperatures:
-        check_domain("temperature", one, "(0, inf)")
-    for cap in softcaps:
-        if cap is not None:
-            check_domain("softcap", cap, "(0, inf)")
+    temperatures = tuple(_positive("temperature", one) for one in temperatures)
+    softcaps = tuple(
+        None if cap is None else _positive("softcap", cap) for cap in softcaps
+    )
     if weights is None:
         weights = jnp.ones(batch, bool) if mask is None else mask
     weights = jax.lax.stop_gradient(weights.astype(accumulator(student.hidden)))
@@ -95,7 +100,7 @@ def run(
     local = functools.partial(
         _local,
         loss,
-        temperatures=tuple(float(one) for one in temperatures),
+        temperatures=temperatures,
         softcaps=softcaps,
         tiles=tiles,
         normalised=normalised,
@@ -109,6 +114,12 @@ def run(
     _check_cut(axis_name, student, teacher)
     arguments, others = _along_rows(arguments, axis_name)
     return local(*arguments, axis_name=axis_name, batch_axes=others)
+
+
+def _positive(name: str, value) -> float:
+    value = static_number(name, value)
+    check_domain(name, value, "(0, inf)")
+    return value
 
 
 def _check_cut(axis_name: str | None, *sides: Readout | None) -> None:

@@ -71,7 +71,7 @@ def cast(plan, head: jax.Array, dtype) -> jax.Array:
 
 def tempered_logits(plan, student, teacher, hidden, columns) -> list[jax.Array]:
     """Tempered logits of both sides, ``[C, V']`` each."""
-    found = []
+    found, wide = [], accumulator(hidden[0])
     sides = (student, teacher)[: len(hidden)]
     options = zip(sides, hidden, plan.softcaps, plan.temperatures, strict=False)
     for side, states, cap, temperature in options:
@@ -82,7 +82,7 @@ def tempered_logits(plan, student, teacher, hidden, columns) -> list[jax.Array]:
         logits = product(states, cast(plan, head, states.dtype), (1, 0))
         logits = logits if bias is None else logits + bias.astype(logits.dtype)[None]
         logits = logits if cap is None else jnp.tanh(logits / cap) * cap
-        found.append(logits / temperature)
+        found.append((logits / temperature).astype(wide))
     return found
 
 
@@ -99,7 +99,8 @@ def all_logits(plan, student, teacher, hidden) -> list[jax.Array]:
         ]
 
     shape = len(hidden[0]), student.head.shape[1]
-    zeros = [shard_zeros(plan, shape, accumulator(states)) for states in hidden]
+    wide = accumulator(hidden[0])
+    zeros = [shard_zeros(plan, shape, wide) for _ in hidden]
     return over_tiles(plan.columns, student, tile, zeros)
 
 
@@ -217,6 +218,22 @@ def head_product(states: jax.Array, delta: jax.Array) -> jax.Array:
         states.T, cpu=jax.lax.optimization_barrier, default=lambda turned: turned
     )
     return product(turned, delta, (1, 0))
+
+
+def in_range(cotangent: jax.Array, dtype) -> tuple[jax.Array, Callable]:
+    """The cotangent in a unit near its largest entry, and what takes gradients back.
+
+    Products of float16 would round a gradient under a small cotangent, such as one over
+    the number of tokens, to 0. The unit is a power of two, so nothing else is rounded.
+    Other dtypes have the range of float32.
+    """
+    if dtype != jnp.float16:
+        return cotangent, lambda gradient: gradient
+    largest = jnp.abs(cotangent).max()
+    usable = (largest > 0.0) & jnp.isfinite(largest)
+    _, exponent = jnp.frexp(jnp.where(usable, largest, 1.0))
+    unit = jnp.ldexp(jnp.ones_like(largest), exponent)
+    return cotangent / unit, lambda gradient: unit * gradient
 
 
 def columns_of(plan, student, start, size) -> jax.Array:

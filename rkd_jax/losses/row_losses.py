@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from rkd_jax.losses import divergence_terms as terms
 from rkd_jax.losses import divergences
 from rkd_jax.losses.divergences import log_rest
+from rkd_jax.losses.domain import static_number
 from rkd_jax.losses.importance import counted
 from rkd_jax.losses.likelihood import put_tokens, take_tokens
 
@@ -355,6 +356,7 @@ def summand_of(divergence: Callable[..., jax.Array]) -> Summand:
         )
     if "temperature" in options:
         raise ValueError("give the temperature to linear_divergence itself")
+    options = {name: static_number(name, value) for name, value in options.items()}
     one = jnp.zeros(1)
     jax.eval_shape(functools.partial(function, **options), one, one)  # checks options
     return SUMMANDS[function]._replace(options=tuple(sorted(options.items())))

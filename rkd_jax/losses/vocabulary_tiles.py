@@ -39,7 +39,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rkd_jax.losses.ahead import proportion
+from rkd_jax.losses.ahead import proportion, times
 from rkd_jax.losses.readouts import (
     Plan,
     Readout,
@@ -48,6 +48,7 @@ from rkd_jax.losses.readouts import (
     cast,
     columns_of,
     head_product,
+    in_range,
     log_probs_of,
     normalise,
     over_tiles,
@@ -104,17 +105,18 @@ def _forward(plan, student, teacher, data, weights, mask):
 def _backward(plan, residuals, cotangent):
     rows, found, student, teacher, weights, ahead, logs = residuals
     cotangent = take_rows(cotangent, rows.index)
+    scale, unit = in_range(cotangent, student.hidden.dtype)
 
     def again(into):
-        return _second_pass(plan, rows, found, student, teacher, cotangent, into)
+        return _second_pass(plan, rows, found, student, teacher, scale, unit, into)
 
     if logs is not None:
-        gradient = _kept(plan, rows, found, logs, student, cotangent)
+        gradient = _kept(plan, rows, found, logs, student, scale, unit)
     elif ahead is None:
         gradient = again(None)
     else:  # where the gradient was not foreseen, it is written over the other
-        scale, exact = proportion(cotangent, weights)
-        scaled = _scaled(plan, student, scale, ahead)
+        factor, exact = proportion(cotangent, weights)
+        scaled = _scaled(plan, student, factor, ahead)
         gradient = jax.lax.cond(exact, lambda scaled: scaled, again, scaled)
     hidden = unorder_rows(gradient.hidden, rows, len(student.hidden))
     gradient = gradient._replace(hidden=hidden)
@@ -143,10 +145,10 @@ def _only_pass(plan, rows, student, teacher) -> tuple[_Rows, Logs]:
     return found._replace(values=_of_live(rows, found.values)), logs
 
 
-def _kept(plan, rows, found, logs, student, cotangent) -> Readout:
+def _kept(plan, rows, found, logs, student, scale, unit) -> Readout:
     """The gradient out of the log-probs of all rows."""
-    scale, hidden = _of_live(rows, cotangent), rows.hidden[0]
-    delta = _logit_gradient(plan, logs, rows.data, found, scale)
+    hidden = rows.hidden[0]
+    delta = _logit_gradient(plan, logs, rows.data, found, _of_live(rows, scale))
     head = student.head.astype(hidden.dtype)
 
     def products(delta):
@@ -167,7 +169,7 @@ def _kept(plan, rows, found, logs, student, cotangent) -> Readout:
     if plan.axis_name is not None:
         states = jax.lax.psum(states, plan.axis_name)
     bias = None if student.bias is None else delta.sum(0)
-    return Readout(states, head_gradient, bias)
+    return jax.tree.map(unit, Readout(states, head_gradient, bias))
 
 
 def _of_live(rows, values: jax.Array) -> jax.Array:
@@ -299,17 +301,17 @@ def _scaled(plan, student, scale, gradient: Readout) -> Readout:
     """
 
     def tile(start, size, head):
-        part = scale * Span(start, size).of(head)
+        part = times(scale, Span(start, size).of(head))
         return jax.lax.dynamic_update_slice_in_dim(head, part, start, axis=1)
 
     head = over_tiles(plan.columns, student, tile, gradient.head)
-    bias = None if student.bias is None else scale * gradient.bias
+    bias = None if student.bias is None else times(scale, gradient.bias)
     head = head.astype(student.head.dtype)
-    return Readout(scale * gradient.hidden, head, bias)
+    return Readout(times(scale, gradient.hidden), head, bias)
 
 
-def _second_pass(plan, rows, found, student, teacher, cotangent, into):
-    """The gradient under any cotangent, logits computed again.
+def _second_pass(plan, rows, found, student, teacher, cotangent, unit, into):
+    """The gradient under any cotangent in a unit, logits computed again.
 
     That in the head is written over the one of ``into``, if there is one.
     """
@@ -343,7 +345,7 @@ def _second_pass(plan, rows, found, student, teacher, cotangent, into):
         blank = states, zeros(column_head.shape, dtype), zeros(size, dtype)
         states, head, bias = jax.lax.fori_loop(0, count, body, blank)
         head_gradient = jax.lax.dynamic_update_slice_in_dim(
-            head_gradient, head.astype(student.head.dtype), start, axis=1
+            head_gradient, unit(head).astype(student.head.dtype), start, axis=1
         )
         bias_gradient = jax.lax.dynamic_update_slice_in_dim(
             bias_gradient, bias, start, axis=0
@@ -359,7 +361,8 @@ def _second_pass(plan, rows, found, student, teacher, cotangent, into):
     states, head, bias = over_tiles(plan.columns, student, tile, blank)
     if plan.axis_name is not None:
         states = jax.lax.psum(states, plan.axis_name)
-    return Readout(states, head, None if student.bias is None else bias)
+    bias = None if student.bias is None else unit(bias)
+    return Readout(unit(states), head, bias)
 
 
 def _logit_gradient(plan, logs: Logs, data, known: _Rows, scale) -> jax.Array:
