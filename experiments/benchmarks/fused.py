@@ -27,9 +27,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
-from experiments.host_memory import keep_freed_memory
+from experiments.benchmarks.command_line import run_benchmark
 from rkd_jax.aot.topology import prefer_the_compiler, slice_devices
 from rkd_jax.losses import (
     forward_kl,
@@ -219,8 +218,7 @@ def run(config: FusedBenchmark) -> None:
 
 def main() -> None:
     """Command line."""
-    keep_freed_memory()
-    run(tyro.cli(FusedBenchmark, description=__doc__))
+    run_benchmark(run, FusedBenchmark)
 
 
 if __name__ == "__main__":

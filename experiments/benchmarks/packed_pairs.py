@@ -20,12 +20,12 @@ from typing import Any
 
 import jax
 import optax
-import tyro
 
+from experiments.benchmarks.command_line import run_benchmark
 from experiments.benchmarks.packing import limits, load_tokenizer
 from rkd_jax.data.packing import PackedBatch, padding_waste
 from rkd_jax.data.pipeline import make_batches
-from rkd_jax.data.records import PreferenceRecord
+from rkd_jax.data.records import PreferenceRecord, RecordError
 from rkd_jax.data.tokenizer import Tokenizer
 from rkd_jax.data.windows import make_bucketed_batches, make_packed_batches
 from rkd_jax.models.decoder import Decoder, DecoderConfig
@@ -63,15 +63,34 @@ class PairsBenchmark:
 
 
 def read_pairs(config: PairsBenchmark) -> list[PreferenceRecord]:
-    """The reference solution before a wrong one."""
-    lines = map(json.loads, Path(config.data).read_text().splitlines())
-    wrong = [line for line in lines if not line[config.model]["is_correct"]]
-    return [
-        PreferenceRecord(
-            line["question"], line["ground_truth"], line[config.model]["solution"]
-        )
-        for line in wrong[: config.pairs]
-    ]
+    """The reference solution before a wrong one.
+
+    Raises:
+        RecordError: a line that has not what is asked for, or no wrong answer at all.
+    """
+    lines = Path(config.data).read_text().splitlines()
+    found = []
+    for number, text in enumerate(lines, start=1):
+        try:
+            line = json.loads(text)
+            answer = line[config.model]
+            if not answer["is_correct"]:
+                found.append(
+                    PreferenceRecord(
+                        line["question"], line["ground_truth"], answer["solution"]
+                    )
+                )
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise RecordError(
+                f"{config.data}:{number}: {error!r}",
+                "lines have question, ground_truth, and of a model solution and "
+                "is_correct",
+            ) from error
+        if len(found) == config.pairs:
+            break
+    if not found:
+        raise RecordError(f"{config.data}: {config.model} has no wrong answer there")
+    return found
 
 
 def ways(
@@ -172,7 +191,7 @@ def _shape(batch: PreferenceBatch | PackedBatch) -> tuple:
 
 def main() -> None:
     """Command line."""
-    run(tyro.cli(PairsBenchmark, description=__doc__))
+    run_benchmark(run, PairsBenchmark)
 
 
 if __name__ == "__main__":

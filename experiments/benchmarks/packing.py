@@ -21,8 +21,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import tyro
-
+from experiments.benchmarks.command_line import run_benchmark
 from rkd_jax.data.packing import Padding, padding_waste
 from rkd_jax.data.pipeline import BatchIterator, make_batches
 from rkd_jax.data.records import DemonstrationRecord, Record
@@ -177,7 +176,7 @@ def run(config: PackingBenchmark) -> None:
 
 def main() -> None:
     """Command line."""
-    run(tyro.cli(PackingBenchmark, description=__doc__))
+    run_benchmark(run, PackingBenchmark)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,6 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import json
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -42,11 +41,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
+from experiments.benchmarks.command_line import run_benchmark
 from experiments.benchmarks.step import WARM_UP, StepBenchmark, setting_of, stepper
 from experiments.benchmarks.step_cases import CASES, Setting
-from experiments.host_memory import keep_freed_memory
 
 Step = Callable[[], float]
 """Takes one step; its seconds."""
@@ -358,15 +356,9 @@ def versions(names: list[str]) -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in packages}
 
 
-def main() -> None:
-    """Command line."""
-    keep_freed_memory()
-    config = tyro.cli(PeersBenchmark, description=__doc__)
-    try:
-        found = measure(config)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+def run(config: PeersBenchmark) -> None:
+    """Measure and print."""
+    found = measure(config)
     if config.json:
         print(json.dumps(found))
         return
@@ -375,6 +367,11 @@ def main() -> None:
         print(f"{name:>8} {seconds:8.3f} s  {found['ratio_to_rkd_jax'][name]:6.2f}")
     for name, lacks in found["to_install"].items():
         print(f"{name:>8} is not measured: pip install {' '.join(lacks)}")
+
+
+def main() -> None:
+    """Command line."""
+    run_benchmark(run, PeersBenchmark)
 
 
 if __name__ == "__main__":

@@ -33,9 +33,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
-from experiments.host_memory import keep_freed_memory
+from experiments.benchmarks.command_line import run_benchmark
 from rkd_jax.models.decoder import Decoder, DecoderConfig
 from rkd_jax.models.sampling import SamplingConfig, make_sampler
 from rkd_jax.types import Params, Prompts
@@ -186,6 +185,11 @@ def measure(config: SampleBenchmark, params: Params, rows: int) -> dict[str, Any
     bandwidth, peak = size / seconds[read], 2 * config.square**3 / seconds[product]
     roofline = max(costs["bytes"] / bandwidth, costs["flops"] / peak)
     step = (seconds["all"] - seconds["first"]) / (config.new - 1)
+    if step <= 0.0:
+        raise ValueError(
+            f"{config.new} tokens took no longer than one: give a larger model, a "
+            f"larger new, or more turns than {config.turns}"
+        )
     return {
         "batch": rows,
         "step_bytes": costs["bytes"],
@@ -236,8 +240,7 @@ def run(config: SampleBenchmark) -> None:
 
 def main() -> None:
     """Command line."""
-    keep_freed_memory()
-    run(tyro.cli(SampleBenchmark, description=__doc__))
+    run_benchmark(run, SampleBenchmark)
 
 
 if __name__ == "__main__":

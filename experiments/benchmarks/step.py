@@ -45,7 +45,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
@@ -53,11 +52,10 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
+from experiments.benchmarks.command_line import run_benchmark
 from experiments.benchmarks.llama import llama
 from experiments.benchmarks.step_cases import CASES, Case, Setting
-from experiments.host_memory import keep_freed_memory
 from rkd_jax.models.decoder import Decoder
 from rkd_jax.training.optim import OptimConfig, make_optimizer
 from rkd_jax.training.state import init_state
@@ -249,15 +247,9 @@ def matmul_peak(size: int, dtype: jnp.dtype, turns: int = 7) -> float:
     return 2 * size**3 / min(seconds[1:])
 
 
-def main() -> None:
-    """Command line."""
-    keep_freed_memory()
-    config = tyro.cli(StepBenchmark, description=__doc__)
-    try:
-        found = measure(config)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+def run(config: StepBenchmark) -> None:
+    """Measure and print."""
+    found = measure(config)
     if config.json:
         print(json.dumps(found))
         return
@@ -267,6 +259,11 @@ def main() -> None:
             if isinstance(value, float)
             else f"{name:>22}  {value}"
         )
+
+
+def main() -> None:
+    """Command line."""
+    run_benchmark(run, StepBenchmark)
 
 
 if __name__ == "__main__":

@@ -17,9 +17,8 @@ from collections.abc import Iterator
 
 import jax
 import numpy as np
-import tyro
 
-from experiments.host_memory import keep_freed_memory
+from experiments.benchmarks.command_line import run_benchmark
 from experiments.sentiment_task import make_prompts
 from experiments.settings import ModelConfig
 from experiments.teacher_student import cut_student, load_teacher
@@ -148,8 +147,7 @@ def _response(array: jax.Array, row: int) -> jax.Array:
 
 def main() -> None:
     """Command line."""
-    keep_freed_memory()
-    run(tyro.cli(CacheBenchmark, description=__doc__))
+    run_benchmark(run, CacheBenchmark)
 
 
 if __name__ == "__main__":

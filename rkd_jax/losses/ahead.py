@@ -36,7 +36,7 @@ def scaled_or_again(
 
     def scaled():
         return jax.tree.map(
-            lambda x, like: times(scale.astype(x.dtype), x).astype(like.dtype),
+            lambda x, like: (scale.astype(x.dtype) * x).astype(like.dtype),
             ahead,
             jax.eval_shape(again),
         )
@@ -47,22 +47,19 @@ def scaled_or_again(
 def proportion(cotangent: Any, foreseen: Any) -> tuple[jax.Array, jax.Array]:
     """The factor between two trees of floats, and whether there is one, up to rounding.
 
+    0 is none: a gradient that is infinite would not be 0 times that.
+
     Args:
         cotangent: a pytree of floats.
         foreseen: the same, of the same shapes and dtypes.
     """
     values, weights = _flat(cotangent), _flat(foreseen)
     largest = jnp.argmax(jnp.abs(weights))
-    # Where nothing was foreseen, nothing is what it takes to nothing.
     scale = values[largest] / jnp.where(weights.any(), weights[largest], 1.0)
     limits = jnp.finfo(values.dtype)
     noise = 4 * limits.eps * jnp.maximum(jnp.abs(values), limits.tiny)
-    return scale, jnp.all(jnp.abs(values - scale * weights) <= noise)
-
-
-def times(scale: jax.Array, gradient: jax.Array) -> jax.Array:
-    """A gradient times a factor; times 0 it is 0, whatever it was."""
-    return jnp.where(scale != 0.0, scale * gradient, 0.0)
+    exact = jnp.abs(values - scale * weights) <= noise
+    return scale, (scale != 0.0) & exact.all()
 
 
 def _flat(tree: Any) -> jax.Array:

@@ -39,7 +39,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rkd_jax.losses.ahead import proportion, times
+from rkd_jax.losses.ahead import proportion
 from rkd_jax.losses.readouts import (
     Plan,
     Readout,
@@ -301,13 +301,13 @@ def _scaled(plan, student, scale, gradient: Readout) -> Readout:
     """
 
     def tile(start, size, head):
-        part = times(scale, Span(start, size).of(head))
+        part = scale * Span(start, size).of(head)
         return jax.lax.dynamic_update_slice_in_dim(head, part, start, axis=1)
 
     head = over_tiles(plan.columns, student, tile, gradient.head)
-    bias = None if student.bias is None else times(scale, gradient.bias)
+    bias = None if student.bias is None else scale * gradient.bias
     head = head.astype(student.head.dtype)
-    return Readout(times(scale, gradient.hidden), head, bias)
+    return Readout(scale * gradient.hidden, head, bias)
 
 
 def _second_pass(plan, rows, found, student, teacher, cotangent, unit, into):
