@@ -36,11 +36,15 @@ from rkd_jax.models.decoding import (
     behind_prompts,
     check_eos_ids,
     check_prompts,
+    check_whole,
     decode,
     pad_left,
     prefill,
 )
 from rkd_jax.types import Params, Prompts, Sequences, struct
+
+_LARGEST_POWER = 75.0
+"""Logarithm of the largest power of a length: times a log-prob it is a float32."""
 
 
 @struct
@@ -129,14 +133,18 @@ def make_beam_search(
         None flows to ``params``.
 
     Raises:
-        ValueError: fewer than one beam or column, a length penalty that is not finite,
-            an EOS id outside the vocabulary; and from ``search`` as `make_sampler`.
+        ValueError: fewer than one beam or column, a length penalty that is not finite
+            or overflows, an EOS id outside the vocabulary; and from ``search`` as
+            `make_sampler`.
     """
     for name, value in (("beams", beams), ("max_new_tokens", max_new_tokens)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    if not math.isfinite(length_penalty):
-        raise ValueError(f"length_penalty must be finite, got {length_penalty}")
+        check_whole(name, value, 1)
+    # Of a NaN as well: only what is finite and small enough is below.
+    if not abs(length_penalty) * math.log(max(max_new_tokens, 2)) < _LARGEST_POWER:
+        raise ValueError(
+            f"{max_new_tokens} ** length_penalty must be a float32, got length_penalty "
+            f"{length_penalty}"
+        )
     eos_ids = tuple(eos_ids)
     check_eos_ids(eos_ids, model.config.vocab_size)
 

@@ -84,9 +84,14 @@ def bucket_prompts(
         rows: allowed B, ascending; the last prompt is repeated to fill up.
 
     Raises:
-        ValueError: no rows, or no bucket that is large enough.
+        ValueError: prompts that are not [B, P], no rows, or no bucket that is large
+            enough.
     """
     tokens, mask = np.asarray(prompts.tokens), np.asarray(prompts.mask)
+    if tokens.ndim != 2 or mask.shape != tokens.shape:
+        raise ValueError(
+            f"prompts must be [B, P]: tokens {tokens.shape}, mask {mask.shape}"
+        )
     if not len(tokens):
         raise ValueError("there is no prompt in the batch")
     width = _smallest(widths, int(mask.sum(axis=1).max()), "tokens in a prompt")

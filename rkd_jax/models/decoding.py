@@ -9,6 +9,7 @@ their logits; how it chooses is the business of `rkd_jax.models.sampling`,
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -162,8 +163,18 @@ def any_of(tokens: jax.Array, ids: Iterable[int]) -> jax.Array:
     return found
 
 
+def check_whole(name: str, value: int, least: int) -> None:
+    """Raise ValueError unless the number is whole and at least ``least``."""
+    if not isinstance(value, numbers.Integral):
+        raise ValueError(f"{name} must be a whole number, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
 def check_eos_ids(eos_ids: Iterable[int], vocab_size: int) -> None:
-    """Raise ValueError unless every id is in the vocabulary."""
+    """Raise ValueError unless every id is a whole number in the vocabulary."""
+    for one in eos_ids:
+        check_whole("each of eos_ids", one, 0)
     beyond = [i for i in eos_ids if not 0 <= i < vocab_size]
     if beyond:
         raise ValueError(f"eos_ids {beyond} lie outside the vocabulary of {vocab_size}")
@@ -183,6 +194,8 @@ def check_prompts(prompts: Prompts, new: int, context: int, *, whose: str = "") 
         raise ValueError(
             f"{whose}prompts must be [B, P]: tokens {shape}, mask {prompts.mask.shape}"
         )
+    if not shape[0]:
+        raise ValueError(f"there is no {whose}prompt in the batch")
     if shape[1] + new > context:
         raise ValueError(
             f"{whose}prompt width {shape[1]} + max_new_tokens {new} exceeds the "

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +25,7 @@ from rkd_jax.models.decoding import (
     behind_prompts,
     check_eos_ids,
     check_prompts,
+    check_whole,
     decode,
     pad_left,
     prefill,
@@ -51,18 +52,16 @@ class SamplingConfig:
     gather: bool | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.eos_ids, Iterable):
+            raise ValueError(f"eos_ids must be several ids, got {self.eos_ids}")
         object.__setattr__(self, "eos_ids", tuple(self.eos_ids))
         for name in ("max_new_tokens", "samples_per_prompt"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"{name} must be at least 1, got {getattr(self, name)}"
-                )
+            check_whole(name, getattr(self, name), 1)
+        check_whole("top_k", self.top_k, 0)
         if not 0.0 <= self.temperature < math.inf:
             raise ValueError(
                 f"temperature must be 0 (greedy) or positive, got {self.temperature}"
             )
-        if self.top_k < 0:
-            raise ValueError(f"top_k must be 0 (off) or positive, got {self.top_k}")
         if not 0.0 < self.top_p <= 1.0:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
 
@@ -309,6 +308,8 @@ def _draw(config, logits, keys) -> Draw:
 
 def _row_keys(rng, batch, group):
     """A key for each prompt and sample, [B * G], whatever B and G are."""
+    if not jnp.issubdtype(rng.dtype, jax.dtypes.prng_key):
+        rng = jax.random.wrap_key_data(rng)  # of `jax.random.PRNGKey`
     per_prompt = jax.vmap(lambda b: jax.random.fold_in(rng, b))(jnp.arange(batch))
     fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
     return fold(per_prompt, jnp.arange(group)).reshape(batch * group)

@@ -248,7 +248,11 @@ def test_rows_of_any_cache():
     [
         ({"beams": 0}, "beams must be at least 1"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
-        ({"length_penalty": float("inf")}, "length_penalty must be finite"),
+        ({"beams": 1.5}, "beams must be a whole number, got 1.5"),
+        ({"length_penalty": float("inf")}, "got length_penalty inf"),
+        ({"length_penalty": float("nan")}, "got length_penalty nan"),
+        ({"length_penalty": -60.0}, r"4 \*\* length_penalty must be a float32"),
+        ({"eos_ids": (0.5,)}, "each of eos_ids must be a whole number"),
         ({"eos_ids": (3,)}, r"eos_ids \[3\]"),
     ],
 )

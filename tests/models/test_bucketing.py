@@ -131,6 +131,8 @@ def test_bad_buckets_and_batches_are_named():
         bucket_prompts(_prompts(5, 3), **BUCKETS)
     with pytest.raises(ValueError, match="no prompt"):
         bucket_prompts(jax.tree.map(lambda x: x[:0], _prompts(1, 3)), **BUCKETS)
+    with pytest.raises(ValueError, match=r"must be \[B, P\]: tokens \(3,\)"):
+        bucket_prompts(jax.tree.map(lambda x: x[0], _prompts(1, 3)), **BUCKETS)
     with pytest.raises(ValueError, match=r"prompts with \[2, 1\] rows"):
         bucketed(print, **BUCKETS)(_prompts(2, 3), other=_prompts(1, 3))
     with pytest.raises(TypeError, match="Prompts"):

@@ -312,6 +312,15 @@ def test_sampling_inside_a_differentiated_function_is_constant():
     np.testing.assert_allclose(jax.grad(total)(table), 2 * TABLE, rtol=1e-6)
 
 
+def test_keys_of_both_styles_draw_the_same():
+    sample, table = make_sampler(Bigram(6), SamplingConfig(5)), jnp.asarray(TABLE)
+    found, expected = (
+        sample(table, _prompts([[3], [1, 2]]), key)
+        for key in (jax.random.PRNGKey(7), jax.random.key(7))
+    )
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
 @pytest.mark.parametrize(
     ("field", "message"),
     [
@@ -319,7 +328,10 @@ def test_sampling_inside_a_differentiated_function_is_constant():
         ({"samples_per_prompt": 0}, "samples_per_prompt"),
         ({"temperature": -0.1}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
-        ({"top_k": -1}, "top_k"),
+        ({"top_k": -1}, "top_k must be at least 0"),
+        ({"top_k": 2.5}, "top_k must be a whole number, got 2.5"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens must be a whole number"),
+        ({"eos_ids": 5}, "eos_ids must be several ids, got 5"),
         ({"top_p": 0.0}, "top_p"),
         ({"top_p": 1.1}, "top_p"),
     ],
@@ -339,6 +351,8 @@ def test_bad_prompts_are_named():
         sample(table, _prompts([[1] * 5]), key)
     with pytest.raises(ValueError, match="prompt 1 has no token"):
         sample(table, _prompts([[1], []]), key)
+    with pytest.raises(ValueError, match="there is no prompt in the batch"):
+        sample(table, Prompts(jnp.zeros((0, 3), int), jnp.zeros((0, 3), bool)), key)
     with pytest.raises(ValueError, match=r"\[B, P\]"):
         sample(table, Prompts(jnp.zeros((1, 2, 3)), jnp.ones((1, 2, 3), bool)), key)
     with pytest.raises(ValueError, match=r"\[B, P\]"):
