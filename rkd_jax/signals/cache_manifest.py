@@ -43,6 +43,9 @@ _MEANING = {
 _HASH = re.compile("[0-9a-f]{16}")
 _KINDS = ("DemonstrationRecord", "PreferenceRecord")
 _MOST = 2**53  # of anything that is counted
+_DAMAGED = (
+    "not the manifest of a cache (restore it, or write the cache into another folder)"
+)
 _MOST_REASONS = 8  # that a shard tells apart
 _LONGEST_REASON = 120  # characters
 
@@ -194,7 +197,7 @@ class Manifest:
         path = Path(folder) / MANIFEST
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file; write one with `rkd cache`")
-        with refused(f"{path}: not the manifest of a cache", CacheError):
+        with refused(f"{path}: {_DAMAGED}", CacheError):
             data = json.loads(path.read_text("utf-8"))
             version = data["format"]
         if version != FORMAT:
@@ -202,7 +205,7 @@ class Manifest:
                 f"{path}: format {shown(version)}, this version reads {FORMAT}; use "
                 "the version that wrote it, or write the cache into another folder"
             )
-        with refused(f"{path}: not the manifest of a cache", CacheError):
+        with refused(f"{path}: {_DAMAGED}", CacheError):
             # With what settings that came later are in a manifest from before them.
             data["settings"] = CacheSettings.from_json(data["settings"]).to_json()
             shards = tuple(Shard(**shard) for shard in data.pop("shards"))

@@ -114,7 +114,12 @@ class CacheWriter:
         self._teacher, self._reference = hold_models(
             teacher, reference, tokenizer=tokenizer, rows=rows, settings=settings
         )
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except FileExistsError as error:
+            raise CacheError(
+                f"{self.folder}: is no folder; write the cache into another one"
+            ) from error
         self._wanted = self._describe(shard_records)
         with locked(self.folder):
             self.manifest = self._open()

@@ -99,7 +99,7 @@ def score(
         abstentions: let NaN pass where the oracle ``may_abstain``.
 
     Raises:
-        OracleError: a wrong number of rewards, or one that is not a finite number; the
+        OracleError: a wrong number of rewards, or one that is not a finite float32; the
             message names the first offending response.
     """
     if len(prompts) != len(responses):
@@ -110,7 +110,7 @@ def score(
             f"the oracle returned shape {rewards.shape} for {len(responses)} responses;"
             " it has to return one number per response"
         )
-    good = np.isfinite(rewards)
+    good = np.abs(rewards) <= np.finfo(np.float32).max
     if abstentions and getattr(oracle, "may_abstain", False):
         good |= np.isnan(rewards)
     bad = np.flatnonzero(~good)

@@ -304,6 +304,9 @@ def test_a_manifest_that_is_none(folder, tmp_path):
         (tmp_path / "manifest.json").write_text(json.dumps(broken))
         with pytest.raises(CacheError, match=message):
             open_cache(tmp_path)
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest)[:100])
+    with pytest.raises(CacheError, match=r"\(restore it, or write .* another folder\)"):
+        open_cache(tmp_path)
 
 
 def test_settings_that_came_after_a_manifest_are_the_defaults(tmp_path):
@@ -371,6 +374,14 @@ def test_a_teacher_that_says_nan_is_named_with_the_record(tmp_path):
     maker._teacher.source().params["table"][ord("."), 3] = np.nan
     with pytest.raises(CacheError, match="record 1: log-probs of the teacher are NaN"):
         maker.write()
+
+
+def test_a_file_in_place_of_the_folder_is_named(tmp_path):
+    for name in ("file", "link"):
+        path = tmp_path / name
+        path.symlink_to("nowhere") if name == "link" else path.write_text("mine")
+        with pytest.raises(CacheError, match=f"{name}: is no folder; write"):
+            writer(path, demonstrations(2), REWARDS)
 
 
 def test_one_process_writes_at_a_time(tmp_path):

@@ -80,6 +80,7 @@ def test_an_oracle_that_cannot_be_loaded_is_explained(name, message):
         (lambda p, r: 0.0, "shape"),
         (lambda p, r: [0.0, float("nan")], "response 1: 'bb'"),
         (lambda p, r: [float("inf"), 0.0], "response 0: 'a'"),
+        (lambda p, r: [0.0, -1e39], r"returned -1e\+39 for response 1: 'bb'"),
     ],
 )
 def test_a_broken_oracle_is_never_a_silent_zero(oracle, message):
