@@ -104,7 +104,8 @@ def plan(request: Request, devices: Sequence[jax.Device] | None = None) -> Plan:
         guessed_loops=found.guessed_loops,
         seconds_to_compile=found.seconds,
     )
-    return dataclasses.replace(result, notes=_advice(result, inputs, lab, mesh))
+    notes = _advice(result, request.program, inputs, lab, mesh)
+    return dataclasses.replace(result, notes=notes)
 
 
 def _experiment(request: Request) -> tuple[ExperimentConfig, Callable]:
@@ -174,23 +175,29 @@ def _setting(
     }
 
 
-def _advice(result: Plan, inputs: Inputs, lab: Lab, mesh: Mesh) -> tuple[str, ...]:
+def _advice(
+    result: Plan, program: str, inputs: Inputs, lab: Lab, mesh: Mesh
+) -> tuple[str, ...]:
     """The first thing to change where it does not fit."""
     if result.fits:
         return ()
     memory, limit = result.memory, result.chip.usable
-    part = inputs.records // inputs.step.accumulation // row_shards(mesh)
+    rows = inputs.records // row_shards(mesh)
+    part = rows // inputs.step.accumulation
+    wider = "a larger slice, or more of --mesh on tensor"
     if memory.peak - memory.temporaries > 0.8 * limit:
         first = (
             "a larger slice, or more of --mesh on fsdp: what is held alone takes "
             f"{gib(memory.peak - memory.temporaries)}"
         )
+    elif program != "update":  # which alone has micro-batches and a backward pass
+        first = f"--batch {inputs.records // 2}" if rows % 2 == 0 else wider
     elif (remat := lab.student.config.remat) != "full":
         leaner = "full" if remat == "dots" else "dots"
         first = f"--remat {leaner} (in the experiment --models.remat {leaner})"
     elif part % 2 == 0:
         first = f"--accumulation {2 * inputs.step.accumulation}"
     else:
-        first = "a larger slice, or more of --mesh on tensor"
+        first = wider
     over = gib(memory.peak - limit)
     return (f"{over} too much; the first thing to change: {first}",)

@@ -24,9 +24,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import tyro
-
+from experiments.benchmarks.command_line import run_benchmark
 from experiments.benchmarks.step_cases import CASES
+from experiments.settings import SettingsError
 
 Row = dict[str, Any]
 Runner = Callable[..., list[Row]]
@@ -41,6 +41,8 @@ PACKAGES = (
     "trl",
     "google-tunix",
 )
+REMARKS = "## Remarks\n"
+"""From this heading on a page is written by hand, and kept."""
 TOY = (
     *("--vocab", "64", "--batch", "2", "--length", "12", "--prompt", "4"),
     *("--student", "h32-l2-i48-q4-kv2", "--teacher", "h48-l3-i64-q4-kv2"),
@@ -98,6 +100,19 @@ def page(config: ReportConfig, run: Runner = measured) -> str:
     return "\n\n".join([head, *filter(None, parts)]) + "\n"
 
 
+def command_of(config: ReportConfig) -> str:
+    """What to run for the same page; its file left out."""
+    usual = ReportConfig()
+    words = ["python -m experiments.benchmarks.report"]
+    for name in ("batch", "steps"):
+        if (value := getattr(config, name)) != getattr(usual, name):
+            words += [f"--{name}", str(value)]
+    if config.objectives != usual.objectives:
+        words += ["--objectives", *config.objectives]
+    words += ["--no-peers"] * (not config.peers) + ["--toy"] * config.toy
+    return "make bench" if len(words) == 1 else " ".join(words)
+
+
 def heading(config: ReportConfig, before: float, after: float) -> str:
     """The machine, the versions, and what to think of the numbers."""
     found = {}
@@ -105,10 +120,9 @@ def heading(config: ReportConfig, before: float, after: float) -> str:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     versions = ", ".join(f"{name} {version}" for name, version in found.items())
-    command = "python -m experiments.benchmarks.report"
     return f"""# Performance
 
-Written by `make bench` (`{command}{" --toy" if config.toy else ""}`) on
+Written by `{command_of(config)}` on
 {datetime.now():%Y-%m-%d}; run it on your own machine before you rely on any number.
 
 - Machine: {processor()}, {os.cpu_count()} cores. Load average {before:.1f} before and
@@ -341,13 +355,30 @@ def processor() -> str:
     return names[0] if names else platform.machine()
 
 
-def main() -> None:
-    """Command line."""
-    config = tyro.cli(ReportConfig, description=__doc__)
+def remarks(out: Path) -> str:
+    """What somebody wrote by hand on the page that is there, its heading included."""
+    before = out.read_text("utf-8") if out.exists() else ""
+    _, heading, text = before.partition(REMARKS)
+    return f"\n{heading}{text}" if heading else ""
+
+
+def run(config: ReportConfig) -> None:
+    """Measure and write the page."""
+    unknown = [name for name in config.objectives if name not in CASES]
+    if unknown:
+        raise SettingsError(
+            f"there is no objective {unknown[0]!r}; there are {', '.join(CASES)}"
+        )
     out = Path(config.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page(config), encoding="utf-8")
+    text = page(config)
+    out.write_text(text + remarks(out), encoding="utf-8")
     print(f"report: {out}")
+
+
+def main() -> None:
+    """Command line."""
+    run_benchmark(run, ReportConfig)
 
 
 if __name__ == "__main__":

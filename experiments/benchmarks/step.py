@@ -27,7 +27,8 @@ model_flops...      ``model_flops_per_step``, of the products of matrices: forwa
                     with the head on the T response positions alone. What is computed
                     again (``remat``, logits in the backward pass of a fused loss, the
                     student's forward pass in every step of a critic) does not count,
-                    nor do scalar heads.
+                    nor do scalar heads. Attention counts as the whole square of its
+                    scores, masked half included, as is custom.
 matmul_peak_flops   per second, best of several products of two square matrices of
                     ``matmul_size`` of this dtype, in this process
 utilization         model_flops_per_step / s_per_step / matmul_peak_flops

@@ -4,8 +4,9 @@ Counted before the compiler: 2 m n k for every product, as often as its loops tu
 of a condition the branch with less work. What is computed again in a backward pass is
 included. Work is taken to be divided evenly over the mesh, but inside of
 `jax.shard_map`, where shapes are a device's own. A kernel counts as the products of its
-body times its grid, cuDNN's attention as the products of its formula, masked blocks
-included.
+body times its grid, of splash attention without the blocks above the diagonal, which it
+leaves out; cuDNN's attention as half the products of its formula, what is on and below
+the diagonal.
 
 >>> import jax, jax.numpy as jnp
 >>> product = jax.make_jaxpr(jnp.matmul)(jnp.ones((2, 3)), jnp.ones((3, 4)))
@@ -19,6 +20,7 @@ import math
 
 from jax.extend.core import Jaxpr, JaxprEqn, jaxprs_in_params
 
+_SPLASH = "splash_mha"  # start of the names of its kernels
 # Products of queries and keys: scores and the mixture; the former again, and four.
 _CUDNN = {
     "dot_product_attention_fwd_wrapper": 2,
@@ -48,7 +50,7 @@ def _count(jaxpr: Jaxpr, share: float, unknown: int, *, kernel: bool = False) ->
             total += share * _product(eqn)
             continue
         if name in _CUDNN:
-            total += share * _CUDNN[name] * _attention_product(eqn)
+            total += share * _CUDNN[name] * _attention_product(eqn) / 2
             continue
         if name == "cond":
             branches = [
@@ -67,8 +69,7 @@ def _count(jaxpr: Jaxpr, share: float, unknown: int, *, kernel: bool = False) ->
             manual = eqn.params[new if new in eqn.params else "manual_axes"]
             inner *= math.prod(mesh.shape[axis] for axis in manual)
         elif name == "pallas_call":
-            grid = eqn.params["grid_mapping"].grid
-            inner *= math.prod(size for size in grid if isinstance(size, int))
+            inner *= _points(eqn)
         for part in jaxprs_in_params(eqn.params):
             inside = kernel or name == "pallas_call"
             total += _count(part, inner, unknown, kernel=inside)
@@ -80,6 +81,23 @@ def _product(eqn: JaxprEqn) -> float:
     left = eqn.invars[0].aval.shape
     depth = math.prod(left[axis] for axis in contracted)
     return 2.0 * depth * math.prod(eqn.outvars[0].aval.shape)
+
+
+def _points(eqn: JaxprEqn) -> int:
+    """Points of a kernel's grid at which there is something to do.
+
+    Splash attention's ends with heads, blocks of queries, and as many blocks of keys as
+    a query sees at most, which are fewer than all of them in a window. That of the
+    gradients of keys and values ends with blocks of keys, heads, and blocks of queries.
+    """
+    grid = [x for x in eqn.params["grid_mapping"].grid if isinstance(x, int)]
+    name = str(eqn.params.get("name"))
+    if not name.startswith(_SPLASH):
+        return math.prod(grid)
+    *rows, heads, blocks, seen = grid
+    if "_dkv" in name:
+        heads, blocks = blocks, heads
+    return math.prod(rows) * heads * sum(min(i + 1, seen) for i in range(blocks))
 
 
 def _attention_product(eqn: JaxprEqn) -> float:

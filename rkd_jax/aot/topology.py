@@ -13,7 +13,7 @@ from rkd_jax.aot.chips import CHIPS, Chip
 if TYPE_CHECKING:
     import jax
 
-_NAME = re.compile(r"(?P<chip>\w+):(?P<grid>\d+(x\d+){0,2})")
+_NAME = re.compile(r"(?P<chip>\w+):(?P<grid>\d+|[1-9]\d*(x[1-9]\d*){1,2})")
 _GPUS = 8  # of one host, where every two of them are linked
 _CUDA = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 # What the GPU's compiler has to know of a Hopper chip beside its memory.

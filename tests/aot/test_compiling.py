@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from rkd_jax.aot.collectives import Traffic
 from rkd_jax.aot.compiling import compile_step, placed
 from rkd_jax.aot.flops import matmul_flops
+from rkd_jax.models.attention_kernels import splash_attention
 from rkd_jax.sharding import MeshConfig, device_bytes, make_mesh, parameter_shardings
 
 LAYERS, WIDTH, ROWS = 5, 64, 16
@@ -145,6 +146,34 @@ def test_products_are_counted_as_often_as_they_are_made():
 
     assert count(until, w, x) == one
     assert count(until, w, x, unknown=9) == 9 * one
+
+
+@pytest.mark.parametrize(
+    ("length", "window", "seen"),
+    [  # blocks of 512, or of 384, at and below the diagonal
+        (512, None, 1),
+        (768, None, 3 / 4),
+        (2048, None, 10 / 16),
+        (2048, 512, 7 / 16),  # of each row of blocks the last two
+    ],
+)
+def test_blocks_that_splash_attention_leaves_out_are_no_products(length, window, seen):
+    """Two products forward; backward three for queries, four for keys and values."""
+    query = jax.ShapeDtypeStruct((3, length, 8, 64), jnp.bfloat16)
+    key = jax.ShapeDtypeStruct((3, length, 2, 64), jnp.bfloat16)
+    segments = jax.ShapeDtypeStruct((3, length), jnp.int32)
+
+    def loss(query, key, value, segments):
+        mixed = splash_attention(query, key, value, segments, window=window)
+        return mixed.astype(jnp.float32).sum()
+
+    def products(function):
+        jaxpr = jax.make_jaxpr(function)(query, key, key, segments).jaxpr
+        return matmul_flops(jaxpr, devices=1) / (2 * 3 * 8 * 64 * length**2)
+
+    assert products(loss) == 2 * seen
+    # Beside these a sum over head_dim for each query, as a product.
+    assert products(jax.grad(loss, (0, 1, 2))) == pytest.approx(9 * seen, rel=1e-3)
 
 
 def test_products_inside_of_some_axes_are_cut_over_the_others():

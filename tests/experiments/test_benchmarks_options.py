@@ -19,6 +19,8 @@ REFUSED = {
     "sample --batch 0": r"batch=\(0,\) has to be at least 1",
     "sample --new 1": "a step takes at least 2 columns",
     "sample --model toy": "model 'toy' is not of the form",
+    "report --objectives kd none": "there is no objective 'none'; there are kd, gkd",
+    "report --objectives": "objectives is empty",
     "packing --data nowhere": "nowhere: no such file",
     "packing --data setup.py --bucket 0": "bucket=0 has to be at least 1",
     "packed_pairs --data setup.py": r"setup.py:1: JSONDecodeError.*lines have question",

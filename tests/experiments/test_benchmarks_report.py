@@ -99,6 +99,22 @@ def test_the_page_says_what_was_measured_and_by_which_command():
     assert ("peers", "--sizes.objective", "kd", *sizes) in ASKED
 
 
+def test_remarks_are_kept_and_the_command_is_named(tmp_path, monkeypatch):
+    out = tmp_path / "page.md"
+    config = report.ReportConfig(str(out), steps=2, objectives=("kd",), peers=False)
+    made = functools.partial(report.page, run=given)
+    monkeypatch.setattr(report, "page", made)
+    report.run(config)
+    first = out.read_text()
+    command = "python -m experiments.benchmarks.report --steps 2 --objectives kd"
+    assert f"Written by `{command} --no-peers` on\n" in first
+    assert report.command_of(report.ReportConfig()) == "make bench"
+    by_hand = "\n## Remarks\n\nIt was late.\n\n## More of them\n\nAnd cold.\n"
+    out.write_text(f"older\n{by_hand}")
+    report.run(config)
+    assert out.read_text() == first + by_hand
+
+
 def test_a_benchmark_that_fails_is_loud():
     with pytest.raises(RuntimeError, match="prompt=9 must be positive and below"):
         report.measured("step", "--length", "9", "--prompt", "9", "--json")

@@ -163,18 +163,24 @@ def test_what_does_not_go_together_is_said(changes, message):
 
 
 @pytest.mark.parametrize(
-    ("remat", "batch", "held", "first"),
+    ("program", "remat", "batch", "held", "first"),
     [
-        ("none", 16, 1, "--remat dots (in the experiment --models.remat dots)"),
-        ("attention", 16, 1, "--remat dots (in"),
-        ("dots", 16, 1, "--remat full (in"),
-        ("full", 32, 1, "--accumulation 4"),
-        ("full", 16, 1, "a larger slice, or more of --mesh on tensor"),
-        ("none", 16, 15, "a larger slice, or more of --mesh on fsdp: what is held"),
+        ("update", "none", 16, 1, "--remat dots (in the experiment --models.remat"),
+        ("update", "attention", 16, 1, "--remat dots (in"),
+        ("update", "dots", 16, 1, "--remat full (in"),
+        ("update", "full", 32, 1, "--accumulation 4"),
+        ("update", "full", 16, 1, "a larger slice, or more of --mesh on tensor"),
+        ("update", "none", 16, 15, "a larger slice, or more of --mesh on fsdp: what"),
+        ("sampler", "none", 16, 1, "--batch 8"),
+        ("teacher", "full", 8, 1, "a larger slice, or more of --mesh on tensor"),
     ],
 )
-def test_what_does_not_fit_is_told_what_to_change_first(remat, batch, held, first):
-    request = dataclasses.replace(REQUEST, remat=remat, batch=batch)
+def test_what_does_not_fit_is_told_what_to_change_first(
+    program, remat, batch, held, first
+):
+    request = dataclasses.replace(
+        REQUEST, remat=remat, batch=batch, accumulation=1 + (batch > 8)
+    )
     config, table = compile_ahead._experiment(request)
     lab = abstract_lab(config, accelerator=None)
     mesh = make_mesh(MeshConfig(fsdp=8))
@@ -189,7 +195,7 @@ def test_what_does_not_fit_is_told_what_to_change_first(remat, batch, held, firs
         tokens=1,
         model_flops=1.0,
     )
-    (note,) = compile_ahead._advice(found, inputs, lab, mesh)
+    (note,) = compile_ahead._advice(found, program, inputs, lab, mesh)
     assert f"too much; the first thing to change: {first}" in note
 
 
