@@ -10,6 +10,9 @@ A gradient in the head needs the logits a second time, unless it is known before
 what the values will be multiplied with. ``weights`` says so, and changes no value; the
 default, ``mask``, fits every sum or mean over positions (`Tiles.gradient`).
 
+First derivatives in reverse mode alone: JAX refuses forward mode, and a second
+derivative with respect to what a value is multiplied with is 0 where that is 0.
+
 >>> import jax, jax.numpy as jnp
 >>> from rkd_jax.losses import generalized_jsd
 >>> states, head = jnp.eye(2), jnp.array([[1.0, 0.0, 2.0], [0.0, 1.0, 3.0]])
