@@ -5,8 +5,8 @@ of a condition the branch with less work. What is computed again in a backward p
 included. Work is taken to be divided evenly over the mesh, but inside of
 `jax.shard_map`, where shapes are a device's own. A kernel counts as the products of its
 body times its grid, of splash attention without the blocks above the diagonal, which it
-leaves out; cuDNN's attention as half the products of its formula, what is on and below
-the diagonal.
+leaves out; cuDNN's attention as half the products of its formula, those below the
+diagonal.
 
 >>> import jax, jax.numpy as jnp
 >>> product = jax.make_jaxpr(jnp.matmul)(jnp.ones((2, 3)), jnp.ones((3, 4)))

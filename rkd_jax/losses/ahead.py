@@ -23,7 +23,7 @@ import jax.numpy as jnp
 def scaled_or_again(
     ahead: Any, foreseen: Any, cotangent: Any, again: Callable[[], Any]
 ) -> Any:
-    """The gradient under ``cotangent``: ``ahead`` times a factor, or ``again()``.
+    """The gradient under ``cotangent``: ``ahead`` times a factor, 0, or ``again()``.
 
     Args:
         ahead: a pytree, the gradient under ``foreseen``; it may be wider.
@@ -32,34 +32,44 @@ def scaled_or_again(
         again: computes the gradient; it runs only where no factor takes one to the
             other, up to rounding. What it returns decides the dtypes.
     """
-    scale, exact = proportion(cotangent, foreseen)
+    scale, way = proportion(cotangent, foreseen)
+    wanted = jax.eval_shape(again)
 
     def scaled():
         return jax.tree.map(
             lambda x, like: (scale.astype(x.dtype) * x).astype(like.dtype),
             ahead,
-            jax.eval_shape(again),
+            wanted,
         )
 
-    return jax.lax.cond(exact, scaled, again)
+    def nothing():
+        return jax.tree.map(
+            lambda x, like: jnp.zeros_like(x).astype(like.dtype), ahead, wanted
+        )
+
+    return jax.lax.switch(way, (scaled, again, nothing))
 
 
 def proportion(cotangent: Any, foreseen: Any) -> tuple[jax.Array, jax.Array]:
-    """The factor between two trees of floats, and whether there is one, up to rounding.
-
-    0 is none: a gradient that is infinite would not be 0 times that.
+    """The factor between two trees of floats, and the way from one to the other.
 
     Args:
         cotangent: a pytree of floats.
         foreseen: the same, of the same shapes and dtypes.
+
+    Returns:
+        the factor, and int32[]: 0 where it takes one to the other, up to rounding, 1
+        where it does not, and 2 where the cotangent is 0 everywhere, and so is a
+        gradient; 0 times one that was foreseen infinite would not be.
     """
     values, weights = _flat(cotangent), _flat(foreseen)
     largest = jnp.argmax(jnp.abs(weights))
     scale = values[largest] / jnp.where(weights.any(), weights[largest], 1.0)
     limits = jnp.finfo(values.dtype)
     noise = 4 * limits.eps * jnp.maximum(jnp.abs(values), limits.tiny)
-    exact = jnp.abs(values - scale * weights) <= noise
-    return scale, (scale != 0.0) & exact.all()
+    exact = jnp.all(jnp.abs(values - scale * weights) <= noise)
+    some = values.any()
+    return scale, jnp.where(some, jnp.where(exact, 0, 1), 2).astype(jnp.int32)
 
 
 def _flat(tree: Any) -> jax.Array:

@@ -115,9 +115,10 @@ def _backward(plan, residuals, cotangent):
     elif ahead is None:
         gradient = again(None)
     else:  # where the gradient was not foreseen, it is written over the other
-        factor, exact = proportion(cotangent, weights)
+        factor, way = proportion(cotangent, weights)
         scaled = _scaled(plan, student, factor, ahead)
-        gradient = jax.lax.cond(exact, lambda scaled: scaled, again, scaled)
+        ways = (lambda x: x, again, lambda x: jax.tree.map(jnp.zeros_like, x))
+        gradient = jax.lax.switch(way, ways, scaled)
     hidden = unorder_rows(gradient.hidden, rows, len(student.hidden))
     gradient = gradient._replace(hidden=hidden)
     gradient = jax.tree.map(lambda x, like: x.astype(like.dtype), gradient, student)

@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from rkd_jax.losses import generalized_jsd, reverse_kl, token_log_probs
+from rkd_jax.losses.ahead import scaled_or_again
 from rkd_jax.losses.fused import (
     Tiles,
     linear_divergence,
@@ -117,6 +118,35 @@ def test_an_infinite_loss_without_weight_has_no_gradient(gradient):
     assert np.isposinf(values).all()
     for slope in pull(jnp.zeros_like(values)):
         np.testing.assert_array_equal(slope, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("cotangent", "foreseen", "factor", "computed"),
+    [
+        ([2.0, 0.0], [0.5, 0.0], 4.0, False),
+        ([2.0, 1.0], [0.5, 0.0], 7.0, True),
+        ([0.0, 0.0], [0.5, 1.0], 0.0, False),  # such as a multiplier that is 0
+        ([0.0, 0.0], [0.0, 0.0], 0.0, False),
+        ([1.0, 0.0], [0.0, 0.0], 7.0, True),
+    ],
+)
+def test_a_gradient_is_computed_again_only_where_it_has_to_be(
+    cotangent, foreseen, factor, computed
+):
+    calls = []
+
+    def again():
+        jax.debug.callback(lambda: calls.append(1))
+        return jnp.full(3, 7.0)
+
+    @jax.jit
+    def gradient(ahead, *weights):
+        return scaled_or_again(ahead, *weights, again)
+
+    found = gradient(jnp.ones(3), jnp.array(foreseen), jnp.array(cotangent))
+    np.testing.assert_array_equal(found, factor)
+    jax.effects_barrier()
+    assert bool(calls) == computed
 
 
 @pytest.mark.parametrize("gradient", TILES)
