@@ -39,7 +39,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rkd_jax.losses.ahead import proportion
+from rkd_jax.losses.ahead import on_the_way, proportion
 from rkd_jax.losses.readouts import (
     Plan,
     Readout,
@@ -118,7 +118,7 @@ def _backward(plan, residuals, cotangent):
         factor, way = proportion(cotangent, weights)
         scaled = _scaled(plan, student, factor, ahead)
         ways = (lambda x: x, again, lambda x: jax.tree.map(jnp.zeros_like, x))
-        gradient = jax.lax.switch(way, ways, scaled)
+        gradient = on_the_way(way, *ways, scaled)
     hidden = unorder_rows(gradient.hidden, rows, len(student.hidden))
     gradient = gradient._replace(hidden=hidden)
     gradient = jax.tree.map(lambda x, like: x.astype(like.dtype), gradient, student)
