@@ -191,12 +191,11 @@ def ambient_axes(name: str, size: int, rules: Rules = DEFAULT_RULES) -> tuple[st
         rules: as in `tree_shardings`.
 
     Returns:
-        Names of mesh axes; none outside of a mesh, inside `jax.shard_map` over any axis
-        of it, or where the size does not divide: then every device has all of it.
+        Names of mesh axes, of those that a `jax.shard_map` around it leaves to the
+        partitioner; none outside of a mesh, or where the size does not divide: then
+        every device has all of it.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if AxisType.Manual in mesh.axis_types:
-        return ()
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     names = tuple(
         n

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import chex
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 from rkd_jax.losses.domain import check_choice, check_domain, static_number
 from rkd_jax.losses.readouts import Plan, Readout, few_rows
@@ -108,9 +108,11 @@ def run(
     arguments = (student, jax.lax.stop_gradient(teacher), data, weights, mask)
     rows = ambient_axes("batch", batch[0]) if batch else ()
     columns = ambient_axes("vocab", student.head.shape[1])
-    if axis_name is None and (rows or columns):
+    manual = AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types
+    if axis_name is None and (rows or columns) and not manual:
         return _over_mesh(local, rows, columns, arguments)
-    # In a `jax.shard_map` the caller says what every device does.
+    # In a `jax.shard_map` the caller says what every device does. Axes that it leaves
+    # out are the partitioner's.
     _check_cut(axis_name, student, teacher)
     arguments, others = _along_rows(arguments, axis_name)
     return local(*arguments, axis_name=axis_name, batch_axes=others)
