@@ -21,6 +21,7 @@ from experiments.lab import Lab
 from experiments.settings import SettingsError
 from rkd_jax.aot.compiling import placed
 from rkd_jax.models.decoder import Decoder
+from rkd_jax.models.decoding import stage_ends
 from rkd_jax.models.flops import forward_flops, trunk_flops
 from rkd_jax.placement import jit_on
 from rkd_jax.sharding import (
@@ -61,7 +62,7 @@ class Program:
     beside: float  # bytes on a device that are held and no argument
     tokens: int  # columns it works on, or draws
     model_flops: float  # of these, backward pass included where there is one
-    turns: int = 1  # of a loop that ends when the data says so, at most
+    turns: int = 1  # of each loop that ends when the data says so, at most
 
 
 def hold(lab: Lab, inputs: Inputs, mesh: Mesh, *, warmed: bool) -> Held:
@@ -150,7 +151,7 @@ def sampler_program(lab: Lab, inputs: Inputs, held: Held, mesh: Mesh) -> Program
         held.bytes - device_bytes(params),
         tokens=total * policy.max_response,
         model_flops=float(forward),
-        turns=policy.max_response,
+        turns=stage_ends(policy.max_response)[0],
     )
 
 

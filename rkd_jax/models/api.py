@@ -51,6 +51,11 @@ class CausalLM(Protocol):
     other position, and its own rows are finite but meaningless. A model that knows
     padding but no segments says so by an attribute ``single_segment = True``; packed
     rows are then refused.
+
+    Two more methods make decoding faster where a model has them, and change nothing
+    else (see `rkd_jax.models.decoding`): ``grow_cache(cache, length)``, the cache with
+    empty slots behind its own, and ``unrolled(params, cache, slots)``, the same model,
+    parameters and cache with layers apart.
     """
 
     config: ModelConfig

@@ -19,9 +19,9 @@ the search is exhaustive and exact. One beam is greedy decoding.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,6 @@ from rkd_jax.models.api import CausalLM
 from rkd_jax.models.cache_rows import take_rows
 from rkd_jax.models.categorical import largest
 from rkd_jax.models.decoding import (
-    Reader,
     any_of,
     behind_prompts,
     check_eos_ids,
@@ -94,15 +93,6 @@ class _Beam:
         return ~self.ended & (self.total > -jnp.inf)
 
 
-@struct
-class _Search:
-    """What the loop carries."""
-
-    step: jax.Array  # int32[], columns written so far
-    beam: _Beam
-    cache: Any  # of B * K rows
-
-
 def make_beam_search(
     model: CausalLM,
     *,
@@ -161,11 +151,14 @@ def make_beam_search(
         shape = (prompts.tokens.shape[0], beams, max_new_tokens)
         beam, _ = extended(_roots(shape), logits, 0)  # one root: parents are all equal
 
-        def columns(readers, caches):
-            start = _Search(step=jnp.int32(1), beam=beam, cache=caches[0])
-            return _searched(readers[0], extended, start)
-
-        return _assemble(prompts, decode(columns, (reader,), (cache,)))
+        beam = decode(
+            beam,
+            (reader,),
+            (cache,),
+            unfinished=lambda beam: jnp.any(beam.live),
+            advance=functools.partial(_advance, extended),
+        )
+        return _assemble(prompts, beam)
 
     def search(params: Params, prompts: Prompts) -> Beams:
         check_prompts(prompts, max_new_tokens, model.config.max_length)
@@ -174,28 +167,21 @@ def make_beam_search(
     return search
 
 
-def _searched(reader: Reader, extended, start: _Search) -> _Beam:
-    """The beam once nothing is live or all columns are written."""
-    batch, beams, new = start.beam.tokens.shape
-    axes = reader.row_axes
-
-    def unfinished(search):
-        return (search.step < new) & jnp.any(search.beam.live)
-
-    def advance(search):
-        last = search.step - 1
-        tokens, mask = (
-            lax.dynamic_index_in_dim(x, last, axis=2, keepdims=False).reshape(-1)
-            for x in (search.beam.tokens, search.beam.mask)
-        )
-        logits, cache = reader.read(tokens, mask, last, search.cache)
-        beam, parents = extended(search.beam, logits, search.step)
-        if beams > 1:
-            first = jnp.expand_dims(jnp.arange(batch, dtype=jnp.int32) * beams, 1)
-            cache = take_rows(cache, axes, (first + parents).reshape(-1))
-        return _Search(step=search.step + 1, beam=beam, cache=cache)
-
-    return lax.while_loop(unfinished, advance, start).beam
+def _advance(extended, beam: _Beam, readers, caches, column):
+    """The beam with one more column, and the cache in the order of its hypotheses."""
+    (reader,), (cache,) = readers, caches
+    batch, beams, _ = beam.tokens.shape
+    tokens, mask = (
+        lax.dynamic_index_in_dim(x, column - 1, axis=2, keepdims=False).reshape(-1)
+        for x in (beam.tokens, beam.mask)
+    )
+    logits, cache = reader.read(tokens, mask, column - 1, cache)
+    beam, parents = extended(beam, logits, column)
+    if beams > 1:
+        first = jnp.expand_dims(jnp.arange(batch, dtype=jnp.int32) * beams, 1)
+        rows = (first + parents).reshape(-1)
+        cache = take_rows(cache, reader.row_axes, rows)
+    return beam, (cache,)
 
 
 def _roots(shape: tuple[int, int, int]) -> _Beam:

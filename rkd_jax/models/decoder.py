@@ -39,6 +39,7 @@ from rkd_jax.models.blocks import KeyValue, Shared, Trunk
 from rkd_jax.models.config import DecoderConfig
 from rkd_jax.models.projection import project
 from rkd_jax.models.rope import RopeScaling, rope_frequencies, rope_table
+from rkd_jax.models.slots import add_slots
 from rkd_jax.models.unrolled import (
     LayerCaches,
     UnrolledDecoder,
@@ -197,14 +198,23 @@ class Decoder:
             index=jnp.zeros((), jnp.int32),
         )
 
+    def grow_cache(self, cache: KVCache, length: int) -> KVCache:
+        """``cache`` with empty slots behind its own, ``length`` in all."""
+        more = length - cache.segment_ids.shape[1]
+        return KVCache(
+            keys=add_slots(cache.keys, 2, more),
+            values=add_slots(cache.values, 2, more),
+            segment_ids=add_slots(cache.segment_ids, 1, more),
+            index=cache.index,
+        )
+
     def unrolled(
-        self, params: Params, cache: KVCache
+        self, params: Params, cache: KVCache, slots: int
     ) -> tuple[UnrolledDecoder, Params, LayerCaches]:
         """The same model, parameters and cache, as decoding on a CPU or GPU wants them.
 
-        See `rkd_jax.models.unrolled`.
+        See `rkd_jax.models.unrolled`. ``slots`` is how many the cache will ever have.
         """
-        slots = cache.segment_ids.shape[1]
         params = unrolled_params(self.config, params, slots)
         return UnrolledDecoder(self), params, unrolled_caches(cache)
 

@@ -255,6 +255,19 @@ class HFFlaxLM:
             index=jnp.int32(0),
         )
 
+    def grow_cache(self, cache: HFFlaxCache, length: int) -> HFFlaxCache:
+        """``cache`` with empty slots behind its own, ``length`` in all."""
+        rows = cache.segment_ids.shape[0]
+        longer = jax.eval_shape(lambda: self.init_cache(None, rows, length))
+
+        def grown(leaf, shape):
+            if leaf.shape == shape.shape:  # such as the index of the next slot
+                return leaf
+            ends = [(0, b - a) for a, b in zip(leaf.shape, shape.shape, strict=True)]
+            return jnp.pad(leaf, ends)
+
+        return jax.tree.map(grown, cache, longer)
+
     @functools.partial(jax.jit, static_argnums=0)
     def _apply(self, variables, tokens, mask, positions):
         """The module on arrays; compiled, for its tables are as long as the context."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -104,12 +104,10 @@ class Draw:
 
 @struct
 class _Progress:
-    """What the decode loop carries."""
+    """What the decode loop carries beside the caches."""
 
-    step: jax.Array  # int32[], columns drawn so far
-    drawn: Draw  # [R, T]
+    drawn: Draw  # [R, T], blank from the next column on
     ended: jax.Array  # bool[R]
-    caches: tuple[Any, ...]  # of the models that read along
 
 
 def make_sampler(
@@ -194,70 +192,59 @@ def sample_rows(
     def draw_column(logits, step):
         return draw(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, step))
 
-    def columns(readers, caches):
-        first = draw_column(logits, 0)
-        empty = _Progress(
-            step=jnp.int32(0),
-            drawn=jax.tree.map(lambda x: jnp.zeros((x.size, new), x.dtype), first),
-            ended=jnp.zeros(first.tokens.shape, bool),
-            caches=tuple(caches),
-        )
-        return _loop(
-            config, readers, draw_column, _record(config, empty, first, caches)
-        )
-
-    drawn, ended = decode(columns, readers, caches)
-    return _assemble(voices[0][2], drawn, ended, group)
-
-
-def _loop(config, readers, draw_column, start) -> tuple[Draw, jax.Array]:
-    """The drawn columns [R, T] and the ended rows, from the first column on."""
-
     def unfinished(progress):
-        return (progress.step < config.max_new_tokens) & ~jnp.all(progress.ended)
+        return ~jnp.all(progress.ended)
 
-    def advance(progress):
-        last = progress.step - 1
+    def advance(progress, readers, caches, column):
         tokens, mask = (
-            lax.dynamic_index_in_dim(x, last, axis=1, keepdims=False)
+            lax.dynamic_index_in_dim(x, column - 1, axis=1, keepdims=False)
             for x in (progress.drawn.tokens, progress.drawn.mask)
         )
         logits, caches = zip(
             *(
-                reader.read(tokens, mask, last, cache)
-                for reader, cache in zip(readers, progress.caches, strict=True)
+                reader.read(tokens, mask, column - 1, cache)
+                for reader, cache in zip(readers, caches, strict=True)
             ),
             strict=True,
         )
-        return _record(config, progress, draw_column(logits, progress.step), caches)
+        return _record(config, progress, draw_column(logits, column), column), caches
 
-    progress = lax.while_loop(unfinished, advance, start)
-    return progress.drawn, progress.ended
+    first = draw_column(logits, 0)
+    empty = _Progress(
+        drawn=jax.tree.map(lambda x: jnp.zeros((x.size, new), x.dtype), first),
+        ended=jnp.zeros(first.tokens.shape, bool),
+    )
+    progress = decode(
+        _record(config, empty, first, 0),
+        readers,
+        caches,
+        unfinished=unfinished,
+        advance=advance,
+    )
+    return _assemble(voices[0][2], progress, group)
 
 
-def _record(config, progress, draw, caches) -> _Progress:
-    """Append a column: blank in rows that had ended, EOS ends the others."""
+def _record(config, progress, draw, column) -> _Progress:
+    """Write a column: blank in rows that had ended, EOS ends the others."""
     alive = ~progress.ended
     draw = jax.tree.map(lambda x: jnp.where(alive, x, jnp.zeros_like(x)), draw)
     return _Progress(
-        step=progress.step + 1,
         drawn=jax.tree.map(
-            lambda columns, x: columns.at[:, progress.step].set(x), progress.drawn, draw
+            lambda columns, x: columns.at[:, column].set(x), progress.drawn, draw
         ),
         ended=progress.ended | (alive & any_of(draw.tokens, config.eos_ids)),
-        caches=caches,
     )
 
 
-def _assemble(prompts, drawn, ended, group) -> Samples:
+def _assemble(prompts, progress, group) -> Samples:
     """The rows [B * G] as [B, G], behind their prompts."""
     batch = prompts.tokens.shape[0]
-    drawn = jax.tree.map(lambda x: x.reshape(batch, group, -1), drawn)
+    drawn = jax.tree.map(lambda x: x.reshape(batch, group, -1), progress.drawn)
     return Samples(
         sequences=behind_prompts(prompts, drawn.tokens, drawn.mask),
         log_probs=drawn.log_probs,
         behaviour_log_probs=drawn.behaviour_log_probs,
-        ended=ended.reshape(batch, group),
+        ended=progress.ended.reshape(batch, group),
     )
 
 

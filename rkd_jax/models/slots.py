@@ -31,3 +31,10 @@ class Slots:
             lax.dynamic_update_slice(self.values, value.transpose(0, 2, 1, 3), before),
             self.index,
         )
+
+
+def add_slots(cached: jax.Array, axis: int, count: int) -> jax.Array:
+    """``cached`` with ``count`` zeros behind what it has along its axis of slots."""
+    ends = [(0, 0)] * cached.ndim
+    ends[axis] = (0, count)
+    return jnp.pad(cached, ends)

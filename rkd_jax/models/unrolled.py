@@ -25,7 +25,7 @@ from rkd_jax.models.attention import attention_bias
 from rkd_jax.models.blocks import Block, Embed, RMSNorm
 from rkd_jax.models.config import DecoderConfig
 from rkd_jax.models.rope import rope_frequencies, rope_table
-from rkd_jax.models.slots import Slots
+from rkd_jax.models.slots import Slots, add_slots
 from rkd_jax.types import Params, struct
 
 _FEW_ROWS = 64
@@ -123,6 +123,16 @@ class UnrolledDecoder:
     def init_cache(self, params: Params, batch_size: int, length: int) -> LayerCaches:
         """As `Decoder.init_cache`."""
         return unrolled_caches(self.decoder.init_cache(params, batch_size, length))
+
+    def grow_cache(self, cache: LayerCaches, length: int) -> LayerCaches:
+        """As `Decoder.grow_cache`."""
+        more = length - cache.segment_ids.shape[1]
+        return LayerCaches(
+            keys=tuple(add_slots(keys, 3, more) for keys in cache.keys),
+            values=tuple(add_slots(values, 2, more) for values in cache.values),
+            segment_ids=add_slots(cache.segment_ids, 1, more),
+            index=cache.index,
+        )
 
 
 def unrolled_params(config: DecoderConfig, params: Params, slots: int) -> Params:

@@ -147,14 +147,17 @@ def test_logits_equal_torch_under_either_padding(pairs, name):
 
 
 @pytest.mark.parity
+@pytest.mark.parametrize("slots", [14, 8], ids=["from the start", "grown"])
 @pytest.mark.parametrize("name", ["gpt2", "mistral tied, window 3", "gpt_neo", "bloom"])
-def test_cached_halves_equal_one_forward(pairs, name):
+def test_cached_halves_equal_one_forward(pairs, name, slots):
     _, _, model, params = pairs(name)
     tokens, mask = jnp.asarray(TOKENS, jnp.int32), jnp.asarray(LEFT, jnp.int32)
     whole = model.hidden(params, tokens, segment_ids=mask)
-    cache = model.init_cache(params, 3, 14)
+    cache = model.init_cache(params, 3, slots)
     halves = []
     for part in (slice(0, 8), slice(8, 12)):
+        if part.start:
+            cache = model.grow_cache(cache, 14)
         states, cache = model.hidden(
             params, tokens[:, part], segment_ids=mask[:, part], cache=cache
         )

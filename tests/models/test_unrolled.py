@@ -37,7 +37,7 @@ def test_columns_one_by_one_equal_the_decoder(config):
 
         cache = model.init_cache(params, 2, L + 3)
         _, cache = extend(model, params, cache, 0, 4)
-        other, layers, caches = model.unrolled(params, cache)
+        other, layers, caches = model.unrolled(params, cache, L + 3)
         pairs = []
         for start, stop in ((4, 5), (5, 7), (7, 8), (8, 9)):
             stacked, cache = extend(model, params, cache, start, stop)
@@ -66,7 +66,7 @@ def test_logits_of_any_number_of_rows_equal_the_decoder(config, rows):
     model, params = Decoder(config), random_params(config)
     states = np.random.default_rng(1).normal(size=(rows, config.hidden_size))
     states = states.astype(np.float32)
-    apart, layers, _ = model.unrolled(params, model.init_cache(params, 2, L))
+    apart, layers, _ = model.unrolled(params, model.init_cache(params, 2, L), L)
     unembed = jax.jit(apart.unembed)
     expected = model.unembed(params, states)
     np.testing.assert_allclose(unembed(layers, states), expected, rtol=1e-5, atol=1e-5)
@@ -79,7 +79,7 @@ def test_logits_of_halves_are_summed_wide():
     config = dataclasses.replace(GEMMA, dtype="bfloat16", param_dtype="bfloat16")
     model, params = Decoder(config), random_params(config)
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), params)
-    apart, layers, _ = model.unrolled(params, model.init_cache(params, 2, L))
+    apart, layers, _ = model.unrolled(params, model.init_cache(params, 2, L), L)
     states = jnp.asarray(
         np.random.default_rng(1).normal(size=(4, config.hidden_size)), jnp.bfloat16
     )
@@ -102,7 +102,7 @@ def test_stale_slots_are_not_seen():
     def compare(params):
         _, cache = model.hidden(params, TOKENS, cache=model.init_cache(params, 2, L))
         rewound = dataclasses.replace(cache, index=jnp.int32(6))
-        apart, layers, caches = model.unrolled(params, rewound)
+        apart, layers, caches = model.unrolled(params, rewound, L)
         again = apart.hidden(layers, TOKENS[:, :1], cache=caches, **others)
         return model.hidden(params, TOKENS[:, :1], cache=rewound, **others)[0], again[0]
 
