@@ -119,8 +119,9 @@ class Program:
     """A module, and how often each of its computations is run in one step.
 
     Of a condition one branch is run. ``guessed`` are loops whose number of turns
-    depends on data: they are taken to turn ``unknown`` times if that is a bound they
-    have, else to walk over all rows of what they write, or for ``unknown`` turns.
+    depends on data: they are taken to reach the bound of their counter, or to turn
+    ``unknown`` times if that is one of several bounds they have, else to walk over all
+    rows of what they write, or for ``unknown`` turns.
     """
 
     computations: Mapping[str, Computation]
@@ -254,7 +255,7 @@ def _turns(computations, loop: Instruction, unknown: int) -> tuple[int, bool]:
     if "condition" in parts:
         bound = _bound(computations, parts["condition"], parts["body"])
     if bound is not None:
-        return bound, True
+        return bound, len(_read(computations, parts["condition"])) < 2
     if unknown > 1 and unknown in _limits(computations, parts["condition"]):
         return unknown, False
     walked = _walked(computations, parts["body"])
@@ -263,19 +264,24 @@ def _turns(computations, loop: Instruction, unknown: int) -> tuple[int, bool]:
 
 def _bound(computations, condition: str, body: str) -> int | None:
     """Turns of ``for (i = 0; i < n; i += step)``; None where it is no such loop."""
-    reached = list(_reachable(computations, condition))
+    reached = _reachable(computations, condition)
     less = any("direction=LT" in one.attributes for one in reached)
     limits = _limits(computations, condition)
     if not less or len(limits) != 1:
         return None
-    place = [
+    place = _read(computations, condition)
+    step = _step(computations[body], place.pop()) if len(place) == 1 else 1
+    return -(-limits.pop() // step)
+
+
+def _read(computations, condition: str) -> set[int]:
+    """Entries of the carry that a condition asks: a counter, and what may end it."""
+    return {
         int(found[1])
-        for one in reached
+        for one in _reachable(computations, condition)
         if one.opcode == "get-tuple-element"
         and (found := _INDEX.search(one.attributes))
-    ]
-    step = _step(computations[body], place[0]) if len(place) == 1 else 1
-    return -(-limits.pop() // step)
+    }
 
 
 def _limits(computations, condition: str) -> set[int]:

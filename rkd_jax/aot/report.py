@@ -202,10 +202,9 @@ def _speed(plan: Plan) -> list[str]:
 def _said(plan: Plan) -> list[str]:
     notes = list(plan.notes)
     if plan.guessed_loops:
-        notes.append(
-            f"{plan.guessed_loops} loops turn as often as the data asks; counted as "
-            "for full rows"
-        )
+        loops = "1 loop turns" if plan.guessed_loops == 1 else "{} loops turn"
+        loops = loops.format(plan.guessed_loops)
+        notes.append(f"{loops} as often as the data asks; counted as for full rows")
     return [f"{'note':>14}  {note}" for note in notes]
 
 

@@ -295,9 +295,29 @@ def test_a_loop_that_the_data_may_end_sooner_turns_as_often_as_its_bound():
     found = parse(text, unknown=256)
     assert found.weights["body"] == 256
     assert found.guessed == ("loop",)
-    assert (
-        parse(text, unknown=255).weights["body"] == 4
-    )  # another loop than is known of
+    # Another loop than is known of:
+    assert parse(text, unknown=255).weights["body"] == 4
+
+
+def test_what_a_counter_is_bounded_by_is_known_unless_something_else_may_end_it():
+    counter = "ROOT %less = pred[] compare(%j, %most), direction=LT"
+    bound = "%most = s32[] constant(64)\n  "
+    alone = WALK.replace("%m = s32[] get-tuple-element(%d), index=2", bound).replace(
+        "ROOT %less = pred[] compare(%j, %m), direction=LT", counter
+    )
+    ended = WALK.replace("s32[])", "pred[])").replace(
+        "%m = s32[] get-tuple-element(%d), index=2",
+        f"%m = pred[] get-tuple-element(%d), index=2\n  {bound}",
+    )
+    ended = ended.replace(
+        "ROOT %less = pred[] compare(%j, %m), direction=LT",
+        "%early = pred[] compare(%j, %most), direction=LT\n"
+        "  ROOT %less = pred[] and(%early, %m)",
+    )
+    for text, guessed in ((alone, ()), (ended, ("loop",))):
+        found = parse(text, unknown=7)
+        assert found.weights["body"] == 64
+        assert found.guessed == guessed
 
 
 def test_arrays_have_the_bytes_of_their_types():

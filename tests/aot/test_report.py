@@ -69,9 +69,11 @@ def test_it_is_said_in_words_and_in_json():
         "interconnect: a step takes at least 0.8 s",
         "10,000 tokens/s per device, model FLOPs utilisation 25 %",
         "buy more",
-        "2 loops",
+        "2 loops turn as often",
     ):
         assert words in text
+    assert "1 loop turns as often" in str(dataclasses.replace(PLAN, guessed_loops=1))
+    assert "as often" not in str(PLAN)
     found = json.loads(json.dumps(PLAN.as_dict()))
     assert found["fits"] is True
     assert found["memory"]["peak"] == 13 * GIB
