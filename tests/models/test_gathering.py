@@ -9,9 +9,10 @@ import pytest
 
 from rkd_jax.aot.collectives import once
 from rkd_jax.aot.hlo import parse
-from rkd_jax.models import gathering
+from rkd_jax.models import decoding, gathering
 from rkd_jax.models.beam import make_beam_search
 from rkd_jax.models.decoder import Decoder
+from rkd_jax.models.decoding import stage_ends
 from rkd_jax.models.gathering import gathered
 from rkd_jax.models.mixed_sampling import make_mixed_sampler
 from rkd_jax.models.sampling import SamplingConfig, make_sampler
@@ -28,6 +29,12 @@ MODEL = Decoder(CONFIG)
 FSDP, BOTH = MeshConfig(fsdp=8), MeshConfig(fsdp=4, tensor=2)
 LEAVES = len(jax.tree.leaves(random_params(CONFIG)))
 SAMPLING = SamplingConfig(COLUMNS)
+
+
+@pytest.fixture(params=[256, 2], ids=["one_stage", "stages"])
+def stages(request, monkeypatch):
+    monkeypatch.setattr(decoding, "_STAGE", request.param)
+    return stage_ends(COLUMNS)
 
 
 def prompts():
@@ -52,7 +59,7 @@ def gathers(sample, params, *arguments) -> list[int]:
 
 
 @pytest.mark.parametrize("config", [FSDP, BOTH], ids=["fsdp", "tensor"])
-def test_every_weight_is_gathered_once_before_the_loop(config):
+def test_every_weight_is_gathered_once_before_the_loop(config, stages):
     params = on(config)
     sample = make_sampler(MODEL, SAMPLING)
     found = gathers(sample, params, prompts(), jax.random.key(0))
@@ -67,7 +74,7 @@ def test_every_weight_is_gathered_once_before_the_loop(config):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("config", [FSDP, BOTH], ids=["fsdp", "tensor"])
-def test_samples_are_those_of_one_device(config, dtype):
+def test_samples_are_those_of_one_device(config, dtype, stages):
     model = Decoder(dataclasses.replace(CONFIG, dtype=dtype))
     alone = make_sampler(model, SAMPLING)(
         random_params(CONFIG), prompts(), jax.random.key(3)
@@ -84,7 +91,7 @@ def test_samples_are_those_of_one_device(config, dtype):
         )
 
 
-def test_beams_and_mixtures_gather_once_too():
+def test_beams_and_mixtures_gather_once_too(stages):
     params = on(FSDP)
     beams = make_beam_search(MODEL, beams=2, max_new_tokens=COLUMNS)
     # Beams change places among all rows: what is left at every column are the caches.
