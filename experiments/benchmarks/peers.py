@@ -18,12 +18,12 @@ tunix    kd            ``DistillationTrainer`` of Tunix with its ``LogitStrategy
 gkd is the generalised JSD at beta 0.5, kd the forward KL.
 
     pip install torch "transformers>=4.57,<5"   # torch
-    pip install trl==0.24.0                     # trl, beside the above
+    pip install trl                             # trl, beside the above; 0.24, 1.16
     pip install google-tunix==0.1.7             # tunix
     python -m experiments.benchmarks.peers --sizes.objective gkd --json
 
-What is not installed is named with what to install. PyTorch's ``bfloat16`` is autocast
-over float32 parameters, as ours is.
+What is not installed is named with what to install, and what fails with its error.
+PyTorch's ``bfloat16`` is autocast over float32 parameters, as ours is.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.benchmarks.command_line import run_benchmark
+from experiments.benchmarks.peer_models import torch_llama, tunix_llama, word_tokenizer
 from experiments.benchmarks.step import WARM_UP, StepBenchmark, setting_of, stepper
 from experiments.benchmarks.step_cases import CASES, Setting
 
@@ -114,7 +115,11 @@ def trl(setting: Setting, objective: str) -> Step:
     """The step of TRL's trainer: its loss, its backward pass, its optimiser."""
     import torch
     from datasets import Dataset
-    from trl import GKDConfig, GKDTrainer
+
+    try:
+        from trl.experimental.gkd import GKDConfig, GKDTrainer
+    except ModuleNotFoundError:  # older ones, such as 0.24
+        from trl import GKDConfig, GKDTrainer
 
     del objective
     tokens = torch_tokens(setting)
@@ -229,51 +234,6 @@ def torch_kl(student, teacher):
     return (teacher.exp() * (teacher - student)).sum(-1)
 
 
-def tunix_llama(model):
-    """Tunix's Llama 3 of a decoder's shape."""
-    from flax import nnx
-    from tunix.models.llama3 import model as llama3
-
-    config = model.config
-    return llama3.Llama3(
-        llama3.ModelConfig(
-            num_layers=config.num_layers,
-            vocab_size=config.vocab_size,
-            embed_dim=config.hidden_size,
-            hidden_dim=config.intermediate_size,
-            num_heads=config.num_heads,
-            head_dim=config.head_dim,
-            num_kv_heads=config.num_kv_heads,
-            rope_theta=int(config.rope_theta),
-            norm_eps=config.norm_eps,
-            weight_tying=True,
-        ),
-        rngs=nnx.Rngs(0),
-    )
-
-
-def torch_llama(model):
-    """transformers' Llama of a decoder's shape, with random float32 parameters."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = model.config
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_heads,
-            num_key_value_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            max_position_embeddings=config.max_length,
-            tie_word_embeddings=True,
-            use_cache=False,
-            attn_implementation="sdpa",
-        )
-    )
-
-
 def torch_tokens(setting: Setting):
     """The rows that `ours` imitates, int64[B, L]."""
     import torch
@@ -291,31 +251,38 @@ def torch_autocast(setting: Setting) -> Callable[[], Any]:
     return lambda: torch.autocast("cpu", torch.bfloat16)
 
 
-def word_tokenizer():
-    """The least that TRL's constructor wants; the timed rows never pass through it."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = {word: i for i, word in enumerate(("<pad>", "<eos>", "<unk>", "a", "b"))}
-    core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
-    )
-    tokenizer.chat_template = (
-        "{% for message in messages %}{{ message['content'] }} <eos> {% endfor %}"
-    )
-    return tokenizer
-
-
 def missing(name: str) -> list[str]:
     """What has to be installed for a peer."""
     lacking = [m for m in INSTALL[name] if importlib.util.find_spec(m) is None]
     return [PACKAGES.get(module, module) for module in lacking]
 
 
+def warmed(names: list[str], setting: Setting, objective: str):
+    """Steps by name after their warm-up, and the errors of other libraries by name.
+
+    They change faster than we can follow; one that fails leaves the others measured.
+    """
+    steps: dict[str, Step] = {}
+    failed: dict[str, str] = {}
+    for name in names:
+        try:
+            step = STEPS[name](setting, objective)
+            for _ in range(WARM_UP):
+                step()
+        except Exception as error:
+            if name == "rkd_jax":
+                raise
+            failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+        else:
+            steps[name] = step
+    return steps, failed
+
+
 def measure(config: PeersBenchmark) -> dict[str, Any]:
     """Median seconds of everyone who is installed, and their ratios to ours.
+
+    Who is not measured stands in ``to_install``, with what it lacks, or in ``failed``,
+    with its error.
 
     Raises:
         ValueError: an unknown peer, or an objective that none of them has.
@@ -330,22 +297,20 @@ def measure(config: PeersBenchmark) -> dict[str, Any]:
     setting = setting_of(config.sizes)
     absent = {name: lacks for name in asked if (lacks := missing(name))}
     names = ["rkd_jax", *(name for name in asked if name not in absent)]
-    steps = {name: STEPS[name](setting, objective) for name in names}
-    for _ in range(WARM_UP):
-        for step in steps.values():
-            step()
-    seconds = {name: [] for name in names}
+    steps, failed = warmed(names, setting, objective)
+    seconds = {name: [] for name in steps}
     for _ in range(config.sizes.steps):
         for name, step in steps.items():
             seconds[name].append(step())
     medians = {name: float(np.median(times)) for name, times in seconds.items()}
     return {
         "device": jax.devices()[0].device_kind,
-        "versions": versions(names),
+        "versions": versions(list(steps)),
         **dataclasses.asdict(config.sizes),
         "s_per_step": medians,
         "ratio_to_rkd_jax": {n: s / medians["rkd_jax"] for n, s in medians.items()},
         "to_install": absent,
+        "failed": failed,
     }
 
 
@@ -367,6 +332,8 @@ def run(config: PeersBenchmark) -> None:
         print(f"{name:>8} {seconds:8.3f} s  {found['ratio_to_rkd_jax'][name]:6.2f}")
     for name, lacks in found["to_install"].items():
         print(f"{name:>8} is not measured: pip install {' '.join(lacks)}")
+    for name, error in found["failed"].items():
+        print(f"{name:>8} is not measured, it failed: {error}")
 
 
 def main() -> None:

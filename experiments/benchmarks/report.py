@@ -297,10 +297,11 @@ def peers_section(run: Runner, sizes: Sequence[str]) -> str:
     """The same step in other libraries."""
     named = [f"--sizes.{x[2:]}" if x.startswith("--") else x for x in sizes]
     options = " ".join(named)
-    cells, absent = [], {}
+    cells, absent, failed = [], {}, {}
     for objective in ("gkd", "kd"):
         (found,) = run("peers", "--sizes.objective", objective, *named, "--json")
         absent |= found["to_install"]
+        failed |= found["failed"]
         for name, seconds in found["s_per_step"].items():
             ratio = f"{found['ratio_to_rkd_jax'][name]:.2f}"
             cells.append((objective, name, f"{seconds:.2f}", ratio))
@@ -308,6 +309,10 @@ def peers_section(run: Runner, sizes: Sequence[str]) -> str:
     lacking = "".join(
         f"\n\nNot measured: {name} (`pip install {' '.join(lacks)}`)."
         for name, lacks in absent.items()
+    )
+    lacking += "".join(
+        f"\n\nNot measured: {name}, which failed: `{error}`"
+        for name, error in failed.items()
     )
     return f"""## Distillation beside other libraries
 

@@ -64,7 +64,8 @@ def given(module, *arguments):
         ratios = {"rkd_jax": 1.0, "torch": 1.5}
         absent = {"trl": ["trl", "datasets"]}
         found = {"s_per_step": seconds, "ratio_to_rkd_jax": ratios}
-        return [STEP | found | {"to_install": absent}]
+        failed = {"tunix": "ImportError: no Llama"}
+        return [STEP | found | {"to_install": absent, "failed": failed}]
     remat = options.get("--remat", "none")
     deep = "l24" in options.get("--student", "")
     factor = {"none": 1, "attention": 2, "dots": 4, "full": 8}[remat]
@@ -89,7 +90,8 @@ def test_the_page_says_what_was_measured_and_by_which_command():
     assert "| jsd | 16 | 1.00 GiB | 0.50 GiB | 1 | 0.5 | 0.5 |" in text
     assert "| gkd | torch | 3.00 | 1.50 |" in text
     assert "| kd | torch | 3.00 | 1.50 |" in text
-    assert "Not measured: trl (`pip install trl datasets`)" in text
+    assert text.count("Not measured: trl (`pip install trl datasets`)") == 1
+    assert text.count("Not measured: tunix, which failed: `ImportError: no Llama`") == 1
     assert re.search(r"Load average \d+\.\d before", text)
     named = [line[2] for line in ASKED if line[:2] == ("step", "--objective")]
     assert named == [*report.CASES, "dpo", "dpo", "dpo", "dpo"]
@@ -132,6 +134,48 @@ def test_what_is_not_installed_is_named(monkeypatch):
         peers.measure(peers.PeersBenchmark(peers=("megatron",)))
     with pytest.raises(ValueError, match="has the objective dpo"):
         peers.measure(peers.PeersBenchmark(sizes=StepBenchmark(objective="dpo")))
+
+
+def test_another_library_that_fails_leaves_the_others_measured(monkeypatch, capsys):
+    def moved(setting, objective):
+        raise ImportError("cannot import name 'GKDConfig' from 'trl'\nsecond line")
+
+    def stumbling(setting, objective):
+        def step():
+            raise RuntimeError("shapes")
+
+        return step
+
+    def fine(setting, objective):
+        return lambda: 3.0
+
+    steps = {"rkd_jax": lambda *_: lambda: 2.0, "torch": fine, "trl": moved}
+    monkeypatch.setattr(peers, "STEPS", steps)
+    monkeypatch.setattr(peers, "missing", lambda name: [])
+    monkeypatch.setattr(peers, "versions", lambda names: dict.fromkeys(names, "1"))
+    toy = StepBenchmark(
+        objective="gkd",
+        vocab=64,
+        batch=2,
+        length=12,
+        prompt=4,
+        student="h32-l2-i48-q4-kv2",
+        teacher="h32-l2-i48-q4-kv2",
+    )
+    config = peers.PeersBenchmark(peers=("trl", "torch"), sizes=toy)
+    found = peers.measure(config)
+    assert found["s_per_step"] == {"rkd_jax": 2.0, "torch": 3.0}
+    assert found["ratio_to_rkd_jax"] == {"rkd_jax": 1.0, "torch": 1.5}
+    assert found["versions"] == {"rkd_jax": "1", "torch": "1"}
+    error = "ImportError: cannot import name 'GKDConfig' from 'trl'"
+    assert found["failed"] == {"trl": error}
+    steps["trl"] = stumbling
+    peers.run(config)
+    said = capsys.readouterr().out
+    assert "     trl is not measured, it failed: RuntimeError: shapes\n" in said
+    steps["rkd_jax"] = stumbling
+    with pytest.raises(RuntimeError, match="shapes"):
+        peers.measure(config)
 
 
 @pytest.mark.parity
